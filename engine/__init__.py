@@ -1,0 +1,1 @@
+"""speeder_engine: multimodal LLM recommendation at one token per item."""

@@ -1,0 +1,53 @@
+"""What can go wrong, as types. Every message says what, where and what to do about it, in one line."""
+
+from collections.abc import Iterable
+
+
+class SpeederError(Exception):
+    """The root of every error this package raises on purpose."""
+
+
+class ConfigError(SpeederError, ValueError):
+    """A setting is missing, unknown or out of range."""
+
+
+class DataError(SpeederError, ValueError):
+    """Input data can't be read as what it claims to be."""
+
+
+class InvalidRequest(SpeederError, ValueError):
+    """A request can't be answered as it stands; nothing was computed or cached."""
+
+
+class UnknownItem(InvalidRequest):
+    """Item ids that are not in the catalogue: `ids` names them all, the message the first few."""
+
+    def __init__(self, ids: Iterable[str], where: str) -> None:
+        self.ids = tuple(ids)
+        super().__init__(f"{where}: unknown item {name_some(self.ids)}; pass ids that are in engine.catalogue")
+
+
+class ArtifactError(SpeederError):
+    """An engine directory or checkpoint is truncated, altered, foreign or incomplete; the message names the file."""
+
+
+class CacheExhausted(SpeederError):
+    """The KV cache can't hold this step even with every idle session evicted; nothing was changed."""
+
+
+class MissingDependency(SpeederError, ImportError):
+    """An optional package is needed: the message names the extra that brings it."""
+
+    def __init__(self, package: str, extra: str, what: str) -> None:
+        super().__init__(f"{what} needs the package {package}: pip install 'speeder-engine[{extra}]'")
+
+
+class SpeederWarning(UserWarning):
+    """Something was skipped, replaced or counted; the message gives the number and an example."""
+
+
+def name_some(ids: Iterable[str], limit: int = 5) -> str:
+    """`'a', 'b', 'c' (and 7 more)`: ids for a message."""
+    named = [repr(item_id) for item_id in ids]
+    rest = len(named) - limit
+    return ", ".join(named[:limit]) + (f" (and {rest} more)" if rest > 0 else "")

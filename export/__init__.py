@@ -1,0 +1,1 @@
+"""Turns a training checkpoint into what production loads."""

@@ -1,0 +1,36 @@
+"""Maps the top-level folders onto the package `speeder_engine` and builds its C++ extension."""
+
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import find_packages, setup
+
+MAPPED = {
+    "speeder_engine": "engine",
+    "speeder_engine.triton_kernels": "triton_kernels",
+    "speeder_engine.export": "export",
+}
+
+
+def packages() -> list[str]:
+    found = []
+    for package, folder in MAPPED.items():
+        found += [package, *(f"{package}.{name}" for name in find_packages(folder))]
+    return found
+
+
+setup(
+    packages=packages(),
+    package_dir=MAPPED,
+    package_data={"speeder_engine": ["py.typed", "_C.pyi", "training/recipes/*.yaml"]},
+    ext_modules=[
+        Pybind11Extension(
+            "speeder_engine._C",
+            sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+            cxx_std=20,
+            extra_compile_args=["-O3", "-Wall", "-Wextra", "-fvisibility=hidden"],
+        )
+    ],
+    cmdclass={"build_ext": build_ext},
+)
