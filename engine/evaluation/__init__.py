@@ -1,0 +1,1 @@
+"""Metrics, protocols and classical baselines; whatever scores is one `Scorer`."""

@@ -1,0 +1,55 @@
+# speeder-engine: `make` lists the targets
+
+PYTHON ?= python3
+# installed before everything else; a build for another device: make setup TORCH="--index-url URL torch==2.13.0"
+TORCH ?= torch==2.13.0
+# real data for `make demo`: a folder with items, interactions and images
+DATA ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+INSTALLED := .venv/.installed
+LAYOUT := build/layout/speeder_engine
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint types clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED)  ## make .venv with everything in it (PYTHON=python3.12, TORCH=...)
+
+demo: setup  ## train, export and recommend on a made catalogue, or on a real one with DATA=folder
+	$(BIN)/speeder demo $(if $(DATA),--data "$(DATA)")
+
+test: setup lint types  ## lint, types and tests
+	$(BIN)/python -m pytest tests
+
+lint: setup  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy can't follow the editable finder: it gets the package as a tree of links
+types: setup  ## mypy, strict on the package
+	@rm -rf build/layout && mkdir -p $(LAYOUT)
+	@cd $(LAYOUT) && ln -s ../../../engine/* ../../../triton_kernels ../../../export .
+	$(BIN)/mypy
+
+clean:  ## remove everything made here: .venv, builds, caches, demo
+	rm -rf .venv build dist demo *.egg-info engine/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find engine triton_kernels export tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/pip:
+	@echo "making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "speeder-engine needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@$(PYTHON) -m venv .venv
+
+# the first torch stays: the constraint keeps what follows from replacing it
+$(INSTALLED): $(SOURCES) | $(BIN)/pip
+	@echo "installing $(TORCH)"
+	@$(PIP) install $(TORCH)
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv/constraints.txt
+	@echo "installing speeder-engine with its tools, building its C++ extension"
+	@$(PIP) install --constraint .venv/constraints.txt --editable ".[dev]"
+	@touch $@

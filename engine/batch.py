@@ -1,0 +1,99 @@
+"""Plans -> flat tensors: the rows of one forward pass, sequence after sequence, history before candidates.
+
+Every sequence is laid out as the rows its plan leaves to compute: new history positions, then ranked candidates.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from speeder_engine.cache import CachePlan
+from speeder_engine.prompt import PromptLayout
+from speeder_engine.query import Query
+from speeder_engine.triton_kernels.compressed_attention import AttentionRows
+
+ROW_TILE = 16  # rows are padded to it: a row's arithmetic must not depend on how many stand beside it
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N rows of B sequences on the device."""
+
+    item_rows: Tensor  # int64 [N]
+    slots: Tensor  # int64 [N]
+    positions: Tensor  # int64 [N]
+    attention: AttentionRows
+    stored_rows: Tensor  # int64 [M] which rows are history: their keys are written
+    slot_mapping: Tensor  # int64 [M] where
+    read_rows: Tensor  # int64 [R] whose final hidden state is read
+    last_read: NDArray[np.int64]  # [B] index into the reads of h(last), -1 where no history row is new
+    candidate_reads: tuple[slice, ...]  # [B] the candidates' reads, empty where none are ranked
+
+    @property
+    def num_rows(self) -> int:
+        return self.item_rows.shape[0]
+
+    def __str__(self) -> str:
+        stored, read = self.stored_rows.shape[0], self.read_rows.shape[0]
+        return f"{self.num_rows} rows of {len(self.last_read)} sequences: {stored} stored, {read} read"
+
+
+def pad_rows(count: int) -> int:
+    return -(-count // ROW_TILE) * ROW_TILE
+
+
+def make_batch(
+    queries: Sequence[Query], plan: CachePlan, layout: PromptLayout, shared_blocks: Tensor, device: torch.device
+) -> Batch:
+    extend = plan.extend_len.astype(np.int64)
+    cached = plan.cached_len.astype(np.int64)
+    ranked = np.array([query.num_rows - len(query.window) for query in queries], dtype=np.int64)
+    counts = extend + ranked
+    starts = np.cumsum(counts) - counts
+    sequence = np.repeat(np.arange(len(queries)), counts)
+    local = np.arange(counts.sum()) - starts[sequence]
+    candidate = local >= extend[sequence]
+    slots = np.where(candidate, (cached + extend)[sequence], cached[sequence] + local)
+    is_read = candidate | (local == extend[sequence] - 1)
+    read_rows = np.flatnonzero(is_read)
+    first_read = np.searchsorted(read_rows, starts)
+    last_read = np.where(extend > 0, first_read, -1)
+    first_candidate = first_read + (extend > 0)
+    attention = AttentionRows(
+        sequence=_tensor(sequence, device),
+        local=_tensor(local, device),
+        visible=_tensor(np.where(candidate, slots, slots + 1), device),
+        candidate=torch.from_numpy(candidate).to(device),
+        rows_per_sequence=pad_rows(int(counts.max(initial=0))),
+        block_tables=_tensor(plan.block_tables, device),
+        shared_blocks=shared_blocks,
+        shared_len=layout.instruction_len,
+    )
+    return Batch(
+        item_rows=_tensor(_item_rows(queries, plan), device),
+        slots=_tensor(slots, device),
+        positions=_tensor(slots + layout.instruction_len, device),
+        attention=attention,
+        stored_rows=_tensor(np.flatnonzero(~candidate), device),
+        slot_mapping=_tensor(plan.slot_mapping, device),
+        read_rows=_tensor(read_rows, device),
+        last_read=last_read,
+        candidate_reads=tuple(slice(int(a), int(a + n)) for a, n in zip(first_candidate, ranked, strict=True)),
+    )
+
+
+def _item_rows(queries: Sequence[Query], plan: CachePlan) -> NDArray[np.int32]:
+    parts = [np.empty(0, np.int32)]
+    for query, cached in zip(queries, plan.cached_len.tolist(), strict=True):
+        parts.append(query.window[cached:])
+        if query.head == "rank" and query.candidates is not None:
+            parts.append(query.candidates)
+    return np.concatenate(parts)
+
+
+def _tensor(array: NDArray[np.integer], device: torch.device) -> Tensor:  # type: ignore[type-arg]
+    return torch.from_numpy(array.astype(np.int64)).to(device)

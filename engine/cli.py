@@ -1,0 +1,199 @@
+"""The `speeder` command. Everything heavy is imported inside the commands, so that `--help` answers at once.
+
+Exit code 0, or 1 with one line on stderr; SPEEDER_DEBUG=1 shows the traceback.
+"""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from speeder_engine.errors import ConfigError, InvalidRequest, SpeederError, SpeederWarning
+
+app = typer.Typer(
+    help="Multimodal LLM recommendation at one token per item: train, evaluate, export, serve.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+export_app = typer.Typer(help="Turn a checkpoint into what production loads.", no_args_is_help=True)
+app.add_typer(export_app, name="export")
+
+Data = Annotated[Path, typer.Argument(help="Data folder: interactions, items, images (see docs/data.md).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Device = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')]
+
+
+@app.command()
+def demo(
+    data: Annotated[Path | None, typer.Option(help="A data folder; without it a small catalogue is made.")] = None,
+    out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo"),
+    recipe: Annotated[str | None, typer.Option(help="Packaged recipe or YAML file.")] = None,
+) -> None:
+    """The whole path in minutes: data, training in stages, export, recommendations, latency, accuracy."""
+    from speeder_engine.demo import run_demo
+
+    run_demo(data, out, recipe)
+
+
+@app.command()
+def train(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
+    recipe: Annotated[str, typer.Option(help="Packaged recipe (demo, small) or YAML file.")] = "small",
+    resume: Annotated[bool, typer.Option(help="Go on from the epoch OUT stopped at.")] = False,
+    min_interactions: Annotated[int, typer.Option(help="k of the k-core.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model on a data folder, stage by stage; the log lies beside OUT."""
+    from speeder_engine.data.dataset import load_dataset
+    from speeder_engine.data.splits import leave_one_out
+    from speeder_engine.training.config import load_recipe
+    from speeder_engine.training.fit import train as fit
+
+    config = load_recipe(recipe)
+    dataset = load_dataset(data, min_interactions=min_interactions)
+    if not as_json:
+        typer.echo(dataset.summary(), err=True)
+    checkpoint = fit(leave_one_out(dataset), config, out, resume=resume)
+    if as_json:
+        typer.echo(json.dumps({"checkpoint": str(out), **checkpoint.metrics}))
+    else:
+        typer.echo(f"checkpoint in {out}; next: speeder export engine {out} ENGINE")
+
+
+@app.command()
+def evaluate(
+    systems: Annotated[list[str], typer.Argument(help="Checkpoints, engine directories or baseline names.")],
+    data: Annotated[Path, typer.Option(help="Data folder.")],
+    part: Annotated[str, typer.Option(help='"test" or "validation".')] = "test",
+    candidates: Annotated[
+        Path | None, typer.Option(help="Frozen candidate lists: read if there, else drawn and written.")
+    ] = None,
+    min_interactions: Annotated[int, typer.Option(help="k of the k-core.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Full ranking and the candidate protocol (1 target, 19 negatives), systems side by side."""
+    from speeder_engine.evaluation.compare import compare, print_reports
+
+    reports = compare(systems, data, part, candidates, min_interactions)
+    if as_json:
+        typer.echo(json.dumps([report.to_json() for report in reports]))
+    else:
+        print_reports(reports)
+
+
+@export_app.command("engine")
+def export_engine(
+    checkpoint: Annotated[Path, typer.Argument(help="A training checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="The engine directory to write.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write an engine directory: adapters merged, weights fused, every item compressed to its token."""
+    from speeder_engine.export.engine_directory import export_engine as export
+
+    parts = export(checkpoint, out)
+    if as_json:
+        typer.echo(json.dumps({"engine": str(out), "revision": parts.revision, "num_items": len(parts.catalogue)}))
+    else:
+        typer.echo(f"engine {parts.revision} with {len(parts.catalogue):,} items in {out}")
+
+
+@app.command()
+def recommend(
+    engine: Annotated[Path, typer.Argument(help="An engine directory.")],
+    history: Annotated[
+        list[str] | None, typer.Option("--history", help="Item ids, oldest first; repeat, or separate by commas.")
+    ] = None,
+    candidates: Annotated[list[str] | None, typer.Option(help="Rank these instead of the whole catalogue.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
+    source: Annotated[Path | None, typer.Option("--input", help="Parquet file with a column `history`.")] = None,
+    target: Annotated[Path | None, typer.Option("--output", help="Parquet file to write.")] = None,
+    skip_unknown: Annotated[bool, typer.Option(help="Skip unknown ids instead of refusing.")] = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Recommend for one history, or for a Parquet file of histories in batches."""
+    from speeder_engine.engine import Engine
+
+    if (source is None) != (target is None):
+        raise ConfigError("recommend: --input and --output go together")
+    if source is not None and (history or candidates):
+        raise ConfigError("recommend: give either --history or --input, not both")
+    # one-off answers need no session cache
+    loaded = Engine.load(engine, device=device, kv_budget="0")
+    on_unknown = "skip" if skip_unknown else "error"
+    if source is not None and target is not None:
+        from speeder_engine.bulk import recommend_file
+
+        count = recommend_file(loaded, source, target, k, on_unknown)  # type: ignore[arg-type]
+        typer.echo(json.dumps({"users": count, "output": str(target)}) if as_json else f"{count:,} users in {target}")
+        return
+    ranking = loaded.recommend(
+        _ids(history), k, candidates=_ids(candidates) if candidates else None, on_unknown=on_unknown  # type: ignore[arg-type]
+    )
+    if as_json:
+        typer.echo(json.dumps({"items": ranking.items, "scores": ranking.scores, "unknown": ranking.unknown}))
+        return
+    for place, (item_id, score) in enumerate(ranking, 1):
+        typer.echo(f"{place:3d}  {item_id}  {score:8.4f}  {loaded.catalogue.title(item_id)}")
+
+
+@app.command()
+def inspect(
+    engine: Annotated[Path, typer.Argument(help="An engine directory.")], as_json: AsJson = False
+) -> None:
+    """What an engine directory holds, and how much memory it will take."""
+    from speeder_engine.inspection import inspect_engine
+
+    summary = inspect_engine(engine)
+    if as_json:
+        typer.echo(json.dumps(summary.to_json()))
+    else:
+        from rich.console import Console
+
+        from speeder_engine.tables import summary_table
+
+        Console().print(summary_table(summary))
+
+
+def _ids(values: list[str] | None) -> list[str]:
+    """`--history a,b --history c` -> a, b, c."""
+    ids = [item_id.strip() for value in values or [] for item_id in value.split(",")]
+    if "" in ids and ids != [""]:
+        raise InvalidRequest("item ids: an empty one between commas; write for example --history 0012,0345")
+    return [item_id for item_id in ids if item_id]
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, SpeederWarning):
+        typer.echo(f"warning: {message}", err=True)
+
+
+def main() -> None:
+    """The entry point: every expected failure is one line and exit code 1."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("speeder_engine").setLevel(logging.INFO)
+    warnings.showwarning = _show_warning
+    try:
+        app(standalone_mode=False)
+    except (SpeederError, click.ClickException) as error:
+        if os.environ.get("SPEEDER_DEBUG") == "1":
+            raise
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        typer.echo(f"error: {message}", err=True)
+        sys.exit(1)
+    except (KeyboardInterrupt, click.Abort):
+        typer.echo("interrupted", err=True)
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("SPEEDER_DEBUG") == "1":
+            raise
+        typer.echo(f"error: {type(error).__name__}: {error}; SPEEDER_DEBUG=1 shows where", err=True)
+        sys.exit(1)

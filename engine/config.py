@@ -1,0 +1,166 @@
+"""Settings as frozen dataclasses: checked when made, JSON in and out, unknown keys refused."""
+
+import dataclasses
+import re
+import types
+from dataclasses import dataclass, field
+from typing import Any, Self, get_args, get_origin, get_type_hints
+
+from speeder_engine.errors import ConfigError
+
+MODALITIES = ("text", "image", "collaborative")
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Base of all settings: `to_json` and `from_json` are inverse, nested settings included."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        check(isinstance(value, dict), f"{cls.__name__}: expected an object, got {type(value).__name__}")
+        hints = get_type_hints(cls)
+        known = {f.name for f in dataclasses.fields(cls) if f.init}
+        unknown = sorted(set(value) - known)
+        check(not unknown, f"{cls.__name__}: unknown keys {unknown}; known are {sorted(known)}")
+        try:
+            return cls(**{name: _typed(hints[name], item, f"{cls.__name__}.{name}") for name, item in value.items()})
+        except TypeError as error:
+            raise ConfigError(f"{cls.__name__}: {error}") from None
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """`value` out of JSON as `hint` wants it: nested settings, tuples; numbers and strings are checked."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType,) and value is None:
+        return None
+    if origin is types.UnionType:
+        return _typed(next(arg for arg in args if arg is not types.NoneType), value, where)
+    if isinstance(hint, type) and issubclass(hint, Config):
+        return hint.from_json(value)
+    if origin is tuple:
+        check(isinstance(value, list | tuple), f"{where}: expected a list, got {value!r}")
+        return tuple(_typed(args[0], item, where) for item in value)
+    if origin is dict:
+        check(isinstance(value, dict), f"{where}: expected an object, got {value!r}")
+        return {key: _typed(args[1], item, where) for key, item in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    check(right, f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class DecoderConfig(Config):
+    """The shape of a Llama-family decoder, in the words of its Hugging Face config."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float = 1e-6
+    attention_scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+            check(getattr(self, name) > 0, f"DecoderConfig.{name} must be positive, is {getattr(self, name)}")
+        check(self.num_heads % self.num_kv_heads == 0, "DecoderConfig: num_heads must be a multiple of num_kv_heads")
+        check(self.head_dim % 2 == 0, "DecoderConfig.head_dim must be even (rotary positions turn pairs)")
+
+
+@dataclass(frozen=True)
+class CompressorConfig(Config):
+    """MRC: which modalities, how wide their features are, and how their experts are mixed."""
+
+    modalities: dict[str, int]  # name -> width of its feature vectors
+    hidden_size: int
+    temperature: float = 1.0
+    scale: float = 1.0  # root mean square of one element of the backbone's embedding rows
+
+    def __post_init__(self) -> None:
+        check(bool(self.modalities), "CompressorConfig: at least one modality is needed")
+        strange = sorted(set(self.modalities) - set(MODALITIES))
+        check(not strange, f"CompressorConfig: unknown modalities {strange}; known are {list(MODALITIES)}")
+        check(all(width > 0 for width in self.modalities.values()), "CompressorConfig: feature widths must be positive")
+        check(self.temperature > 0, f"CompressorConfig.temperature must be positive, is {self.temperature}")
+        check(self.scale > 0, f"CompressorConfig.scale must be positive, is {self.scale}")
+
+
+@dataclass(frozen=True)
+class PromptConfig(Config):
+    """The one layout of all prompts: instruction, then a window over the history that slides in steps."""
+
+    instruction: str
+    instruction_ids: tuple[int, ...]
+    window: int = 50
+    window_step: int = 10
+
+    def __post_init__(self) -> None:
+        check(len(self.instruction_ids) > 0, "PromptConfig.instruction_ids: the instruction can't be empty")
+        check(self.window >= 1, f"PromptConfig.window must be at least 1, is {self.window}")
+        step = f"PromptConfig.window_step must be within 1..window ({self.window}), is {self.window_step}"
+        check(1 <= self.window_step <= self.window, step)
+
+
+@dataclass(frozen=True)
+class HeadsConfig(Config):
+    """What the model answers with. `rank_residual` adds the retrieve score to a candidate's own head."""
+
+    rank: bool = True
+    rank_residual: bool = True
+    prior: bool = True
+
+
+@dataclass(frozen=True)
+class ModelConfig(Config):
+    """Everything that decides what a trained model computes."""
+
+    decoder: DecoderConfig
+    compressor: CompressorConfig
+    prompt: PromptConfig
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
+
+    def __post_init__(self) -> None:
+        wide, narrow = self.decoder.hidden_size, self.compressor.hidden_size
+        check(wide == narrow, f"ModelConfig: item tokens are {narrow} wide, the decoder's embeddings {wide}")
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(size: str | int, where: str = "kv_budget") -> int:
+    """`"1GiB"`, `"300MB"`, `"0"` or a plain number as bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if not found or found[2].lower() not in _UNITS:
+        raise ConfigError(f'{where}: {size!r} is no size; write for example "512MiB", "2GiB" or "0"')
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+@dataclass(frozen=True)
+class EngineConfig(Config):
+    """How an engine runs: where, in which precision, and how much it may hold and compute at once."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    kv_budget: str = "1GiB"
+    block_size: int = 16
+    max_batch_users: int = 64
+    max_batch_rows: int = 4096
+
+    def __post_init__(self) -> None:
+        parse_bytes(self.kv_budget)
+        dtypes = ("auto", "float32", "bfloat16", "float16")
+        check(self.dtype in dtypes, f"EngineConfig.dtype: {self.dtype!r} is not one of {', '.join(dtypes)}")
+        for name in ("block_size", "max_batch_users", "max_batch_rows"):
+            check(getattr(self, name) > 0, f"EngineConfig.{name} must be positive, is {getattr(self, name)}")

@@ -1,0 +1,128 @@
+"""Who took what, and when: one table read from any supported file. Knows no catalogue."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from speeder_engine.data.columns import Columns
+from speeder_engine.data.ids import IdColumn, id_text
+from speeder_engine.data.tables import column_names, read_columns, read_jsonl, table_format
+from speeder_engine.errors import DataError
+
+AMAZON_ITEM = "parent_asin"
+# the year 5138 in seconds, but 1973 in milliseconds
+LATEST_SECOND = 10**11
+
+
+@dataclass(frozen=True, eq=False)
+class Interactions:
+    """Rows in the order of the file; `times` are whole Unix seconds, None where the file has no time."""
+
+    users: IdColumn
+    items: IdColumn
+    times: NDArray[np.int64] | None
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.users), len(self.items)} | ({len(self.times)} if self.times is not None else set())
+        if len(lengths) != 1:
+            raise DataError(f"interactions: columns of unequal lengths {sorted(lengths)}")
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @property
+    def user_ids(self) -> NDArray[np.str_]:
+        return self.users.ids
+
+    @property
+    def item_ids(self) -> NDArray[np.str_]:
+        return self.items.ids
+
+
+def read_interactions(path: Path | str, columns: Columns | None = None) -> Interactions:
+    """Reads Parquet, CSV, JSONL (both also .gz), RecBole `.inter` and the two Amazon Reviews 2023 formats.
+
+    Ids stay strings with their leading zeros, whole numbers become their decimals; ratings are ignored: every
+    interaction counts. DataError for a missing column, an empty id, a missing or unreadable time, a file of no rows.
+    """
+    path, columns = Path(path), columns or Columns()
+    found = column_names(path)
+    user, item = columns.find("user", found, path), columns.find("item", found, path)
+    time = columns.find_optional("time", found, path)
+    unit = columns.time_unit or ("ms" if item == AMAZON_ITEM else "s")
+    table = (_from_jsonl if table_format(path) == "jsonl" else _from_table)(path, user, item, time)
+    if table.num_rows == 0:
+        raise DataError(f"{path}: no interactions in it")
+    users = IdColumn.from_arrow(table.column(0), f"{path}: column {user!r}")
+    items = IdColumn.from_arrow(table.column(1), f"{path}: column {item!r}")
+    return Interactions(users, items, _seconds(table.column(2), unit, f"{path}, column {time!r}") if time else None)
+
+
+def _from_table(path: Path, user: str, item: str, time: str | None) -> pa.Table:
+    return read_columns(path, [user, item, *([time] if time else [])])
+
+
+def _from_jsonl(path: Path, user: str, item: str, time: str | None) -> pa.Table:
+    users, items, times = list[str](), list[str](), list[float]()
+    for number, record in read_jsonl(path):
+        where = f"{path}, line {number}"
+        users.append(id_text(record.get(user), f"{where}: {user}"))
+        items.append(id_text(record.get(item), f"{where}: {item}"))
+        if time:
+            times.append(_number(record.get(time), f"{where}: {time}"))
+    arrays = [pa.array(users, pa.large_string()), pa.array(items, pa.large_string())]
+    timed = [pa.array(times, pa.float64())] if time else []
+    return pa.table(arrays + timed, names=[user, item, *([time] if time else [])])
+
+
+def _number(value: object, where: str) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53:
+        return float(value)
+    raise DataError(f"{where} is {value!r}; a number is needed (Unix time)")
+
+
+def _seconds(column: pa.ChunkedArray, unit: Literal["s", "ms"], where: str) -> NDArray[np.int64]:
+    """Whole Unix seconds, rounded down, from plain numbers in `unit` or from Arrow timestamps and dates."""
+    if column.null_count:
+        raise DataError(f"{where}, row {_first(column.is_null()) + 1}: no time; drop the row or give it one")
+    if pa.types.is_string(column.type):
+        column = _parsed(column, where)
+    dtype = column.type
+    if pa.types.is_timestamp(dtype) or pa.types.is_date(dtype):
+        values, unit = column.cast(pa.timestamp("ms"), safe=False).cast(pa.int64()).to_numpy(), "ms"
+    elif pa.types.is_integer(dtype) or pa.types.is_floating(dtype):
+        values = column.to_numpy()
+    else:
+        raise DataError(f"{where}: {dtype} is no time; numbers (Unix time) or timestamps are needed")
+    if not np.isfinite(values).all():
+        raise DataError(f"{where}, row {int((~np.isfinite(values)).argmax()) + 1}: the time is not finite")
+    seconds = values // (1000 if unit == "ms" else 1)
+    if max(int(seconds.max()), -int(seconds.min())) > LATEST_SECOND:
+        worst = seconds[np.abs(seconds).argmax()]
+        raise DataError(f"{where}: {worst:.0f} s is past the year 5000; are these Columns(time_unit='ms')?")
+    return np.asarray(seconds, dtype=np.int64)
+
+
+def _parsed(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """Text as float64."""
+    try:
+        return column.cast(pa.float64())
+    except pa.ArrowInvalid:
+        bad = next(row for row, text in enumerate(column) if not _is_number(text))
+        raise DataError(f"{where}, row {bad + 1}: {column[bad].as_py()!r} is no number; Unix time is needed") from None
+
+
+def _is_number(text: pa.StringScalar) -> bool:
+    try:
+        text.cast(pa.float64())
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _first(mask: Any) -> int:
+    return int(np.asarray(mask).argmax())

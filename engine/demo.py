@@ -1,0 +1,140 @@
+"""`speeder demo`: the whole path on a small made catalogue or on a data folder, trained anew each time."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from speeder_engine.data.candidates import CandidateLists, frozen_candidates
+from speeder_engine.data.dataset import Dataset, load_dataset
+from speeder_engine.data.splits import Queries, Split, leave_one_out
+from speeder_engine.engine import Engine
+
+from speeder_engine.evaluation.baselines import BASELINES
+from speeder_engine.evaluation.engine_scorer import EngineScorer
+from speeder_engine.evaluation.protocols import evaluate
+from speeder_engine.evaluation.report import Report, report_table
+from speeder_engine.export.engine_directory import export_engine
+from speeder_engine.synthetic import write_synthetic_dataset
+from speeder_engine.tables import latency_table, recommendation_table
+from speeder_engine.training.config import load_recipe
+from speeder_engine.training.fit import train
+
+NUM_SHOWN = 3
+NUM_TIMED = 200
+NUM_CANDIDATES = 20
+
+
+@dataclass
+class Steps:
+    """Names and times the demo's steps."""
+
+    console: Console
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        self.console.rule(f"[bold]{name}")
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+    def table(self) -> Table:
+        table = Table("step", "seconds")
+        table.columns[1].justify = "right"
+        for name, seconds in self.seconds.items():
+            table.add_row(name, f"{seconds:.1f}")
+        table.add_section()
+        table.add_row("all", f"{sum(self.seconds.values()):.1f}")
+        return table
+
+
+def run_demo(data: Path | None, out: Path, recipe: str | None = None) -> None:
+    """Writes `out`/checkpoint, `out`/engine and, without `data`, `out`/data; prints tables on stdout."""
+    console = Console()
+    steps = Steps(console)
+    with steps.step("data"):
+        dataset = load_dataset(data or _fresh_data(out / "data"))
+        console.print(dataset.summary(), markup=False, highlight=False)
+        split = leave_one_out(dataset)
+    checkpoint, engine_dir = out / "checkpoint", out / "engine"
+    with steps.step("training"):
+        config = load_recipe(recipe or ("demo" if data is None else "demo-data"))
+        train(split, config, checkpoint, cache_dir=out / "features")
+    with steps.step("export"):
+        parts = export_engine(checkpoint, engine_dir)
+        console.print(f"engine {parts.revision} with {len(parts.catalogue):,} items in {engine_dir}", highlight=False)
+    with steps.step("recommendations"):
+        engine = Engine.load(engine_dir)
+        queries = split.queries("test")
+        lists = frozen_candidates(out / "candidates.parquet", dataset, queries)
+        show_users(console, engine, dataset, queries)
+    with steps.step("latency"):
+        console.print(latency_table(time_requests(engine, dataset, queries)))
+    with steps.step("accuracy on the test items"):
+        console.print(report_table(measure(engine, split, queries, lists)))
+    console.rule("[bold]time")
+    console.print(steps.table())
+
+
+def _fresh_data(folder: Path) -> Path:
+    if folder.exists():
+        shutil.rmtree(folder)
+    return write_synthetic_dataset(folder)
+
+
+def show_users(console: Console, engine: Engine, dataset: Dataset, queries: Queries) -> None:
+    """Three users with histories of middling length: what they took, what the engine recommends."""
+    lengths = np.diff(queries.offsets)
+    for q in np.argsort(np.abs(lengths - 10), kind="stable")[:NUM_SHOWN].tolist():
+        history = [dataset.item_ids[row] for row in queries.history(q)]
+        ranking = engine.recommend(history, k=10)
+        target = dataset.items.titles[queries.targets[q]]
+        console.print(recommendation_table(f"user {dataset.user_ids[queries.users[q]]}", history, ranking, engine.catalogue))
+        console.print(f"took next: {target}", markup=False, highlight=False)
+
+
+def time_requests(engine: Engine, dataset: Dataset, queries: Queries) -> dict[str, list[float]]:
+    """Seconds a request, the kinds of request interleaved user by user."""
+    rng = np.random.default_rng(0)
+    timings: dict[str, list[float]] = {
+        "cold user": [],
+        "warm session, one new item": [],
+        "warm session, nothing new": [],
+        f"warm session, {NUM_CANDIDATES} candidates ranked": [],
+    }
+    cold, appended, repeated, ranked = timings.values()
+    for q in rng.permutation(len(queries))[: NUM_TIMED + 10].tolist():
+        history = [dataset.item_ids[row] for row in queries.history(q)]
+        few = rng.choice(dataset.num_items, min(NUM_CANDIDATES, dataset.num_items), replace=False)
+        candidates = [dataset.item_ids[row] for row in few]
+        user = f"timed {q}"
+        cold.append(_seconds(lambda h=history: engine.recommend(h)))  # type: ignore[misc]
+        engine.recommend(history[:-1], user_id=user)
+        appended.append(_seconds(lambda h=history, u=user: engine.recommend(h, user_id=u)))  # type: ignore[misc]
+        repeated.append(_seconds(lambda h=history, u=user: engine.recommend(h, user_id=u)))  # type: ignore[misc]
+        ranked.append(
+            _seconds(lambda h=history, u=user, c=candidates: engine.recommend(h, user_id=u, candidates=c))  # type: ignore[misc]
+        )
+        engine.close_session(user)
+    return {name: seconds[10:] or seconds for name, seconds in timings.items()}  # the first ones warm the machine up
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def measure(engine: Engine, split: Split, queries: Queries, lists: CandidateLists) -> list[Report]:
+    """The engine beside the classical baselines on the same queries and lists."""
+    systems = [EngineScorer(engine, split.dataset.item_ids)]
+    named = [name for name in BASELINES if split.train.times is not None or name != "recent_popularity"]
+    baselines = [BASELINES[name](split.train, split.dataset.num_items) for name in named]
+    return [evaluate(system, queries, lists) for system in [*systems, *baselines]]

@@ -1,0 +1,239 @@
+"""Engine: catalogue, cache, runner and heads put together. `step` reads as the way of the data."""
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from speeder_engine.batch import Batch, make_batch
+from speeder_engine.cache import CachePlan, KVCache
+from speeder_engine.catalogue import Catalogue
+from speeder_engine.config import EngineConfig
+from speeder_engine.errors import ConfigError, InvalidRequest
+from speeder_engine.parts import EngineParts
+from speeder_engine.prompt import PromptLayout
+from speeder_engine.query import Query, resolve
+from speeder_engine.request import Head, OnUnknown, Ranking, Request
+from speeder_engine.runner import ModelRunner
+from speeder_engine.scheduler import cut_into_steps
+from speeder_engine.scorer import HeadScorer, Scored
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine has done since it was loaded."""
+
+    requests: int
+    rows_computed: int  # rows of forward passes, candidates included
+    positions_reused: int  # history positions answered from sessions
+    num_sessions: int
+    evictions: int
+    kv_bytes: int
+
+
+class Engine:
+    """Serves one engine directory. `Engine.load` makes one; every method may be called from several threads."""
+
+    def __init__(self, parts: EngineParts, config: EngineConfig | None = None) -> None:
+        self.config = config or EngineConfig()
+        device = pick_device(self.config.device)
+        dtype = pick_dtype(self.config.dtype, device)
+        self.parts = parts
+        self.layout = PromptLayout(parts.config.prompt)
+        self.model = parts.model.to(device, dtype)
+        self.catalogue = parts.catalogue.to(device, dtype)
+        self.device = device
+        self._cache = KVCache(self.config, parts.config.decoder, self.layout, device, dtype)
+        self._runner = ModelRunner(self.model, self._cache)
+        self._scorer = HeadScorer(self.model, self.catalogue)
+        self._lock = threading.Lock()
+        self._num_requests = 0
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str = "auto", dtype: str = "auto", kv_budget: str = "1GiB") -> "Engine":
+        """Reads and verifies an engine directory.
+
+        device: "auto", "cpu", "cuda" or "cuda:1". dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), "float32",
+        "bfloat16", "float16". kv_budget: bytes that sessions may keep ("1GiB", "200MB"); "0" switches the cache off.
+        Raises ArtifactError for a path that is no whole engine directory, ConfigError for settings that can't be.
+        """
+        config = EngineConfig(device=device, dtype=dtype, kv_budget=kv_budget)
+        return cls(EngineParts.load(Path(path)), config)
+
+    def recommend(
+        self,
+        history: Sequence[str],
+        k: int = 10,
+        *,
+        user_id: str | None = None,
+        candidates: Sequence[str] | None = None,
+        head: Head | None = None,
+        exclude_seen: bool = True,
+        allow: Sequence[str] | None = None,
+        deny: Sequence[str] | None = None,
+        history_offset: int = 0,
+        on_unknown: OnUnknown = "error",
+    ) -> Ranking:
+        """The k best next items after `history` (item ids, oldest first); `Request` describes every argument.
+
+        Raises UnknownItem or InvalidRequest before anything is computed.
+        """
+        request = Request(
+            history,
+            k,
+            user_id=user_id,
+            candidates=candidates,
+            head=head,
+            exclude_seen=exclude_seen,
+            allow=allow,
+            deny=deny,
+            history_offset=history_offset,
+            on_unknown=on_unknown,
+        )
+        return self.recommend_many([request])[0]
+
+    def recommend_many(self, requests: Iterable[Request]) -> list[Ranking]:
+        """Answers in the order of the requests, in as few steps as the row budget allows.
+
+        All requests are checked before the first is computed.
+        """
+        asked = list(requests)
+        for request in asked:
+            if not isinstance(request, Request):
+                raise InvalidRequest(f"recommend_many: expected Requests, got {type(request).__name__}")
+        with self._lock:
+            queries = [self._resolve(request) for request in asked]
+            rankings: list[Ranking] = []
+            for part in cut_into_steps([query.num_rows for query in queries], self.config):
+                rankings += self.step(queries[part])
+            return rankings
+
+    def step(self, queries: Sequence[Query]) -> list[Ranking]:
+        """One forward pass over these queries; a failure leaves every session as it was."""
+        with self._forward(queries) as (last_hidden, candidate_hidden):
+            scored = self._scorer.score(queries, last_hidden, candidate_hidden)
+        self._num_requests += len(queries)
+        return [self._ranking(query, result) for query, result in zip(queries, scored, strict=True)]
+
+    def user_vector(self, history: Sequence[str]) -> NDArray[np.float32]:
+        """[d]: its dot product with an item's vector is that item's retrieve score, prior aside."""
+        return self.user_vectors([Request(history)])[0]
+
+    def user_vectors(self, requests: Iterable[Request]) -> NDArray[np.float32]:
+        """[B, d] in the order of the requests; their sessions are used and extended."""
+        asked = list(requests)
+        with self._lock:
+            queries = [self._resolve(Request(r.history, user_id=r.user_id, on_unknown=r.on_unknown)) for r in asked]
+            vectors = [np.zeros((0, self.catalogue.tokens.shape[1]), np.float32)]
+            for part in cut_into_steps([query.num_rows for query in queries], self.config):
+                with self._forward(queries[part]) as (last_hidden, _):
+                    vectors.append(self._to_numpy(self._scorer.user_vectors(last_hidden)))
+            return np.concatenate(vectors)
+
+    def item_vectors(self, ids: Sequence[str]) -> NDArray[np.float32]:
+        """Item tokens [n, d] of these ids."""
+        rows = self.catalogue.rows(Request(ids).history, "item_vectors")
+        return self._to_numpy(self.catalogue.tokens[torch.from_numpy(rows.astype(np.int64)).to(self.device)])
+
+    def similar_items(self, item_id: str, k: int = 10) -> Ranking:
+        """The k items whose tokens are nearest by cosine, the item itself left out."""
+        request = Request([item_id], k)
+        row = int(self.catalogue.rows(request.history, "similar_items")[0])
+        tokens = torch.nn.functional.normalize(self.catalogue.tokens.float(), dim=1)
+        scores = (tokens @ tokens[row]).masked_fill(~self.catalogue.available, float("-inf"))
+        scores[row] = float("-inf")
+        count = min(k, int(torch.isfinite(scores).sum()))
+        values, rows = scores.topk(count)
+        items = tuple(self.catalogue.item_ids[i] for i in rows.tolist())
+        return Ranking(items, tuple(values.tolist()))
+
+    def close_session(self, user_id: str) -> bool:
+        """Forgets a user's keys and values; true if there were any."""
+        return bool(self._cache.manager.close(user_id))
+
+    def stats(self) -> EngineStats:
+        counts = self._cache.manager.stats()
+        return EngineStats(
+            requests=self._num_requests,
+            rows_computed=self._runner.rows_computed,
+            positions_reused=counts["positions_reused"],
+            num_sessions=counts["num_sessions"],
+            evictions=counts["evictions"],
+            kv_bytes=self._cache.num_bytes,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises if the cache's books disagree; for tests and debugging."""
+        self._cache.manager.check_integrity()
+
+    def _resolve(self, request: Request) -> Query:
+        return resolve(request, self.catalogue, self.layout)
+
+    @contextmanager
+    def _forward(self, queries: Sequence[Query]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Plans and runs a step; yields h(last) [B, d] and each query's candidates' hidden states [C, d].
+
+        The step is a transaction: sessions take it over when the body ends well, and are as they were if it raises.
+        """
+        keys = [self.catalogue.keys(query.window) for query in queries]
+        plan = self._cache.plan([query.request.user_id for query in queries], keys)
+        try:
+            batch = make_batch(queries, plan, self.layout, self._cache.shared_blocks, self.device)
+            self._cache.copy_blocks(plan.copies)
+            hidden = self._runner.forward(batch, self.catalogue.tokens)
+            last_hidden = self._last_hidden(queries, plan, batch, hidden)
+            yield last_hidden, [hidden[part] for part in batch.candidate_reads]
+        except BaseException:
+            self._cache.release(plan)
+            raise
+        self._cache.keep_last_hidden(plan, last_hidden)
+        self._cache.commit(plan)
+
+    def _last_hidden(self, queries: Sequence[Query], plan: CachePlan, batch: Batch, hidden: Tensor) -> Tensor:
+        """h(last) [B, d]: just computed, or kept with an unchanged session, or the instruction's own."""
+        last = []
+        for b, query in enumerate(queries):
+            if batch.last_read[b] >= 0:
+                last.append(hidden[int(batch.last_read[b])])
+            elif len(query.window) == 0:
+                last.append(self._runner.instruction_hidden[0])
+            else:
+                last.append(self._cache.last_hidden[int(plan.session_slots[b])])
+        return torch.stack(last)
+
+    def _ranking(self, query: Query, scored: Scored) -> Ranking:
+        rows, scores = scored
+        return Ranking(tuple(self.catalogue.item_ids[row] for row in rows), tuple(scores), query.unknown)
+
+    @staticmethod
+    def _to_numpy(tensor: Tensor) -> NDArray[Any]:
+        return tensor.float().cpu().numpy()
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: {name!r} is no device; choose 'auto', 'cpu' or 'cuda'") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: {name!r} is not supported; choose 'auto', 'cpu' or 'cuda'")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: {name!r} was asked for, but no CUDA device is usable here; use device='cpu'")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]

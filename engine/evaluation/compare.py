@@ -1,0 +1,72 @@
+"""Systems side by side on one data folder: checkpoints, engine directories and baselines, by name."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from speeder_engine.artifact import MANIFEST as ENGINE_MANIFEST
+from speeder_engine.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
+from speeder_engine.checkpoint import Checkpoint
+from speeder_engine.data.candidates import draw_candidates, frozen_candidates
+from speeder_engine.data.dataset import load_dataset
+from speeder_engine.data.splits import FROM_END, Split, leave_one_out
+from speeder_engine.engine import Engine
+from speeder_engine.errors import ConfigError, DataError
+from speeder_engine.evaluation.baselines import BASELINES
+from speeder_engine.evaluation.engine_scorer import EngineScorer
+from speeder_engine.evaluation.model_scorer import ModelScorer
+from speeder_engine.evaluation.protocols import evaluate
+from speeder_engine.evaluation.report import Report, report_table
+from speeder_engine.evaluation.scorer import Scorer
+
+
+def compare(
+    systems: Sequence[str], data: Path, part: str = "test", candidates: Path | None = None, min_interactions: int = 5
+) -> list[Report]:
+    """One report a system, all on the same queries and candidate lists.
+
+    candidates: a file of frozen lists, drawn and written if it isn't there; None draws the same lists without keeping
+    them. Raises ConfigError for a system that is neither a folder of ours nor a baseline.
+    """
+    if part not in FROM_END:
+        raise ConfigError(f"part: {part!r}; choose {' or '.join(FROM_END)}")
+    for system in systems:
+        _check_system(system)
+    split = leave_one_out(load_dataset(data, min_interactions=min_interactions))
+    queries = split.queries("test" if part == "test" else "validation")
+    lists = draw_candidates(split.dataset, queries)
+    if candidates is not None:
+        lists = frozen_candidates(candidates, split.dataset, queries)
+    return [evaluate(scorer, queries, lists) for scorer in scorers(systems, split)]
+
+
+def scorers(systems: Sequence[str], split: Split) -> Iterator[Scorer]:
+    """Loaded or fitted one after another, so that only one model is in memory at a time."""
+    for system in systems:
+        yield _scorer(system, split)
+
+
+def print_reports(reports: Sequence[Report]) -> None:
+    Console().print(report_table(reports))
+
+
+def _check_system(system: str) -> None:
+    path = Path(system)
+    if system not in BASELINES and not any((path / name).is_file() for name in (ENGINE_MANIFEST, CHECKPOINT_MANIFEST)):
+        known = ", ".join(BASELINES)
+        raise ConfigError(f"{system}: neither a checkpoint nor an engine directory nor a baseline ({known})")
+
+
+def _scorer(system: str, split: Split) -> Scorer:
+    dataset, path = split.dataset, Path(system)
+    if system in BASELINES:
+        return BASELINES[system](split.train, dataset.num_items)
+    if (path / ENGINE_MANIFEST).is_file():
+        return EngineScorer(Engine.load(path, kv_budget="0"), dataset.item_ids, name=system)
+    checkpoint = Checkpoint.load(path)
+    if checkpoint.table.item_ids != dataset.item_ids:
+        raise DataError(f"{path}: was trained on other items than {dataset.name} has; evaluate on its own data")
+    prior = torch.from_numpy(checkpoint.table.prior)
+    return ModelScorer(checkpoint.model, checkpoint.item_tokens(), prior, name=system)

@@ -1,0 +1,48 @@
+"""Scores with a loaded Engine, through the same requests its users send."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speeder_engine.data.splits import Queries
+from speeder_engine.engine import Engine
+from speeder_engine.errors import DataError, name_some
+from speeder_engine.request import Request
+
+
+class EngineScorer:
+    """The `Scorer` of an engine on a dataset whose items, in row order, are `item_ids`."""
+
+    uses_time = False
+
+    def __init__(self, engine: Engine, item_ids: tuple[str, ...], name: str = "speeder") -> None:
+        missing = [item_id for item_id in item_ids if item_id not in engine.catalogue]
+        if missing:
+            raise DataError(f"evaluation: the engine doesn't know {name_some(missing)}; evaluate on the data it serves")
+        self.name = name
+        self.engine = engine
+        self.item_ids = item_ids
+        rows = engine.catalogue.rows(item_ids, "evaluation")
+        self.vectors = engine.item_vectors(item_ids)
+        beta = float(engine.model.retrieve.beta)
+        self.prior = beta * engine.catalogue.prior[rows.astype(np.int64)].float().cpu().numpy()
+
+    def scores(self, queries: Queries) -> NDArray[np.float32]:
+        vectors = self.engine.user_vectors(Request(self._ids(queries.history(q))) for q in range(len(queries)))
+        scores: NDArray[np.float32] = vectors @ self.vectors.T + self.prior
+        return scores
+
+    def candidate_scores(self, queries: Queries, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
+        """By the engine's `rank`; an item it doesn't rank has -inf."""
+        count = candidates.shape[1]
+        requests = [
+            Request(self._ids(queries.history(q)), count, candidates=self._ids(candidates[q]))
+            for q in range(len(queries))
+        ]
+        scores = np.full(candidates.shape, -np.inf, np.float32)
+        for q, ranking in enumerate(self.engine.recommend_many(requests)):
+            found = dict(ranking)
+            scores[q] = [found.get(item_id, -np.inf) for item_id in requests[q].candidates or ()]
+        return scores
+
+    def _ids(self, rows: NDArray[np.int32]) -> list[str]:
+        return [self.item_ids[row] for row in rows]

@@ -1,0 +1,215 @@
+"""Writing files and folders so that a reader sees the old state or the new one, never half of either.
+
+A writer works in a hidden sibling, `.name.xxxxxxxx.tmp`, which it keeps locked: what a killed run left behind is the
+unlocked ones, and the next write of the same target removes them. Every failure to write is one ArtifactError.
+"""
+
+import ctypes
+import errno
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from speeder_engine.errors import ArtifactError
+
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
+LOOK_ELSEWHERE = "choose another place or change its permissions"
+REMEDIES = {
+    errno.ENOSPC: "free some space or choose another disk",
+    errno.EDQUOT: "free some space or choose another disk",
+    errno.EFBIG: "raise the file size limit or choose another disk",
+    errno.EACCES: LOOK_ELSEWHERE,
+    errno.EPERM: LOOK_ELSEWHERE,
+    errno.EROFS: LOOK_ELSEWHERE,
+    errno.EEXIST: "a file stands where a parent folder must be",
+    errno.ENOTDIR: "a file stands where a parent folder must be",
+    errno.EBUSY: "it is a mount point: choose a folder inside it",
+    errno.EXDEV: "it is a mount point or part of an image layer: choose a folder inside it, or remove it first",
+}
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def sha256_file(path: Path) -> str:
+    """The file's SHA-256 as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_path(path: Path) -> None:
+    """Flushes a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes beside `path`, syncs, then renames onto it. A link is followed; missing parents are made."""
+    with _explained(path):
+        target = Path(os.path.realpath(path))
+        if target.is_dir():
+            raise ArtifactError(f"{path}: a folder stands where a file must go; remove it or choose another name")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _sibling(target, _make_file) as beside:
+            beside.write_bytes(content)
+            sync_path(beside)
+            beside.replace(target)
+        sync_path(target.parent)
+        _remove_stale(target)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of indented UTF-8 JSON; NaN and infinities, which are not JSON, raise ValueError."""
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+@contextmanager
+def replace_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty sibling folder to fill; on success it is synced and takes `target`'s place, else it is removed.
+
+    An existing `target` is exchanged for it in one step, so that the path names a complete folder at every moment.
+    Where the file system can't exchange, two renames do it: a kill between them leaves the old folder as
+    `.name.xxxxxxxx.old`. A link is followed. Raises ArtifactError when `target` is a file or can't be written.
+    """
+    with _explained(target):
+        place = Path(os.path.realpath(target))
+        if os.path.lexists(place) and not place.is_dir():
+            raise ArtifactError(f"{target}: a file stands where a folder must go; remove it or choose another name")
+        place.parent.mkdir(parents=True, exist_ok=True)
+    with _explained(target, STORAGE_ERRORS), _sibling(place, _make_folder) as beside:
+        yield beside
+        with _explained(target):
+            for path in sorted(beside.rglob("*")):
+                sync_path(path)
+            sync_path(beside)
+            _put(beside, place)
+            sync_path(place.parent)
+    _remove_stale(place)
+
+
+@contextmanager
+def _explained(target: Path, codes: tuple[int, ...] | None = None) -> Iterator[None]:
+    """Turns a system error (with `codes`: only these) into the one line that says what to do about it."""
+    try:
+        yield
+    except Exception as error:
+        code = _system_code(error)
+        if code is None or (codes is not None and code not in codes):
+            raise
+        remedy = REMEDIES.get(code, "choose another place")
+        raise ArtifactError(f"{target}: can't be written: {os.strerror(code)}; {remedy}") from error
+
+
+def _system_code(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    # safetensors tells a full disk in words only
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
+
+
+@contextmanager
+def _sibling(target: Path, make: Callable[[Path], int]) -> Iterator[Path]:
+    """A new locked sibling of `target`; whatever bears its name at the end (a failed write, the old folder) goes."""
+    with _explained(target):
+        beside, descriptor = _claim(target, make)
+    try:
+        yield beside
+    finally:
+        _remove(beside)
+        os.close(descriptor)
+
+
+def _claim(target: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+    while True:
+        beside = target.with_name(f".{target.name}.{uuid4().hex[:8]}.tmp")
+        descriptor = make(beside)
+        _lock(descriptor, wait=True)
+        # another writer may have taken it for a leftover before it was locked
+        if beside.exists() and os.path.samestat(beside.stat(), os.fstat(descriptor)):
+            return beside, descriptor
+        os.close(descriptor)
+
+
+def _make_file(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _make_folder(path: Path) -> int:
+    path.mkdir()
+    return os.open(path, os.O_RDONLY)
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool:
+    """False when a live writer holds it, or when the file system knows no locks: then nothing counts as stale."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+def _put(beside: Path, target: Path) -> None:
+    if not target.exists():
+        beside.rename(target)
+    elif not _exchange(beside, target):
+        _rename_twice(beside, target)
+
+
+def _exchange(left: Path, right: Path) -> bool:
+    """Swaps two paths in one step (Linux renameat2); False where the system or the file system can't."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(AT_FDCWD, os.fsencode(left), AT_FDCWD, os.fsencode(right), RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(right))
+
+
+def _rename_twice(beside: Path, target: Path) -> None:
+    aside = beside.with_suffix(".old")
+    descriptor = os.open(target, os.O_RDONLY)
+    try:
+        _lock(descriptor, wait=True)
+        target.rename(aside)
+        try:
+            beside.rename(target)
+        except BaseException:
+            aside.rename(target)
+            raise
+        _remove(aside)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_stale(target: Path) -> None:
+    pattern = f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}"
+    for leftover in [*target.parent.glob(f"{pattern}.tmp"), *target.parent.glob(f"{pattern}.old")]:
+        with suppress(OSError):
+            descriptor = os.open(leftover, os.O_RDONLY)
+            try:
+                if _lock(descriptor, wait=False):
+                    _remove(leftover)
+            finally:
+                os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

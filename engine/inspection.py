@@ -1,0 +1,70 @@
+"""What an engine directory holds and what it will take to serve it, from its verified manifest and settings alone."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from speeder_engine.artifact import read_artifact
+from speeder_engine.config import EngineConfig, ModelConfig, parse_bytes
+from speeder_engine.parts import WEIGHTS_FILE
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class EngineSummary:
+    """Sizes in bytes; `memory` by dtype is weights and item tokens, the KV budget on top."""
+
+    path: str
+    revision: str
+    num_items: int
+    instruction: str
+    instruction_len: int
+    window: int
+    window_step: int
+    modalities: tuple[str, ...]
+    heads: tuple[str, ...]
+    decoder: dict[str, Any]
+    num_parameters: int
+    disk_bytes: int
+    files: dict[str, int]
+    kv_bytes_per_position: dict[str, int]
+    kv_bytes_per_user: dict[str, int]  # a full window, in whole blocks
+    memory: dict[str, int]
+    users_per_gib: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect_engine(path: Path) -> EngineSummary:
+    """Raises ArtifactError for anything but a whole engine directory."""
+    artifact = read_artifact(path)
+    config = ModelConfig.from_json(artifact.manifest["model"])
+    decoder, prompt = config.decoder, config.prompt
+    num_items = int(artifact.manifest["limits"]["num_items"])
+    # directories are written in fp32; four bytes an element, headers aside
+    num_parameters = artifact.file(WEIGHTS_FILE).stat().st_size // 4
+    elements = num_parameters + num_items * decoder.hidden_size
+    position = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
+    block_size = EngineConfig().block_size
+    per_user = -(-prompt.window // block_size) * block_size * position
+    return EngineSummary(
+        path=str(path),
+        revision=str(artifact.manifest["revision"]),
+        num_items=num_items,
+        instruction=prompt.instruction,
+        instruction_len=len(prompt.instruction_ids),
+        window=prompt.window,
+        window_step=prompt.window_step,
+        modalities=tuple(config.compressor.modalities),
+        heads=("retrieve", "rank") if config.heads.rank else ("retrieve",),
+        decoder=decoder.to_json(),
+        num_parameters=num_parameters,
+        disk_bytes=artifact.total_size,
+        files={name: int(entry["size"]) for name, entry in artifact.manifest["files"].items()},
+        kv_bytes_per_position={name: position * size for name, size in DTYPE_BYTES.items()},
+        kv_bytes_per_user={name: per_user * size for name, size in DTYPE_BYTES.items()},
+        memory={name: elements * size for name, size in DTYPE_BYTES.items()},
+        users_per_gib={name: parse_bytes("1GiB") // (per_user * size) for name, size in DTYPE_BYTES.items()},
+    )

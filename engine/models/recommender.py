@@ -1,0 +1,81 @@
+"""Two faces of one model: `Recommender` for training, on a transformers backbone; `ServingModel`, what the engine runs.
+
+Neither knows how rows are laid out or where keys are kept: the caller brings embeddings, positions and masks.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from speeder_engine.config import ModelConfig
+from speeder_engine.models.compressor import Compressor
+from speeder_engine.models.decoder import Decoder
+from speeder_engine.models.heads import RankHead, RetrieveHead
+from speeder_engine.models.position import OrderHead, PositionPrompts
+
+
+class Recommender(nn.Module):
+    """Backbone, compressor, position prompts and heads, all trainable."""
+
+    instruction_ids: Tensor
+
+    def __init__(self, config: ModelConfig, backbone: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        hidden_size, scale = config.compressor.hidden_size, config.compressor.scale
+        self.backbone = backbone
+        self.compressor = Compressor(config.compressor)
+        self.prompts = PositionPrompts(config.prompt.window + 1, hidden_size, scale)
+        self.retrieve = RetrieveHead(hidden_size, scale)
+        self.rank = RankHead(hidden_size, scale, config.heads)
+        self.order = OrderHead(hidden_size, scale)
+        self.register_buffer("instruction_ids", torch.tensor(config.prompt.instruction_ids), persistent=False)
+
+    def instruction(self, batch_size: int) -> Tensor:
+        """The instruction's embeddings [B, m, d]."""
+        embed = self.backbone.get_input_embeddings()  # type: ignore[operator]
+        rows: Tensor = embed(self.instruction_ids)
+        return rows.unsqueeze(0).expand(batch_size, -1, -1)
+
+    def forward(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        """Final hidden states [B, T, d] of embeddings [B, T, d] at positions [B, T].
+
+        mask: bool [B, 1, T, T], true where a row (dim 2) sees a row (dim 3); None is causal.
+        """
+        out = self.backbone(inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, use_cache=False)
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Everything but the backbone, for a checkpoint."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}
+
+
+class ServingModel(nn.Module):
+    """What the engine needs of a trained model: decoder, instruction embeddings, position prompts, two heads."""
+
+    instruction: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden_size, scale = config.compressor.hidden_size, config.compressor.scale
+        self.decoder = Decoder(config.decoder)
+        self.register_buffer("instruction", torch.zeros(len(config.prompt.instruction_ids), hidden_size))
+        self.prompts = PositionPrompts(config.prompt.window + 1, hidden_size, scale)
+        self.retrieve = RetrieveHead(hidden_size, scale)
+        self.rank = RankHead(hidden_size, scale, config.heads)
+
+    @classmethod
+    @torch.no_grad()
+    def from_recommender(cls, model: Recommender) -> "ServingModel":
+        """The same weights, q/k/v and gate/up fused; adapters must have been merged."""
+        served = cls(model.config)
+        served.decoder = Decoder.from_transformers(model.backbone)
+        served.instruction.copy_(model.instruction(1)[0])
+        for part in ("prompts", "retrieve", "rank"):
+            getattr(served, part).load_state_dict(getattr(model, part).state_dict())
+        return served.eval()
+
+    def embed(self, tokens: Tensor, slots: Tensor, candidate: Tensor) -> Tensor:
+        """Item tokens [N, d] + the prompts of their slots [N] + the candidate role where `candidate` [N] is true."""
+        return tokens + self.prompts(slots) + candidate.unsqueeze(-1) * self.rank.role

@@ -1,0 +1,116 @@
+"""EngineParts: what an engine directory holds, as objects; written in one step, verified on load.
+
+engine.json                manifest: settings, limits, hash and size of every file
+weights.safetensors        decoder (q/k/v and gate/up fused, adapters merged), instruction, prompts, heads
+item_tokens.safetensors    the item-token table
+items.parquet              id, title, availability, prior, version
+compressor.safetensors     with encoders/ and tokenizer/: so that new items can be added
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from speeder_engine.artifact import Artifact, read_artifact, write_artifact
+from speeder_engine.catalogue import Catalogue
+from speeder_engine.config import ModelConfig
+from speeder_engine.errors import ArtifactError, ConfigError, DataError
+from speeder_engine.files import sha256_file
+from speeder_engine.models.recommender import ServingModel
+
+WEIGHTS_FILE = "weights.safetensors"
+COMPRESSOR_FILE = "compressor.safetensors"
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    """A model and a catalogue that belong together. `write_more` adds encoders and tokenizer to a new directory."""
+
+    config: ModelConfig
+    model: ServingModel
+    catalogue: Catalogue
+    compressor: dict[str, Tensor]
+    write_more: Callable[[Path], None] | None = None
+    artifact: Artifact | None = None
+
+    @property
+    def revision(self) -> str:
+        """Twelve hex digits that name these weights and tokens; "unsaved" before they were written."""
+        return str(self.artifact.manifest["revision"]) if self.artifact else "unsaved"
+
+    def save(self, out: Path) -> None:
+        """Writes the engine directory beside `out` and renames it there; raises ArtifactError if `out` is another's."""
+        write_artifact(out, self._fill)
+
+    def _fill(self, folder: Path) -> dict[str, Any]:
+        save_file({name: value.contiguous() for name, value in self.model.state_dict().items()}, folder / WEIGHTS_FILE)
+        save_file({name: value.contiguous() for name, value in self.compressor.items()}, folder / COMPRESSOR_FILE)
+        self.catalogue.save(folder)
+        if self.write_more is not None:
+            self.write_more(folder)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        revision = hashlib.sha256("".join(sha256_file(path) for path in files).encode()).hexdigest()[:12]
+        prompt = self.config.prompt
+        return {
+            "revision": revision,
+            "model": self.config.to_json(),
+            "limits": {
+                "num_items": len(self.catalogue),
+                "window": prompt.window,
+                "instruction_len": len(prompt.instruction_ids),
+            },
+        }
+
+    @classmethod
+    def load(cls, path: Path) -> "EngineParts":
+        """Raises ArtifactError, naming the file, for anything but a whole engine directory of this format."""
+        artifact = read_artifact(path)
+        try:
+            config = ModelConfig.from_json(artifact.manifest["model"])
+        except (ConfigError, KeyError) as error:
+            raise ArtifactError(f"{path / 'engine.json'}: settings that fit no model: {error}; export again") from None
+        catalogue = load_catalogue(artifact, config)
+        compressor = _tensors(artifact, COMPRESSOR_FILE)
+        return cls(config, load_model(artifact, config), catalogue, compressor, artifact=artifact)
+
+
+def load_model(artifact: Artifact, config: ModelConfig) -> ServingModel:
+    weights = _tensors(artifact, WEIGHTS_FILE)
+    with torch.device("meta"):
+        model = ServingModel(config)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ArtifactError(
+            f"{artifact.path / WEIGHTS_FILE}: weights of another shape ({reason}); export again"
+        ) from None
+    return model.eval()
+
+
+def load_catalogue(artifact: Artifact, config: ModelConfig) -> Catalogue:
+    for name in ("items.parquet", "item_tokens.safetensors"):
+        artifact.file(name)
+    try:
+        catalogue = Catalogue.load(artifact.path)
+    except (SafetensorError, KeyError, DataError) as error:
+        raise ArtifactError(f"{artifact.path / 'item_tokens.safetensors'}: {error}; export again") from None
+    width = catalogue.tokens.shape[1]
+    if width != config.decoder.hidden_size:
+        where = artifact.path / "item_tokens.safetensors"
+        raise ArtifactError(f"{where}: tokens are {width} wide, the model {config.decoder.hidden_size}; export again")
+    return catalogue
+
+
+def _tensors(artifact: Artifact, name: str) -> dict[str, Tensor]:
+    try:
+        return load_file(artifact.file(name))
+    except SafetensorError as error:
+        raise ArtifactError(f"{artifact.path / name}: no safetensors file ({error}); export again") from None

@@ -1,0 +1,41 @@
+"""PromptLayout: which rows, in which order, at which positions. Training, evaluation, engine and export all ask here.
+
+    [instruction]  [z_1 + p_1] ... [z_n + p_n]  [candidates: z_c + p_{n+1} + role]
+
+Slots count oldest first from 0, so that adding an interaction changes no earlier row.
+"""
+
+from dataclasses import dataclass
+
+from speeder_engine.config import PromptConfig
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    config: PromptConfig
+
+    @property
+    def instruction_len(self) -> int:
+        return len(self.config.instruction_ids)
+
+    @property
+    def num_slots(self) -> int:
+        """A full window's items and the candidates' slot behind them."""
+        return self.config.window + 1
+
+    def start(self, length: int) -> int:
+        """Where the window over a history of `length` items begins: 0, then growing in whole steps.
+
+        start(n) = 0 if n <= W else s * ceil((n - W) / s): a function of the full length alone, so that warm and cold
+        see the same rows, and a window holds between W - s + 1 and W items once it slides.
+        """
+        over = length - self.config.window
+        step = self.config.window_step
+        return 0 if over <= 0 else step * -(-over // step)
+
+    def window_len(self, length: int) -> int:
+        return length - self.start(length)
+
+    def position(self, slot: int) -> int:
+        """The rotary position of a history slot; slot n of a history of n is its candidates'."""
+        return self.instruction_len + slot

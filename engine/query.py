@@ -1,0 +1,72 @@
+"""A request in rows: ids looked up, the window cut, what may be answered decided. Nothing is computed yet."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speeder_engine.catalogue import Catalogue
+from speeder_engine.errors import InvalidRequest, UnknownItem
+from speeder_engine.prompt import PromptLayout
+from speeder_engine.request import Head, Request
+
+Rows = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Query:
+    """What the inside needs of a request; `candidates` are sorted by row, so that their order can't matter."""
+
+    request: Request
+    window: Rows  # history rows the model sees, oldest first
+    head: Head
+    candidates: Rows | None  # None: the whole catalogue
+    excluded: Rows  # never answered: seen, denied
+    allowed: Rows | None  # None: all
+    unknown: tuple[str, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the forward pass when nothing is cached."""
+        return len(self.window) + (len(self.candidates) if self.head == "rank" and self.candidates is not None else 0)
+
+
+def resolve(request: Request, catalogue: Catalogue, layout: PromptLayout) -> Query:
+    """Raises UnknownItem with every unknown id, or InvalidRequest; costs no computation."""
+    rows, unknown = _look_up(request, catalogue)
+    history, candidates = rows["history"], rows.get("candidates")
+    length = request.history_offset + len(history)
+    start = layout.start(length) - request.history_offset
+    if start < 0 and request.history_offset:
+        needed = length - layout.start(length)
+        raise InvalidRequest(
+            f"history_offset: with {request.history_offset} older interactions left out the window still needs the "
+            f"last {needed}, got {len(history)}; send more of the history"
+        )
+    excluded = [rows["deny"]] if "deny" in rows else []
+    if request.exclude_seen and candidates is None:
+        excluded.append(history)
+    return Query(
+        request=request,
+        window=history[max(start, 0) :],
+        head=request.head or ("retrieve" if candidates is None else "rank"),
+        candidates=None if candidates is None else np.sort(candidates),
+        excluded=np.unique(np.concatenate(excluded)) if excluded else np.empty(0, np.int32),
+        allowed=np.unique(rows["allow"]) if "allow" in rows else None,
+        unknown=tuple(unknown),
+    )
+
+
+def _look_up(request: Request, catalogue: Catalogue) -> tuple[dict[str, Rows], list[str]]:
+    """Rows of every id list the request has, and the ids that were not found."""
+    rows: dict[str, Rows] = {}
+    unknown: dict[str, str] = {}
+    for field in ("history", "candidates", "allow", "deny"):
+        ids = getattr(request, field)
+        if ids is not None:
+            found = catalogue.find(ids)
+            unknown |= {item_id: field for item_id, row in found if row is None}
+            rows[field] = np.array([row for _, row in found if row is not None], dtype=np.int32)
+    if unknown and request.on_unknown == "error":
+        raise UnknownItem(unknown, ", ".join(dict.fromkeys(unknown.values())))
+    return rows, list(unknown)

@@ -1,0 +1,94 @@
+"""Request and Ranking: what goes in and what comes out, as values. They know item ids, no rows and no catalogue."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from speeder_engine.errors import InvalidRequest, name_some
+
+Head = Literal["retrieve", "rank"]
+OnUnknown = Literal["error", "skip"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question. Checked when made; whether the ids exist is the catalogue's to say.
+
+    history: item ids, oldest first; may be empty. user_id: names a session, whose keys and values are reused as far as
+    they were computed from this very history. candidates: rank these (even if seen) instead of the whole catalogue.
+    head: "retrieve" without candidates, "rank" with, unless said otherwise. exclude_seen: the history is not
+    recommended again. allow, deny: only these, none of these. history_offset: how many older interactions the caller
+    left out. on_unknown: "error", or "skip" ids that are not in the catalogue (the ranking lists them).
+    """
+
+    history: Sequence[str]
+    k: int = 10
+    user_id: str | None = field(default=None, kw_only=True)
+    candidates: Sequence[str] | None = field(default=None, kw_only=True)
+    head: Head | None = field(default=None, kw_only=True)
+    exclude_seen: bool = field(default=True, kw_only=True)
+    allow: Sequence[str] | None = field(default=None, kw_only=True)
+    deny: Sequence[str] | None = field(default=None, kw_only=True)
+    history_offset: int = field(default=0, kw_only=True)
+    on_unknown: OnUnknown = field(default="error", kw_only=True)
+
+    def __post_init__(self) -> None:
+        _whole_number("k", self.k, 1)
+        _whole_number("history_offset", self.history_offset, 0)
+        object.__setattr__(self, "history", item_ids(self.history, "history"))
+        for name in ("candidates", "allow", "deny"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, item_ids(getattr(self, name), name))
+        self._check_candidates()
+        if self.user_id is not None and not isinstance(self.user_id, str):
+            raise InvalidRequest(f"user_id: expected a string or None, got {self.user_id!r}")
+        if self.head not in (None, "retrieve", "rank"):
+            raise InvalidRequest(f"head: {self.head!r} is no head of this engine; choose 'retrieve' or 'rank'")
+        if self.head == "rank" and self.candidates is None:
+            raise InvalidRequest("head: 'rank' scores named candidates; pass candidates, or use 'retrieve'")
+        if self.on_unknown not in ("error", "skip"):
+            raise InvalidRequest(f"on_unknown: {self.on_unknown!r}; choose 'error' or 'skip'")
+
+    def _check_candidates(self) -> None:
+        if self.candidates is None:
+            return
+        if not self.candidates:
+            raise InvalidRequest("candidates: the list is empty; pass None to search the whole catalogue")
+        if len(set(self.candidates)) < len(self.candidates):
+            seen: set[str] = set()
+            twice = [c for c in self.candidates if c in seen or seen.add(c)]  # type: ignore[func-returns-value]
+            raise InvalidRequest(f"candidates: {name_some(dict.fromkeys(twice))} more than once; name each once")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """At most k items, best first. Iterates over (item id, score); equal scores keep the catalogue's order."""
+
+    items: tuple[str, ...]
+    scores: tuple[float, ...]
+    unknown: tuple[str, ...] = ()  # ids of the request that were skipped
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[tuple[str, float]]:
+        return iter(zip(self.items, self.scores, strict=True))
+
+
+def item_ids(value: object, where: str) -> tuple[str, ...]:
+    """Any iterable of strings as a tuple; a bare string, which iterates over its letters, is refused."""
+    if isinstance(value, str | bytes):
+        raise InvalidRequest(f"{where}: expected a list of item ids, got the string {value!r}; write [{value!r}]")
+    try:
+        ids = tuple(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise InvalidRequest(f"{where}: expected a list of item ids, got {value!r}") from None
+    for item_id in ids:
+        if not isinstance(item_id, str):
+            raise InvalidRequest(f"{where}: item ids are strings, got {item_id!r} ({type(item_id).__name__})")
+    return ids
+
+
+def _whole_number(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InvalidRequest(f"{name}: expected a whole number of at least {least}, got {value!r}")

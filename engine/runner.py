@@ -1,0 +1,89 @@
+"""ModelRunner: the weights on the device and the paged `attend`. Speaks tensors, never users."""
+
+import torch
+from torch import Tensor
+
+from speeder_engine.batch import Batch, pad_rows
+from speeder_engine.cache import KVCache
+from speeder_engine.models.decoder import CausalAttend, rotate
+from speeder_engine.models.recommender import ServingModel
+from speeder_engine.triton_kernels.compressed_attention import AttentionRows, compressed_attention
+
+
+class ModelRunner:
+    """Runs forward passes over batches; computes the instruction once, into the cache's shared blocks."""
+
+    def __init__(self, model: ServingModel, cache: KVCache) -> None:
+        self.model = model
+        self.cache = cache
+        self.rows_computed = 0
+        self.instruction_hidden = self._run_instruction()
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, item_tokens: Tensor) -> Tensor:
+        """Final hidden states [R, d] of the batch's read rows. item_tokens [I, d]: the table the rows are gathered from."""
+        if batch.num_rows == 0:
+            return self.instruction_hidden[:0]
+        self.rows_computed += batch.num_rows
+        embedded = self.model.embed(item_tokens[batch.item_rows], batch.slots, batch.attention.candidate)
+        padding = pad_rows(batch.num_rows) - batch.num_rows
+        embedded = torch.cat([embedded, embedded.new_zeros(padding, embedded.shape[1])])
+        positions = torch.cat([batch.positions, batch.positions.new_zeros(padding)])
+        num_read = batch.read_rows.shape[0]
+        read_rows = torch.cat([batch.read_rows, batch.read_rows.new_zeros(pad_rows(num_read) - num_read)])
+        attend = PagedAttend(self.cache, batch, *self.model.decoder.rotary(positions))
+        return self.model.decoder(embedded, positions, attend, read_rows)[:num_read]
+
+    def _run_instruction(self) -> Tensor:
+        """Fills the shared blocks; returns the instruction's last hidden state [1, d]: an empty history's h(last)."""
+        decoder, rows = self.model.decoder, self.model.instruction
+        positions = torch.arange(rows.shape[0], device=rows.device)
+        attend = _StoringAttend(self.cache, *decoder.rotary(positions))
+        hidden: Tensor = decoder(rows, positions, attend)
+        return hidden[-1:]
+
+
+class PagedAttend:
+    """Rotates, stores the history rows' keys and values, then attends over the paged cache."""
+
+    def __init__(self, cache: KVCache, batch: Batch, cos: Tensor, sin: Tensor) -> None:
+        self.cache, self.batch = cache, batch
+        self.cos, self.sin = cos, sin
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+        batch, cache = self.batch, self.cache
+        k = rotate(k, self.cos, self.sin)
+        cache.store(layer, batch.slot_mapping, k[batch.stored_rows], v[batch.stored_rows])
+        cos, sin = (self.cos, self.sin) if rows is None else (self.cos[rows], self.sin[rows])
+        q = rotate(q, cos, sin)
+        attention, real = self._rows(rows, batch.num_rows)
+        out = torch.zeros_like(q)
+        out[:real] = compressed_attention(
+            q[:real],
+            (k if rows is None else k[rows])[:real],
+            (v if rows is None else v[rows])[:real],
+            cache.keys[layer],
+            cache.values[layer],
+            attention,
+        )
+        return out
+
+    def _rows(self, rows: Tensor | None, num_rows: int) -> tuple[AttentionRows, int]:
+        """The rows that attend, padding left out."""
+        if rows is None:
+            return self.batch.attention, num_rows
+        real = self.batch.read_rows.shape[0]
+        return self.batch.attention.select(rows[:real]), real
+
+
+class _StoringAttend(CausalAttend):
+    """Causal attention that also writes the instruction's keys and values into the shared blocks."""
+
+    def __init__(self, cache: KVCache, cos: Tensor, sin: Tensor) -> None:
+        super().__init__(cos, sin)
+        self.cache = cache
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+        slots = torch.arange(k.shape[0], device=k.device)
+        self.cache.store(layer, slots, rotate(k, self.cos, self.sin), v)
+        return super().__call__(layer, q, k, v, rows)

@@ -1,0 +1,83 @@
+"""The heads at inference: hidden states -> scored rows. Knows no cache and no users."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speeder_engine.batch import pad_rows
+from speeder_engine.catalogue import Catalogue
+from speeder_engine.models.recommender import ServingModel
+from speeder_engine.query import Query, Rows
+from speeder_engine.triton_kernels.top_scores import stable_top, top_scores
+
+Scored = tuple[Rows, list[float]]  # rows, best first, and their scores
+
+
+class HeadScorer:
+    """Scores queries with the model's heads over one catalogue."""
+
+    def __init__(self, model: ServingModel, catalogue: Catalogue) -> None:
+        self.model = model
+        self.catalogue = catalogue
+
+    @torch.inference_mode()
+    def score(self, queries: Sequence[Query], last_hidden: Tensor, candidate_hidden: Sequence[Tensor]) -> list[Scored]:
+        """last_hidden [B, d] is h(last) of every query; candidate_hidden[b] [C, d] for those that rank."""
+        vectors = self.user_vectors(last_hidden)
+        searches = [b for b, query in enumerate(queries) if query.candidates is None]
+        found = dict(zip(searches, self._search([queries[b] for b in searches], vectors[searches]), strict=True))
+        return [
+            found[b] if b in found else self._candidates(query, vectors[b], candidate_hidden[b])
+            for b, query in enumerate(queries)
+        ]
+
+    @torch.inference_mode()
+    def user_vectors(self, last_hidden: Tensor) -> Tensor:
+        """h(last) [B, d] -> [B, d]; padded to the row tile, so that one user's vector doesn't depend on the others."""
+        count = last_hidden.shape[0]
+        padded = torch.cat([last_hidden, last_hidden.new_zeros(pad_rows(count) - count, last_hidden.shape[1])])
+        vectors: Tensor = self.model.retrieve(padded)
+        return vectors[:count]
+
+    def _search(self, queries: Sequence[Query], vectors: Tensor) -> list[Scored]:
+        """The best of the whole catalogue."""
+        if not queries:
+            return []
+        count = len(queries)
+        padded = torch.cat([vectors, vectors.new_zeros(pad_rows(count) - count, vectors.shape[1])])
+        mask = torch.stack([self._mask(query) for query in queries])
+        mask = torch.cat([mask, mask.new_zeros(padded.shape[0] - count, mask.shape[1])])
+        prior = self.model.retrieve.beta * self.catalogue.prior
+        deepest = max(query.request.k for query in queries)
+        scores, rows = top_scores(padded, self.catalogue.tokens, prior, mask, deepest)
+        return [self._cut(query, scores[b], rows[b]) for b, query in enumerate(queries)]
+
+    def _mask(self, query: Query) -> Tensor:
+        """bool [I]: true for items that are not answered."""
+        mask = ~self.catalogue.available
+        if query.allowed is not None:
+            allowed = torch.zeros_like(mask)
+            allowed[torch.from_numpy(query.allowed).to(mask.device)] = True
+            mask = mask | ~allowed
+        mask[torch.from_numpy(query.excluded).to(mask.device)] = True
+        return mask
+
+    def _candidates(self, query: Query, vector: Tensor, hidden: Tensor) -> Scored:
+        """The named candidates, by the query's head."""
+        assert query.candidates is not None
+        rows = torch.from_numpy(query.candidates.astype(np.int64)).to(vector.device)
+        # summed per candidate: its score must not depend on which others were named
+        retrieved = (vector * self.catalogue.tokens[rows]).sum(dim=-1)
+        head = self.model.rank if query.head == "rank" else self.model.retrieve
+        scores = self.model.rank(hidden, retrieved) if query.head == "rank" else retrieved
+        scores = scores.float() + head.beta.float() * self.catalogue.prior[rows].float()
+        scores = scores.masked_fill(self._mask(query)[rows], float("-inf"))
+        values, order = stable_top(scores[None], len(rows))
+        return self._cut(query, values[0], rows[order[0]])
+
+    @staticmethod
+    def _cut(query: Query, scores: Tensor, rows: Tensor) -> Scored:
+        kept = min(query.request.k, int(torch.isfinite(scores).sum()))
+        return rows[:kept].cpu().numpy().astype(np.int32), scores[:kept].tolist()

@@ -1,0 +1,91 @@
+"""Where a run's language model comes from: a pretrained one under LoRA, or a small Llama made here from scratch."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from speeder_engine.errors import ConfigError, MissingDependency
+from speeder_engine.training.config import BackboneConfig
+
+SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]
+
+
+def make_backbone(config: BackboneConfig, texts: Iterable[str]) -> tuple[nn.Module, Any]:
+    """(body of a causal LM, its tokenizer). `texts`: what a from-scratch tokenizer is trained on."""
+    if config.source is None:
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+        return small_llama(config, len(tokenizer)), tokenizer
+    return load_pretrained(config)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+    """Byte-level BPE trained on the catalogue's text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def small_llama(config: BackboneConfig, vocab_size: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaModel
+
+    shape = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        intermediate_size=config.intermediate_size,
+        attention_dropout=config.dropout,
+        max_position_embeddings=4096,
+    )
+    return LlamaModel(shape)
+
+
+def load_pretrained(config: BackboneConfig) -> tuple[nn.Module, Any]:
+    """A pretrained body with LoRA on all its linear layers; its own weights are frozen."""
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise MissingDependency("peft", "train", "tuning a pretrained backbone") from None
+    try:
+        body = AutoModel.from_pretrained(config.source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(config.source)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"backbone.source {config.source!r}: can't be loaded ({reason}); give a local folder"
+        ) from None
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear",
+        task_type="FEATURE_EXTRACTION",
+    )
+    return get_peft_model(body, lora), tokenizer
+
+
+def embedding_scale(backbone: nn.Module) -> float:
+    """Root mean square of one element of the embedding rows (not a row's norm)."""
+    weight = backbone.get_input_embeddings().weight  # type: ignore[operator]
+    return float(weight.detach().float().square().mean().sqrt())
+
+
+def instruction_ids(tokenizer: Any, instruction: str) -> tuple[int, ...]:
+    """The instruction's token ids, after the tokenizer's beginning-of-sequence token where it has one."""
+    ids = tokenizer(instruction, add_special_tokens=False)["input_ids"]
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    return tuple(int(i) for i in [*start, *ids])

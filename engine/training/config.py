@@ -1,0 +1,125 @@
+"""A training run as data: backbone, encoders, stages, losses. Recipes are YAML files of these keys."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from speeder_engine.config import MODALITIES, Config, HeadsConfig, check
+from speeder_engine.errors import ConfigError, MissingDependency
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class BackboneConfig(Config):
+    """`source`: a transformers causal LM (hub id or local folder) to tune with LoRA; none: a small one from scratch."""
+
+    source: str | None = None
+    vocab_size: int = 2048
+    hidden_size: int = 96
+    num_layers: int = 2
+    num_heads: int = 2
+    intermediate_size: int = 256
+    dropout: float = 0.1
+    lora_rank: int = 8
+    lora_alpha: int = 32
+    lora_dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class CollaborativeConfig(Config):
+    """S0: the SASRec whose item vectors become the collaborative modality."""
+
+    dim: int = 64
+    epochs: int = 20
+    learning_rate: float = 2e-3
+
+
+@dataclass(frozen=True)
+class Stage(Config):
+    """One step of MPO: these modalities, the last of them brought in over the first `ramp` of the stage."""
+
+    name: str
+    modalities: tuple[str, ...]
+    epochs: int
+    learning_rate: float
+    ramp: float = 0.0
+
+    def __post_init__(self) -> None:
+        strange = sorted(set(self.modalities) - set(MODALITIES))
+        check(bool(self.modalities), f"stage {self.name!r}: name at least one modality")
+        check(not strange, f"stage {self.name!r}: unknown modalities {strange}; known are {list(MODALITIES)}")
+        check(self.epochs >= 0, f"stage {self.name!r}: epochs can't be negative")
+        check(self.learning_rate > 0, f"stage {self.name!r}: learning_rate must be positive")
+        check(0 <= self.ramp <= 1, f"stage {self.name!r}: ramp is a share of the stage, within 0..1")
+
+
+DEFAULT_STAGES = (
+    Stage("S1", ("text",), 2, 2e-3),
+    Stage("S2", ("text", "collaborative"), 6, 2e-3, 0.5),
+    Stage("S3", ("text", "collaborative", "image"), 6, 1e-3, 0.5),
+)
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Config):
+    """Everything that decides a training run besides its data."""
+
+    seed: int = 0
+    instruction: str = "Recommend the item this user will want next. The user's history, oldest first:"
+    window: int = 50
+    window_step: int = 10
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    text_encoder: str | None = None  # hub id, folder or "fitted"; none: the best at hand
+    image_encoder: str | None = None
+    collaborative: CollaborativeConfig = field(default_factory=CollaborativeConfig)
+    stages: tuple[Stage, ...] = DEFAULT_STAGES
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
+    batch_size: int = 128
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    max_grad_norm: float = 1.0
+    token_dropout: float = 0.3
+    modality_dropout: float = 0.1
+    rank_negatives: int = 7
+    rank_weight: float = 0.3
+    order_weight: float = 0.1
+    patience: int = 3
+    validation_users: int = 2000
+
+    def __post_init__(self) -> None:
+        check(len(self.stages) > 0, "stages: at least one is needed")
+        check(self.batch_size > 0, f"batch_size must be positive, is {self.batch_size}")
+        check(1 <= self.window_step <= self.window, "window_step must be within 1..window")
+        for name in ("token_dropout", "modality_dropout", "warmup"):
+            check(0 <= getattr(self, name) < 1, f"{name} must be within 0..1, is {getattr(self, name)}")
+        for name in ("rank_weight", "order_weight", "weight_decay"):
+            check(getattr(self, name) >= 0, f"{name} can't be negative, is {getattr(self, name)}")
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """All that some stage uses, in the fixed order."""
+        used = {name for stage in self.stages for name in stage.modalities}
+        return tuple(name for name in MODALITIES if name in used)
+
+
+def load_recipe(name_or_path: str | Path) -> TrainingConfig:
+    """A packaged recipe by name ("demo") or a YAML file by path."""
+    path = Path(name_or_path)
+    if not path.suffix:
+        path = RECIPES / f"{name_or_path}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise ConfigError(f"recipe {name_or_path}: no such file; packaged recipes are {known}")
+    return TrainingConfig.from_json(_read_yaml(path))
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise MissingDependency("pyyaml", "train", "reading recipes") from None
+    try:
+        return yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path}: no valid YAML: {' '.join(str(error).split())}") from None

@@ -1,0 +1,81 @@
+"""S0: every item's frozen modality vectors: the user's own where the data brings them, encoded and cached otherwise."""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from speeder_engine.data.dataset import Dataset
+from speeder_engine.data.splits import Split
+from speeder_engine.encoders.base import Encoder
+from speeder_engine.encoders.cache import FeatureCache
+from speeder_engine.encoders.choose import choose_image_encoder, choose_text_encoder
+from speeder_engine.encoders.collaborative import fit_collaborative
+from speeder_engine.encoders.features import Features
+from speeder_engine.encoders.sasrec import SASRecConfig
+from speeder_engine.errors import ConfigError, SpeederWarning
+from speeder_engine.training.config import TrainingConfig
+
+log = logging.getLogger("speeder_engine")
+
+
+@dataclass(frozen=True)
+class ItemFeatures:
+    """Features by modality, and the encoders that can make more (none for vectors the user brought)."""
+
+    features: dict[str, Features]
+    encoders: dict[str, Encoder]
+
+
+def make_features(split: Split, config: TrainingConfig, cache_dir: Path) -> ItemFeatures:
+    """Of the modalities that `config` uses; one that no item has is left out with a warning."""
+    dataset = split.dataset
+    made = ItemFeatures({}, {})
+    for name in config.modalities:
+        if name in dataset.items.vectors:
+            log.info("%s: vectors that came with the data", name)
+            made.features[name] = dataset.items.vectors[name]
+        elif name == "collaborative":
+            made.features[name] = _collaborative(split, config)
+        else:
+            _encode(name, dataset, config, cache_dir, made)
+        if name in made.features and not made.features[name].present.any():
+            del made.features[name]
+        if name not in made.features:
+            warnings.warn(f"{dataset.name}: no item has {name} features; trained without", SpeederWarning, stacklevel=2)
+    if not made.features:
+        raise ConfigError(
+            f"{dataset.name}: none of {', '.join(config.modalities)} is there; add texts, images or vectors"
+        )
+    return made
+
+
+def _encode(name: str, dataset: Dataset, config: TrainingConfig, cache_dir: Path, made: ItemFeatures) -> None:
+    """Text or image: chooses the encoder, encodes what the cache on disk doesn't have."""
+    items = dataset.items
+    encoder: Encoder
+    if name == "text":
+        if not any(items.texts):
+            return
+        inputs: list[str | bytes | None] = list(items.texts)
+        encoder = choose_text_encoder(config.text_encoder, items.texts)
+    else:
+        if items.images is None:
+            return
+        images = [items.images.read(item_id) for item_id in items.item_ids]
+        inputs = list(images)
+        encoder = choose_image_encoder(config.image_encoder, images)
+    made.features[name] = FeatureCache(cache_dir).encode(encoder, inputs, names=items.item_ids)
+    made.encoders[name] = encoder
+
+
+def _collaborative(split: Split, config: TrainingConfig) -> Features:
+    wanted = config.collaborative
+    sasrec = SASRecConfig(
+        dim=wanted.dim,
+        window=config.window,
+        epochs=wanted.epochs,
+        learning_rate=wanted.learning_rate,
+        seed=config.seed,
+    )
+    return fit_collaborative(split.train.offsets, split.train.rows, split.dataset.num_items, sasrec).features

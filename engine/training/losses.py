@@ -1,0 +1,110 @@
+"""The training losses, all out of one forward pass over one padded batch:
+
+    [instruction] [history of L items] [C candidates, isolated] [two items of the history: which came first?]
+
+retrieve: cross-entropy over the catalogue after the instruction and after every item. rank: cross-entropy over the
+candidates, each seeing the first `cut` items and itself. order (SPAE): binary cross-entropy at the pair's second row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from speeder_engine.models.recommender import Recommender
+from speeder_engine.training.batches import PAD, TrainingBatch
+from speeder_engine.training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Losses:
+    retrieve: Tensor
+    rank: Tensor
+    order: Tensor
+    total: Tensor
+    num_targets: int
+
+
+def compute_losses(
+    model: Recommender, tokens: Tensor, prior: Tensor, batch: TrainingBatch, config: TrainingConfig
+) -> Losses:
+    """tokens [I, d]: the item-token table with its gradient; prior [I]."""
+    batch_size, length = batch.rows.shape
+    num_prompt = len(model.config.prompt.instruction_ids)
+    hidden = model(*_inputs(model, tokens, batch, config))
+    read = hidden[:, num_prompt - 1 : num_prompt + length]  # after the instruction, then after each item
+    keep = batch.targets != PAD
+    vectors = model.retrieve(read[keep])
+    logits = vectors @ tokens.T + model.retrieve.beta * prior
+    retrieve = F.cross_entropy(logits.float(), batch.targets[keep])
+    zero = retrieve.new_zeros(())
+    rank = order = zero
+    if config.rank_weight:
+        last = read[torch.arange(batch_size, device=read.device), batch.cuts]
+        at = num_prompt + length
+        rank = _rank_loss(model, hidden[:, at : at + batch.candidates.shape[1]], last, tokens, prior, batch)
+    if config.order_weight:
+        order = _order_loss(model, hidden[:, -1], batch)
+    total = retrieve + config.rank_weight * rank + config.order_weight * order
+    return Losses(retrieve, rank, order, total, int(keep.sum()))
+
+
+def _rank_loss(
+    model: Recommender, hidden: Tensor, last: Tensor, tokens: Tensor, prior: Tensor, batch: TrainingBatch
+) -> Tensor:
+    retrieved = torch.einsum("bd,bcd->bc", model.retrieve(last), tokens[batch.candidates])
+    logits = model.rank(hidden, retrieved) + model.rank.beta * prior[batch.candidates]
+    trained = batch.targets.gather(1, batch.cuts.unsqueeze(1)).squeeze(1) != PAD
+    target = torch.where(trained, 0, PAD)  # the positive is always the first of the candidates
+    return F.cross_entropy(logits.float(), target, ignore_index=PAD)
+
+
+def _order_loss(model: Recommender, hidden: Tensor, batch: TrainingBatch) -> Tensor:
+    logits = model.order(hidden).float()
+    trained = batch.pairs[:, 0] != batch.pairs[:, 1]
+    losses = F.binary_cross_entropy_with_logits(logits, batch.first_is_earlier, reduction="none")
+    return (losses * trained).sum() / trained.sum().clamp_min(1)
+
+
+def _inputs(
+    model: Recommender, tokens: Tensor, batch: TrainingBatch, config: TrainingConfig
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Embeddings [B, T, d], positions [B, T] and mask [B, 1, T, T] of the layout above."""
+    batch_size, length = batch.rows.shape
+    num_prompt = len(model.config.prompt.instruction_ids)
+    dropped = F.dropout(tokens[batch.rows], config.token_dropout, model.training)
+    device = batch.rows.device
+    slots = torch.arange(length, device=device)
+    parts = [model.instruction(batch_size), dropped + model.prompts(slots)]
+    positions = [torch.arange(num_prompt + length, device=device).expand(batch_size, -1)]
+    if config.rank_weight:
+        candidates = F.dropout(tokens[batch.candidates], config.token_dropout, model.training)
+        parts.append(candidates + model.prompts(batch.cuts).unsqueeze(1) + model.rank.role)
+        positions.append((num_prompt + batch.cuts).unsqueeze(1).expand(-1, candidates.shape[1]))
+    if config.order_weight:
+        parts.append(tokens[batch.rows.gather(1, batch.pairs)] + model.order.roles)
+        positions.append(num_prompt + batch.lengths.unsqueeze(1) + torch.arange(2, device=device))
+    mask = None if len(parts) == 2 else _mask(batch, num_prompt, config)
+    return torch.cat(parts, dim=1), torch.cat(positions, dim=1), mask
+
+
+def _mask(batch: TrainingBatch, num_prompt: int, config: TrainingConfig) -> Tensor:
+    """bool [B, 1, T, T]: causal up to the history's end; candidates see their prefix and themselves, the pair sees
+    the whole history, itself, and its second row the first."""
+    batch_size, length = batch.rows.shape
+    prefix = num_prompt + length
+    num_candidates = batch.candidates.shape[1] if config.rank_weight else 0
+    total = prefix + num_candidates + (2 if config.order_weight else 0)
+    device = batch.rows.device
+    mask = torch.eye(total, dtype=torch.bool, device=device).repeat(batch_size, 1, 1)
+    columns = torch.arange(prefix, device=device)
+    mask[:, :prefix, :prefix] = columns <= columns.unsqueeze(1)
+    if num_candidates:
+        seen = columns < (num_prompt + batch.cuts).unsqueeze(1)
+        mask[:, prefix : prefix + num_candidates, :prefix] = seen.unsqueeze(1)
+    if config.order_weight:
+        seen = columns < (num_prompt + batch.lengths).unsqueeze(1)
+        mask[:, -2:, :prefix] = seen.unsqueeze(1)
+        mask[:, -1, -2] = True
+    return mask.unsqueeze(1)

@@ -1,0 +1,40 @@
+"""What holds for every test: no network, no bars, two threads, kernels interpreted where there is no GPU."""
+
+import os
+import sys
+from pathlib import Path
+
+# read when a kernel is decorated and when a hub client is imported: before anything of ours is
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["SPEEDER_PROGRESS"] = "0"
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# the root's folders bear the names of other people's packages (triton_kernels)
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(2)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # a line in pyproject.toml would import the package before this file has run
+    config.addinivalue_line("filterwarnings", "error::speeder_engine.errors.SpeederWarning")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets, or a skip."""
+    folder = Path(os.environ.get("SPEEDER_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} is not there; set SPEEDER_DATA to its place")
+    return folder

@@ -1,0 +1,162 @@
+import datetime
+import gzip
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from speeder_engine.data.columns import Columns
+from speeder_engine.data.interactions import read_interactions
+from speeder_engine.errors import ConfigError, DataError
+
+USERS = ["007", "b", "007", "NA"]
+ITEMS = ["0012349", "0012349", "x", "y z"]
+TIMES = [1378394480, 5, 1378394480, 0]
+PLAIN = {"user_id": USERS, "item_id": ITEMS, "rating": [1.0, 2.0, 3.0, 4.0], "timestamp": TIMES}
+ATOMIC = {"user_id:token": USERS, "item_id:token": ITEMS, "rating:float": [1, 2, 3, 4], "timestamp:float": TIMES}
+AMAZON = {"rating": [1, 2, 3, 4], "asin": ["q"] * 4, "parent_asin": ITEMS, "user_id": USERS}
+AMAZON["timestamp"] = [time * 1000 + 999 for time in TIMES]
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        *[(f"interactions.{suffix}", PLAIN) for suffix in ("parquet", "csv", "csv.gz", "jsonl", "jsonl.gz")],
+        ("made.inter", ATOMIC),
+        *[(f"All_Beauty.{suffix}", AMAZON) for suffix in ("jsonl", "jsonl.gz", "csv", "csv.gz")],
+    ],
+)
+def test_every_format_gives_the_same_table(name, columns, tmp_path, write):
+    read = read_interactions(write(tmp_path / name, columns))
+    assert read.user_ids.tolist() == USERS
+    assert read.item_ids.tolist() == ITEMS
+    assert read.times.dtype == np.int64
+    assert read.times.tolist() == TIMES
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
+def test_columns_can_be_named(suffix, tmp_path, write):
+    columns = {"who": ["1"], "what": ["02"], "when": [3000], "item_id": ["no"]}
+    path = write(tmp_path / f"x.{suffix}", columns)
+    read = read_interactions(path, Columns(user="who", item=("absent", "what"), time="when", time_unit="ms"))
+    assert (read.user_ids.tolist(), read.item_ids.tolist(), read.times.tolist()) == (["1"], ["02"], [3])
+
+
+def test_whole_numbers_become_their_decimals(tmp_path, write):
+    columns = {"user_id": [1, 2], "item_id": [30, 4], "timestamp": [1, 2]}
+    for suffix in ("parquet", "csv", "jsonl"):
+        assert read_interactions(write(tmp_path / f"x.{suffix}", columns)).item_ids.tolist() == ["30", "4"]
+
+
+def test_parquet_dictionaries_large_strings_and_timestamps(tmp_path):
+    moments = [datetime.datetime(2020, 1, 1, 0, 0, second, 999_000, datetime.UTC) for second in (0, 1)]
+    table = pa.table(
+        {
+            "user_id": pa.array(["a", "a"]).dictionary_encode(),
+            "item_id": pa.array(["01", "02"], pa.large_string()),
+            "timestamp": pa.array(moments, pa.timestamp("us", "UTC")),
+        }
+    )
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=1)
+    read = read_interactions(tmp_path / "x.parquet")
+    assert read.user_ids.tolist() == ["a", "a"]
+    assert read.times.tolist() == [int(moment.timestamp()) for moment in moments]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
+def test_without_a_time_column_there_are_no_times(suffix, tmp_path, write):
+    path = write(tmp_path / f"x.{suffix}", {"user_id": ["a"], "item_id": ["b"]})
+    assert read_interactions(path).times is None
+    with pytest.raises(DataError, match=r"no column 'when'; it has 'user_id', 'item_id'"):
+        read_interactions(path, Columns(time="when"))
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "inter"])
+def test_a_missing_column_lists_those_found(suffix, tmp_path, write):
+    path = write(tmp_path / f"x.{suffix}", {"usr": ["a"], "item_id": ["b"]})
+    with pytest.raises(DataError, match=rf"x\.{suffix}: no column 'user_id' or .*it has 'usr', 'item_id'"):
+        read_interactions(path)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_floats_are_no_ids(suffix, tmp_path, write):
+    path = write(tmp_path / f"x.{suffix}", {"user_id": ["a"], "item_id": [7.0], "timestamp": [1]})
+    with pytest.raises(DataError, match=r"item_id.*(double|7\.0)"):
+        read_interactions(path)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+@pytest.mark.parametrize("bad", ["", None])
+def test_an_empty_id_names_its_row(bad, suffix, tmp_path, write):
+    path = write(tmp_path / f"x.{suffix}", {"user_id": ["a", bad], "item_id": ["b", "c"], "timestamp": [1, 2]})
+    with pytest.raises(DataError, match=r"'user_id' is empty in row 2"):
+        read_interactions(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"user_id": "a", "item_id": "b"}', r"line 2: timestamp is None"),
+        ('{"user_id": "a", "item_id": "b", "timestamp": true}', r"line 2: timestamp is True"),
+        ('{"user_id": "a", "item_id": "b", "timestamp": 1e400}', r"line 2: timestamp is inf"),
+        ('{"user_id": "a", "item_id": ["b"], "timestamp": 1}', r"line 2: item_id is \['b'\]"),
+        ('{"user_id": "a", ', r"line 2: not JSON"),
+        ("[1]", r"line 2: a JSON object is needed"),
+    ],
+)
+def test_a_bad_json_line_is_named(line, message, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"user_id": "a", "item_id": "b", "timestamp": 1}\n' + line + "\n")
+    with pytest.raises(DataError, match=message):
+        read_interactions(path)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
+def test_milliseconds_are_not_guessed(suffix, tmp_path, write):
+    path = write(tmp_path / f"x.{suffix}", {"user_id": ["a"], "item_id": ["b"], "timestamp": [1378394480123]})
+    with pytest.raises(DataError, match=r"time_unit='ms'"):
+        read_interactions(path)
+    assert read_interactions(path, Columns(time_unit="ms")).times.tolist() == [1378394480]
+
+
+@pytest.mark.parametrize("bad", ["2013-01-01", "1_000", ""])
+def test_an_unreadable_time_is_an_error(bad, tmp_path):
+    (tmp_path / "x.csv").write_text(f"user_id,item_id,timestamp\na,b,1\na,c,{bad}\n")
+    with pytest.raises(DataError, match=rf"column 'timestamp', row 2: '{bad}' is no number"):
+        read_interactions(tmp_path / "x.csv")
+
+
+def test_times_of_every_number_type(tmp_path):
+    for dtype in (pa.uint64(), pa.int32(), pa.float64(), pa.string()):
+        times = pa.array([7, 5]).cast(dtype)
+        table = pa.table({"user_id": ["a", "b"], "item_id": ["c", "d"], "timestamp": times})
+        pq.write_table(table, tmp_path / "x.parquet")
+        assert read_interactions(tmp_path / "x.parquet").times.tolist() == [7, 5]
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(DataError, match=r"no such file"):
+        read_interactions(tmp_path / "absent.csv")
+    (tmp_path / "x.xlsx").write_bytes(b"")
+    with pytest.raises(DataError, match=r"not one of \.parquet"):
+        read_interactions(tmp_path / "x.xlsx")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match=r"x\.parquet: can't be read"):
+        read_interactions(tmp_path / "x.parquet")
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\n")
+    with pytest.raises(DataError, match=r"no interactions"):
+        read_interactions(tmp_path / "x.csv")
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\na,b,1\na,b\n")
+    with pytest.raises(DataError, match=r"Expected 3 columns, got 2"):
+        read_interactions(tmp_path / "x.csv")
+    whole = gzip.compress(b'{"user_id": "a", "item_id": "b", "timestamp": 1}\n' * 99)
+    (tmp_path / "x.jsonl.gz").write_bytes(whole[:-20])
+    with pytest.raises(DataError, match=r"x\.jsonl\.gz: can't be read"):
+        read_interactions(tmp_path / "x.jsonl.gz")
+
+
+def test_columns_are_checked():
+    for bad in ({"user": ""}, {"item": ()}, {"time": 3}, {"time_unit": "us"}):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            Columns(**bad)
