@@ -1,15 +1,25 @@
 """Maps the top-level folders onto the package `speeder_engine` and builds its C++ extension."""
 
+import shutil
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 MAPPED = {
     "speeder_engine": "engine",
     "speeder_engine.triton_kernels": "triton_kernels",
     "speeder_engine.export": "export",
 }
+
+
+class FreshBuild(build_py):
+    """Starts from an empty build/lib: whatever an earlier build left there would be shipped."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 def packages() -> list[str]:
@@ -32,5 +42,5 @@ setup(
             extra_compile_args=["-O3", "-Wall", "-Wextra", "-fvisibility=hidden"],
         )
     ],
-    cmdclass={"build_ext": build_ext},
+    cmdclass={"build_ext": build_ext, "build_py": FreshBuild},
 )

@@ -1,39 +1,10 @@
-// What BlockManager refuses, shows and can prove about itself.
+// What `plan` refuses, and what the manager can prove about itself.
 #include <algorithm>
 
 #include "block_manager.h"
 #include "message.h"
 
 namespace speeder {
-
-namespace {
-
-void require(bool holds, const auto&... parts) {
-    if (!holds) throw std::invalid_argument(message(parts...));
-}
-
-CacheConfig checked(const CacheConfig& config) {
-    require(config.block_size >= 1, "block_size: must be at least 1, not ", config.block_size);
-    require(config.shared_len >= 0, "shared_len: must be at least 0, not ", config.shared_len);
-    require(config.max_seq_len >= 1, "max_seq_len: must be at least 1, not ", config.max_seq_len);
-    require(config.key_width >= 1, "key_width: must be at least 1, not ", config.key_width);
-    require(config.max_sessions >= 1, "max_sessions: must be at least 1, not ", config.max_sessions);
-    const auto blocks = [&](std::int64_t length) { return (length + config.block_size - 1) / config.block_size; };
-    const std::int64_t least = blocks(config.shared_len) + blocks(config.max_seq_len);
-    require(config.num_blocks >= least, "num_blocks: ", config.num_blocks, " blocks of ", config.block_size,
-            " positions can't hold an instruction of ", config.shared_len, " and one history of ", config.max_seq_len,
-            "; at least ", least, " are needed");
-    require(std::int64_t{config.num_blocks} * config.block_size <= INT32_MAX, "num_blocks: ", config.num_blocks,
-            " blocks of ", config.block_size, " positions can't be numbered in int32");
-    return config;
-}
-
-}  // namespace
-
-BlockManager::BlockManager(const CacheConfig& config)
-    : config_(checked(config)), pool_(config.num_blocks), sessions_(config.max_sessions) {
-    for (std::int32_t i = 0; i < num_shared_blocks(); ++i) shared_blocks_.push_back(pool_.allocate());
-}
 
 void BlockManager::check_arguments(const PlanRequest& request, const PlanBuffers& out) const {
     const std::size_t batch = request.users.size();
@@ -42,14 +13,16 @@ void BlockManager::check_arguments(const PlanRequest& request, const PlanBuffers
     require(request.offsets[0] == 0, "offsets: must start at 0, not ", request.offsets[0]);
     for (std::size_t i = 0; i < batch; ++i) {
         const std::int64_t length = std::int64_t{request.offsets[i + 1]} - request.offsets[i];
-        require(length >= 0, "offsets: falls from ", request.offsets[i], " to ", request.offsets[i + 1], " at user ", i);
+        require(length >= 0, "offsets: falls from ", request.offsets[i], " to ", request.offsets[i + 1], " at user ",
+                i);
         require(length <= config_.max_seq_len, "offsets: user ", i, " has ", length, " positions, max_seq_len is ",
                 config_.max_seq_len);
     }
     const std::size_t num_keys = request.keys.size() / config_.key_width;
     require(static_cast<std::size_t>(request.offsets[batch]) <= num_keys, "keys: has ", num_keys,
             " rows, offsets end at ", request.offsets[batch]);
-    require(out.cached_len.size() >= batch, "cached_len: has ", out.cached_len.size(), " entries for ", batch, " users");
+    require(out.cached_len.size() >= batch, "cached_len: has ", out.cached_len.size(), " entries for ", batch,
+            " users");
     require(out.session_slots.size() >= batch, "session_slots: has ", out.session_slots.size(), " entries for ", batch,
             " users");
     require(out.table_width >= static_cast<std::size_t>(max_blocks_per_seq()), "block_tables: has ", out.table_width,
@@ -57,29 +30,6 @@ void BlockManager::check_arguments(const PlanRequest& request, const PlanBuffers
     require(out.block_tables.size() >= batch * out.table_width, "block_tables: has ",
             out.block_tables.size() / out.table_width, " rows for ", batch, " users");
     require(out.copies.size() >= 3 * batch, "copies: has ", out.copies.size() / 3, " rows for ", batch, " users");
-}
-
-bool BlockManager::contains(std::string_view user) const {
-    const std::scoped_lock lock(mutex_);
-    const SessionId session = sessions_.find(user);
-    return session != kNone && sessions_[session].committed && !sessions_[session].closing;
-}
-
-CacheStats BlockManager::stats() const {
-    const std::scoped_lock lock(mutex_);
-    CacheStats stats = counters_;
-    stats.num_blocks = pool_.num_blocks();
-    stats.num_free_blocks = pool_.num_free();
-    stats.num_sessions = sessions_.num_committed();
-    for (const auto& step : steps_) {
-        stats.num_open_steps += step->id != 0;
-        for (const Sequence& sequence : step->live()) {
-            if (sequence.session == kNone) continue;
-            const Session& session = sessions_[sequence.session];
-            stats.num_sessions -= session.committed && session.closing;
-        }
-    }
-    return stats;
 }
 
 void BlockManager::check_integrity() const {

@@ -1,7 +1,8 @@
-// Error messages: pieces of text and numbers, joined.
+// Error messages: pieces of text and numbers, joined; and the check of an argument that throws one.
 #pragma once
 
 #include <sstream>
+#include <stdexcept>
 #include <string>
 
 namespace speeder {
@@ -11,6 +12,11 @@ std::string message(const Parts&... parts) {
     std::ostringstream text;
     (text << ... << parts);
     return std::move(text).str();
+}
+
+template <typename... Parts>
+void require(bool holds, const Parts&... parts) {
+    if (!holds) throw std::invalid_argument(message(parts...));
 }
 
 }  // namespace speeder

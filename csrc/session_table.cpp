@@ -105,7 +105,8 @@ void SessionTable::check_index() const {
         ++num_free;
     }
     if (num_free + index_.size() != records_.size()) {
-        throw std::logic_error(message(index_.size(), " sessions and ", num_free, " free records of ", records_.size()));
+        throw std::logic_error(message(index_.size(), " sessions and ", num_free, " free records, ", records_.size(),
+                                       " in all"));
     }
 }
 
@@ -121,7 +122,8 @@ void SessionTable::check_order() const {
     std::int32_t num_committed = 0;
     for (const auto& [user, id] : index_) num_committed += records_[id].committed;
     if (newest_ != older || num_linked != num_committed_ || num_committed != num_committed_) {
-        throw std::logic_error(message("order of use holds ", num_linked, " sessions, ", num_committed, " are committed"));
+        throw std::logic_error(message("order of use holds ", num_linked, " sessions, ", num_committed,
+                                       " are committed"));
     }
 }
 

@@ -45,9 +45,8 @@ class BlockManager:
         slot_mapping: NDArray[np.int32],
         copies: NDArray[np.int32],
     ) -> tuple[int, int, int]:
-        """Plans one step for B = len(users) histories: (step, num_new_rows, num_copies). It is
-        open until `commit(step)` or `release(step)`. User i's history is `keys[offsets[i]:offsets[i + 1]]`, oldest
-        first.
+        """Plans one step for B = len(users) histories: (step, num_new_rows, num_copies). The step is open until
+        `commit(step)` or `release(step)`. User i's history is `keys[offsets[i]:offsets[i + 1]]`, oldest first.
 
         In: `offsets` [>= B + 1], `keys` [>= offsets[B], key_width]. Out, written in place, all C-contiguous int32,
         entries past the batch untouched:
@@ -58,8 +57,8 @@ class BlockManager:
           -1 for a sequence without a session.
         - `block_tables` [>= B, >= max_blocks_per_seq]: the history's blocks in order, then -1.
         - `slot_mapping` [>= num_new_rows]: block * block_size + offset of each new position, users in order.
-        - `copies` [>= B, 3]: source block, target block, number of leading positions; num_copies rows, to be carried out
-          before the new rows are stored.
+        - `copies` [>= B, 3]: source block, target block, number of leading positions; num_copies rows, to be carried
+          out before the new rows are stored.
 
         None is an anonymous sequence, and so is a user who is already in this batch or in another open step, and new
         users beyond the free and evictable slots: they reuse nothing and leave nothing behind. An empty history makes

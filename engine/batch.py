@@ -5,6 +5,7 @@ Every sequence is laid out as the rows its plan leaves to compute: new history p
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,5 +96,5 @@ def _item_rows(queries: Sequence[Query], plan: CachePlan) -> NDArray[np.int32]:
     return np.concatenate(parts)
 
 
-def _tensor(array: NDArray[np.integer], device: torch.device) -> Tensor:  # type: ignore[type-arg]
+def _tensor(array: NDArray[np.integer[Any]], device: torch.device) -> Tensor:
     return torch.from_numpy(array.astype(np.int64)).to(device)

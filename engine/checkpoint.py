@@ -10,6 +10,8 @@ state/                   only while training: optimizer and progress, for an exa
 """
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from speeder_engine.catalogue import ItemTable
+from speeder_engine.catalogue import ITEMS_FILE, ItemTable
 from speeder_engine.config import ModelConfig
 from speeder_engine.encoders.base import Encoder, load_encoder
 from speeder_engine.encoders.features import Features
@@ -56,17 +58,17 @@ class Checkpoint:
     training: dict[str, Any]  # the training settings as JSON
     metrics: dict[str, Any] = field(default_factory=dict)
     state: TrainingState | None = None
+    frozen_in: Path | None = None  # the folder that already holds what training doesn't change
 
     def save(self, folder: Path) -> None:
         """Written beside `folder` and renamed onto it: a killed save leaves the previous checkpoint."""
         with replace_folder(folder) as beside:
+            if self.frozen_in == folder:
+                _link_frozen(folder, beside)
+            else:
+                self._save_frozen(beside)
             self.model.backbone.save_pretrained(beside / "backbone")  # type: ignore[operator]
-            self.tokenizer.save_pretrained(beside / "tokenizer")
             save_file(_contiguous(self.model.own_state()), beside / "recommender.safetensors")
-            save_file(_feature_tensors(self.features), beside / "features.safetensors")
-            self.table.save(beside)
-            for name, encoder in self.encoders.items():
-                encoder.save(beside / "encoders" / name)
             if self.state is not None:
                 _save_state(self.state, beside / "state")
             manifest = {
@@ -77,6 +79,14 @@ class Checkpoint:
                 "metrics": self.metrics,
             }
             write_json(beside / MANIFEST, manifest)
+        self.frozen_in = folder
+
+    def _save_frozen(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        save_file(_feature_tensors(self.features), folder / "features.safetensors")
+        self.table.save(folder)
+        for name, encoder in self.encoders.items():
+            encoder.save(folder / "encoders" / name)
 
     @classmethod
     def load(cls, folder: Path) -> "Checkpoint":
@@ -99,6 +109,7 @@ class Checkpoint:
                 training=manifest["training"],
                 metrics=manifest["metrics"],
                 state=_load_state(folder / "state"),
+                frozen_in=folder,
             )
         except (OSError, KeyError, SafetensorError, RuntimeError) as error:
             reason = " ".join(str(error).split())
@@ -155,6 +166,25 @@ def load_backbone(folder: Path) -> nn.Module:
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     adapted: nn.Module = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.float32), folder)
     return adapted
+
+
+FROZEN = ("tokenizer", "features.safetensors", ITEMS_FILE, "encoders")
+
+
+def _link_frozen(previous: Path, folder: Path) -> None:
+    """Hard links: an encoder of a hundred megabytes isn't written again after every epoch."""
+    for name in FROZEN:
+        if (previous / name).is_dir():
+            shutil.copytree(previous / name, folder / name, copy_function=_link)
+        elif (previous / name).exists():
+            _link(previous / name, folder / name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from speeder_engine.errors import ConfigError, InvalidRequest, SpeederError, SpeederWarning
@@ -136,7 +135,10 @@ def recommend(
         typer.echo(json.dumps({"users": count, "output": str(target)}) if as_json else f"{count:,} users in {target}")
         return
     ranking = loaded.recommend(
-        _ids(history), k, candidates=_ids(candidates) if candidates else None, on_unknown=on_unknown  # type: ignore[arg-type]
+        _ids(history),
+        k,
+        candidates=_ids(candidates) if candidates else None,
+        on_unknown=on_unknown,  # type: ignore[arg-type]
     )
     if as_json:
         typer.echo(json.dumps({"items": ranking.items, "scores": ranking.scores, "unknown": ranking.unknown}))
@@ -146,9 +148,7 @@ def recommend(
 
 
 @app.command()
-def inspect(
-    engine: Annotated[Path, typer.Argument(help="An engine directory.")], as_json: AsJson = False
-) -> None:
+def inspect(engine: Annotated[Path, typer.Argument(help="An engine directory.")], as_json: AsJson = False) -> None:
     """What an engine directory holds, and how much memory it will take."""
     from speeder_engine.inspection import inspect_engine
 
@@ -180,20 +180,25 @@ def main() -> None:
     """The entry point: every expected failure is one line and exit code 1."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("speeder_engine").setLevel(logging.INFO)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # we show our own
     warnings.showwarning = _show_warning
     try:
         app(standalone_mode=False)
-    except (SpeederError, click.ClickException) as error:
-        if os.environ.get("SPEEDER_DEBUG") == "1":
-            raise
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        typer.echo(f"error: {message}", err=True)
-        sys.exit(1)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
         sys.exit(1)
     except Exception as error:
         if os.environ.get("SPEEDER_DEBUG") == "1":
             raise
-        typer.echo(f"error: {type(error).__name__}: {error}; SPEEDER_DEBUG=1 shows where", err=True)
+        typer.echo(f"error: {_describe(error)}", err=True)
         sys.exit(1)
+
+
+def _describe(error: Exception) -> str:
+    """One line: our own errors and wrong usage say what to do, anything else is a bug and says where to look."""
+    if isinstance(error, SpeederError):
+        return str(error)
+    usage = getattr(error, "format_message", None)  # what the command parser raises
+    if usage is not None:
+        return f"{usage()} Try --help."
+    return f"{type(error).__name__}: {error}; SPEEDER_DEBUG=1 shows where"

@@ -15,7 +15,6 @@ from speeder_engine.data.candidates import CandidateLists, frozen_candidates
 from speeder_engine.data.dataset import Dataset, load_dataset
 from speeder_engine.data.splits import Queries, Split, leave_one_out
 from speeder_engine.engine import Engine
-
 from speeder_engine.evaluation.baselines import BASELINES
 from speeder_engine.evaluation.engine_scorer import EngineScorer
 from speeder_engine.evaluation.protocols import evaluate
@@ -96,7 +95,9 @@ def show_users(console: Console, engine: Engine, dataset: Dataset, queries: Quer
         history = [dataset.item_ids[row] for row in queries.history(q)]
         ranking = engine.recommend(history, k=10)
         target = dataset.items.titles[queries.targets[q]]
-        console.print(recommendation_table(f"user {dataset.user_ids[queries.users[q]]}", history, ranking, engine.catalogue))
+        console.print(
+            recommendation_table(f"user {dataset.user_ids[queries.users[q]]}", history, ranking, engine.catalogue)
+        )
         console.print(f"took next: {target}", markup=False, highlight=False)
 
 

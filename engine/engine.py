@@ -14,7 +14,6 @@ from torch import Tensor
 
 from speeder_engine.batch import Batch, make_batch
 from speeder_engine.cache import CachePlan, KVCache
-from speeder_engine.catalogue import Catalogue
 from speeder_engine.config import EngineConfig
 from speeder_engine.errors import ConfigError, InvalidRequest
 from speeder_engine.parts import EngineParts
@@ -126,7 +125,8 @@ class Engine:
 
     def user_vector(self, history: Sequence[str]) -> NDArray[np.float32]:
         """[d]: its dot product with an item's vector is that item's retrieve score, prior aside."""
-        return self.user_vectors([Request(history)])[0]
+        vector: NDArray[np.float32] = self.user_vectors([Request(history)])[0]
+        return vector
 
     def user_vectors(self, requests: Iterable[Request]) -> NDArray[np.float32]:
         """[B, d] in the order of the requests; their sessions are used and extended."""

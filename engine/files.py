@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,10 +59,9 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Writes beside `path`, syncs, then renames onto it. A link is followed; missing parents are made."""
     with _explained(path):
         target = Path(os.path.realpath(path))
-        if target.is_dir():
-            raise ArtifactError(f"{path}: a folder stands where a file must go; remove it or choose another name")
+        _refuse_unless(stat.S_ISREG, target, "something else stands where a file must go")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _sibling(target, _make_file) as beside:
+        with _sibling(target, Path.touch) as beside:
             beside.write_bytes(content)
             sync_path(beside)
             beside.replace(target)
@@ -84,10 +84,9 @@ def replace_folder(target: Path) -> Iterator[Path]:
     """
     with _explained(target):
         place = Path(os.path.realpath(target))
-        if os.path.lexists(place) and not place.is_dir():
-            raise ArtifactError(f"{target}: a file stands where a folder must go; remove it or choose another name")
+        _refuse_unless(stat.S_ISDIR, place, "something else stands where a folder must go")
         place.parent.mkdir(parents=True, exist_ok=True)
-    with _explained(target, STORAGE_ERRORS), _sibling(place, _make_folder) as beside:
+    with _explained(target, STORAGE_ERRORS), _sibling(place, Path.mkdir) as beside:
         yield beside
         with _explained(target):
             for path in sorted(beside.rglob("*")):
@@ -96,6 +95,12 @@ def replace_folder(target: Path) -> Iterator[Path]:
             _put(beside, place)
             sync_path(place.parent)
     _remove_stale(place)
+
+
+def _refuse_unless(kind: Callable[[int], bool], target: Path, reason: str) -> None:
+    with suppress(FileNotFoundError):
+        if not kind(target.stat().st_mode):
+            raise ArtifactError(f"{target}: {reason}; remove it or choose another name")
 
 
 @contextmanager
@@ -120,7 +125,7 @@ def _system_code(error: Exception) -> int | None:
 
 
 @contextmanager
-def _sibling(target: Path, make: Callable[[Path], int]) -> Iterator[Path]:
+def _sibling(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     """A new locked sibling of `target`; whatever bears its name at the end (a failed write, the old folder) goes."""
     with _explained(target):
         beside, descriptor = _claim(target, make)
@@ -131,24 +136,17 @@ def _sibling(target: Path, make: Callable[[Path], int]) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _claim(target: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+def _claim(target: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
     while True:
         beside = target.with_name(f".{target.name}.{uuid4().hex[:8]}.tmp")
-        descriptor = make(beside)
-        _lock(descriptor, wait=True)
-        # another writer may have taken it for a leftover before it was locked
-        if beside.exists() and os.path.samestat(beside.stat(), os.fstat(descriptor)):
-            return beside, descriptor
-        os.close(descriptor)
-
-
-def _make_file(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-
-
-def _make_folder(path: Path) -> int:
-    path.mkdir()
-    return os.open(path, os.O_RDONLY)
+        make(beside)
+        # until it is locked, another writer may take it for a leftover and remove it
+        with suppress(FileNotFoundError):
+            descriptor = os.open(beside, os.O_RDONLY)
+            _lock(descriptor, wait=True)
+            if beside.exists():
+                return beside, descriptor
+            os.close(descriptor)
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool:
@@ -161,10 +159,17 @@ def _lock(descriptor: int, *, wait: bool) -> bool:
 
 
 def _put(beside: Path, target: Path) -> None:
-    if not target.exists():
-        beside.rename(target)
-    elif not _exchange(beside, target):
-        _rename_twice(beside, target)
+    while True:
+        try:
+            if not target.exists():
+                beside.rename(target)
+            elif not _exchange(beside, target):
+                _rename_twice(beside, target)
+            return
+        except OSError as error:
+            # another writer put its folder there, or moved it, in between
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or not beside.exists():
+                raise
 
 
 def _exchange(left: Path, right: Path) -> bool:

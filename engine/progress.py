@@ -1,7 +1,7 @@
 """Progress bars for long steps, on stderr so that stdout stays a program's. SPEEDER_PROGRESS=0 silences them."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -33,7 +33,7 @@ def progress_bar() -> Iterator[Progress]:
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Yields `items` under a bar; `total` where `items` has no length."""
-    count = total if total is not None else len(items) if hasattr(items, "__len__") else None
+    count = len(items) if total is None and isinstance(items, Sized) else total
     with progress_bar() as progress:
         task = progress.add_task(description, total=count, note="")
         for item in items:

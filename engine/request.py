@@ -80,13 +80,13 @@ def item_ids(value: object, where: str) -> tuple[str, ...]:
     if isinstance(value, str | bytes):
         raise InvalidRequest(f"{where}: expected a list of item ids, got the string {value!r}; write [{value!r}]")
     try:
-        ids = tuple(value)  # type: ignore[arg-type]
+        ids: tuple[object, ...] = tuple(value)  # type: ignore[arg-type]
     except TypeError:
         raise InvalidRequest(f"{where}: expected a list of item ids, got {value!r}") from None
     for item_id in ids:
         if not isinstance(item_id, str):
             raise InvalidRequest(f"{where}: item ids are strings, got {item_id!r} ({type(item_id).__name__})")
-    return ids
+    return ids  # type: ignore[return-value]
 
 
 def _whole_number(name: str, value: object, least: int) -> None:

@@ -21,7 +21,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, item_tokens: Tensor) -> Tensor:
-        """Final hidden states [R, d] of the batch's read rows. item_tokens [I, d]: the table the rows are gathered from."""
+        """Final hidden states [R, d] of the batch's read rows, gathered from item_tokens [I, d]."""
         if batch.num_rows == 0:
             return self.instruction_hidden[:0]
         self.rows_computed += batch.num_rows
@@ -32,7 +32,8 @@ class ModelRunner:
         num_read = batch.read_rows.shape[0]
         read_rows = torch.cat([batch.read_rows, batch.read_rows.new_zeros(pad_rows(num_read) - num_read)])
         attend = PagedAttend(self.cache, batch, *self.model.decoder.rotary(positions))
-        return self.model.decoder(embedded, positions, attend, read_rows)[:num_read]
+        hidden: Tensor = self.model.decoder(embedded, positions, attend, read_rows)
+        return hidden[:num_read]
 
     def _run_instruction(self) -> Tensor:
         """Fills the shared blocks; returns the instruction's last hidden state [1, d]: an empty history's h(last)."""

@@ -20,9 +20,8 @@ def export_engine(checkpoint: Path, out: Path) -> EngineParts:
 def engine_parts(checkpoint: Checkpoint) -> EngineParts:
     """The same model and catalogue as an engine holds them, in fp32."""
     model = checkpoint.merged_model().float().eval()
-    config = replace(
-        model.config, decoder=decoder_config(model.backbone.config, model.config.decoder.attention_scaling)
-    )  # type: ignore[arg-type]
+    scaling = model.config.decoder.attention_scaling
+    config = replace(model.config, decoder=decoder_config(model.backbone.config, scaling))
 
     def write_more(folder: Path) -> None:
         checkpoint.tokenizer.save_pretrained(folder / "tokenizer")

@@ -16,7 +16,7 @@ CONTENT = {
     "encoders/text.json": b'{"kind": "tfidf"}',
     "weights.safetensors": b"\0\1\2",
 }
-FIELDS = {"window": 50, "heads": ["rank", "retrieve"], "instruction": "Amélie’s next film?"}
+FIELDS = {"window": 50, "heads": ["rank", "retrieve"], "instruction": "Le prochain film d'Amélie ?"}
 
 
 def fill(folder: Path) -> dict:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ BLOCK = 4
 WINDOW = 16
 
 
-def made(num_blocks: int = 64, **settings: int | bool) -> _C.BlockManager:
-    defaults: dict[str, int] = {"block_size": BLOCK, "shared_len": 6, "max_seq_len": WINDOW, "key_width": 2}
+def made(num_blocks: int = 64, **settings: Any) -> _C.BlockManager:
+    defaults: dict[str, Any] = {"block_size": BLOCK, "shared_len": 6, "max_seq_len": WINDOW, "key_width": 2}
     return _C.BlockManager(num_blocks=num_blocks, **{**defaults, **settings})
 
 
@@ -31,7 +32,7 @@ class Planned:
     copies: list[list[int]]
 
 
-def arguments(users: Sequence[str | None], histories: Sequence[Sequence[tuple[int, int]]]) -> dict[str, object]:
+def arguments(users: Sequence[str | None], histories: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
     lengths = [len(each) for each in histories]
     rows = [key for each in histories for key in each]
     return {
@@ -56,7 +57,7 @@ def plan_batch(
     manager: _C.BlockManager, users: Sequence[str | None], histories: Sequence[Sequence[tuple[int, int]]]
 ) -> Planned:
     out = arguments(users, histories)
-    step, num_rows, num_copies = manager.plan(**out)  # type: ignore[arg-type]
+    step, num_rows, num_copies = manager.plan(**out)
     manager.check_integrity()
     tables = [[block for block in row if block != -1] for row in out["block_tables"].tolist()]
     return Planned(
@@ -416,10 +417,10 @@ def test_an_argument_that_does_not_fit_is_named(name: str, value: object, messag
     before = manager.stats()
     given = arguments(["ann", "bob"], [history(1, 2, 3), history(4, 5)])
     with pytest.raises(ValueError, match=f"^{name}: .*{message}"):
-        manager.plan(**{**given, name: value})  # type: ignore[arg-type]
+        manager.plan(**{**given, name: value})
     assert manager.stats() == before
     manager.check_integrity()
-    manager.plan(**given)  # type: ignore[arg-type]
+    manager.plan(**given)
 
 
 def test_read_only_output_is_refused() -> None:
@@ -427,23 +428,23 @@ def test_read_only_output_is_refused() -> None:
     frozen = np.zeros(1, np.int32)
     frozen.flags.writeable = False
     with pytest.raises(ValueError, match="cached_len: is read-only"):
-        made().plan(**{**given, "cached_len": frozen})  # type: ignore[arg-type]
+        made().plan(**{**given, "cached_len": frozen})
 
 
 def test_user_that_is_no_text_is_refused() -> None:
     given = arguments(["ann"], [history(1)])
     with pytest.raises(TypeError, match=r"users\[1\]: must be a str or None, not int"):
-        made().plan(**{**given, "users": ["ann", 3]})  # type: ignore[arg-type]
+        made().plan(**{**given, "users": ["ann", 3]})
 
 
 def test_entries_past_the_batch_stay_untouched() -> None:
     given = arguments(["ann", "bob", "cid"], [history(1, 2), history(3), []])
     given["users"] = ["ann"]
-    step, num_rows, num_copies = made().plan(**given)  # type: ignore[arg-type]
+    step, num_rows, num_copies = made().plan(**given)
     assert (step, num_rows, num_copies) == (1, 2, 0)
     for name in ("cached_len", "session_slots", "block_tables"):
-        assert (given[name][1:] == -7).all()  # type: ignore[index]
-    assert given["slot_mapping"].tolist()[2:] == [-7]  # type: ignore[attr-defined]
+        assert (given[name][1:] == -7).all()
+    assert given["slot_mapping"].tolist()[2:] == [-7]
 
 
 @pytest.mark.parametrize(

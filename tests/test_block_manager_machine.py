@@ -87,7 +87,7 @@ class FakeEngine:
 
     def read(self, sequence: Planned) -> list[int]:
         rows = [block * self.block_size + offset for block in sequence.table for offset in range(self.block_size)]
-        return self.store[rows[: len(sequence.history)]].tolist()
+        return [int(row) for row in self.store[rows[: len(sequence.history)]]]
 
     def serve_last_hidden(self, sequence: Planned) -> None:
         if sequence.slot < 0:

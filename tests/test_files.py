@@ -171,24 +171,24 @@ def test_stale_leftovers_go_and_live_or_foreign_ones_stay(tmp_path):
     assert not live.exists()
 
 
-def test_writers_at_the_same_time_both_finish(tmp_path):
+def test_writers_at_the_same_time_all_finish(tmp_path, swap):
     target = tmp_path / "engine"
     failures = []
 
     def write(text: str) -> None:
         try:
-            for _ in range(30):
+            for _ in range(15):
                 write_folder(target, text)
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=write, args=(text,)) for text in "ab"]
+    threads = [threading.Thread(target=write, args=(text,)) for text in "abcd"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert failures == []
-    assert (target / "inside" / "file").read_text() in ("a", "b")
+    assert (target / "inside" / "file").read_text() in list("abcd")
     assert names(tmp_path) == ["engine"]
 
 
@@ -220,14 +220,22 @@ def test_the_hash_is_sha256(tmp_path):
 def test_a_thing_of_the_other_kind_in_the_way(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ArtifactError, match="a file stands where a folder must go"):
+    with pytest.raises(ArtifactError, match="something else stands where a folder must go"):
         write_folder(tmp_path / "file", "new")
-    with pytest.raises(ArtifactError, match="a folder stands where a file must go"):
+    with pytest.raises(ArtifactError, match="something else stands where a file must go"):
         files.write_atomic(tmp_path / "folder", b"")
     with pytest.raises(ArtifactError, match="a file stands where a parent folder must be"):
         write_folder(tmp_path / "file" / "engine", "new")
     assert (tmp_path / "file").read_text() == "mine"
     assert names(tmp_path) == ["file", "folder"]
+
+
+def test_a_device_is_never_replaced():
+    with pytest.raises(ArtifactError, match="something else stands"):
+        files.write_atomic(Path("/dev/null"), b"")
+    with pytest.raises(ArtifactError, match="something else stands"):
+        write_folder(Path("/dev/null"), "new")
+    assert Path("/dev/null").is_char_device()
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])

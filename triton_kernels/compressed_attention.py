@@ -1,6 +1,7 @@
 """Attention of compressed-token rows over a paged cache.
 
-    out_r = ( sum_{j in prefix(r)} e^{q_r . k_j / sqrt(D)} v_j  +  self_r ) / ( sum_j e^{...} + e^{q_r . k_r / sqrt(D)} )
+    w_rj  = exp(q_r . k_j / sqrt(D))
+    out_r = (sum_{j in prefix(r)} w_rj v_j + w_rr v_r) / (sum_{j in prefix(r)} w_rj + w_rr)
 
 prefix(r) is the shared instruction and the first `visible` history positions of r's own sequence. A new history row
 has been stored before the call and stands in its prefix; a candidate row is not stored: its own key is folded into
@@ -45,7 +46,7 @@ class AttentionRows:
 def compressed_attention(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: AttentionRows
 ) -> Tensor:
-    """q [N, H, D], k and v [N, H_kv, D] of the same rows, all rotated; caches [blocks, block_size, H_kv, D] -> [N, H, D].
+    """q [N, H, D], k and v [N, H_kv, D] of the same rows, rotated; caches [blocks, block_size, H_kv, D] -> [N, H, D].
 
     Runs the torch reference on every device.
     """

@@ -1,18 +1,18 @@
-"""What an encoder is, and how one is written to a folder and read back (JSON and safetensors, never a pickle)."""
+"""What an encoder is, and how one is written to a folder and read back: JSON and safetensors, never a pickle."""
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from speeder_engine.encoders.features import Features
-from speeder_engine.errors import ArtifactError
+from speeder_engine.errors import ArtifactError, SpeederError
 from speeder_engine.files import write_atomic, write_json
 
 Input = str | bytes | None
@@ -31,7 +31,7 @@ class Encoder(Protocol):
 
     @property
     def name(self) -> str:
-        """For people: which encoder this is."""
+        """Which encoder this is, for people."""
         ...
 
     @property
@@ -39,11 +39,11 @@ class Encoder(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over kind, settings and weights: equal fingerprints give equal features."""
+        """sha256 over kind, settings and weights: equal fingerprints give equal features, up to rounding."""
         ...
 
     def encode(self, inputs: Sequence[Input], names: Sequence[str] | None = None) -> Features:
-        """One row per input; `None` or an unusable input is not present. `names` are the items' ids, for warnings."""
+        """One row per input; `None` and what can't be used are not present. `names` are item ids, for warnings."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -51,10 +51,63 @@ class Encoder(Protocol):
         ...
 
 
-def fingerprint_of(kind: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def load_encoder(folder: Path) -> Encoder:
+    """Reads what `Encoder.save` wrote; ArtifactError names the folder where it can't."""
+    kind, settings = read_manifest(folder)
+    try:
+        return _load_kind(kind, folder, settings)
+    except (SpeederError, OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        raise ArtifactError(f"{folder}: not a readable {kind} encoder ({error}); export it again") from error
+
+
+def _load_kind(kind: str, folder: Path, settings: Mapping[str, Any]) -> Encoder:
+    if kind == "transformers-text":
+        from speeder_engine.encoders.text import TransformersTextEncoder
+
+        return TransformersTextEncoder.load(folder, settings)
+    if kind == "fitted-text":
+        from speeder_engine.encoders.fitted_text import FittedTextEncoder
+
+        return FittedTextEncoder.load(folder, settings)
+    if kind == "transformers-image":
+        from speeder_engine.encoders.image import TransformersImageEncoder
+
+        return TransformersImageEncoder.load(folder, settings)
+    if kind == "fitted-image":
+        from speeder_engine.encoders.fitted_image import FittedImageEncoder
+
+        return FittedImageEncoder.load(folder, settings)
+    raise ArtifactError(f"unknown kind {kind!r}, written by another version?")
+
+
+def write_manifest(folder: Path, kind: str, settings: Mapping[str, Any]) -> None:
+    write_json(folder / MANIFEST, {"format": FORMAT, "kind": kind, "settings": settings})
+
+
+def read_manifest(folder: Path) -> tuple[str, Mapping[str, Any]]:
+    path = folder / MANIFEST
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        kind, settings, version = written["kind"], dict(written["settings"]), written["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: not a readable encoder manifest ({error}); export it again") from error
+    if version != FORMAT:
+        raise ArtifactError(f"{path}: encoder format {version}, this version reads {FORMAT}; export it again")
+    return str(kind), settings
+
+
+def write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    write_atomic(folder / WEIGHTS, safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()}))
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load((folder / WEIGHTS).read_bytes())
+
+
+def fingerprint_of(kind: str, settings: Any, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps([kind, settings], sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(_BYTE).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

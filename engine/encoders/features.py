@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
+from numpy.typing import NDArray
 
 from speeder_engine.errors import ArtifactError, DataError
 from speeder_engine.files import write_atomic
 
-Floats = np.ndarray[Any, np.dtype[np.float32]]
-Flags = np.ndarray[Any, np.dtype[np.bool_]]
+Floats = NDArray[np.float32]
+Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Features:
 
     @property
     def dim(self) -> int:
-        return self.values.shape[1]
+        return int(self.values.shape[1])
 
     def __len__(self) -> int:
         return len(self.values)
 
-    def take(self, rows: Sequence[int] | np.ndarray[Any, Any]) -> "Features":
+    def take(self, rows: Sequence[int] | NDArray[np.integer[Any]]) -> "Features":
         """The given rows, in the given order."""
         chosen = np.asarray(rows, dtype=np.int64)
         return Features(self.values[chosen], self.present[chosen])

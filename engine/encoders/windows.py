@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from speeder_engine.errors import DataError
 
-Ints = np.ndarray[Any, np.dtype[Any]]
+Ints = NDArray[np.integer[Any]]
 
 
 def check_histories(offsets: Ints, rows: Ints, num_items: int) -> None:

@@ -24,11 +24,11 @@ class EngineScorer:
         rows = engine.catalogue.rows(item_ids, "evaluation")
         self.vectors = engine.item_vectors(item_ids)
         beta = float(engine.model.retrieve.beta)
-        self.prior = beta * engine.catalogue.prior[rows.astype(np.int64)].float().cpu().numpy()
+        self.prior = np.float32(beta) * engine.catalogue.table.prior[rows]
 
     def scores(self, queries: Queries) -> NDArray[np.float32]:
         vectors = self.engine.user_vectors(Request(self._ids(queries.history(q))) for q in range(len(queries)))
-        scores: NDArray[np.float32] = vectors @ self.vectors.T + self.prior
+        scores: NDArray[np.float32] = (vectors @ self.vectors.T + self.prior).astype(np.float32)
         return scores
 
     def candidate_scores(self, queries: Queries, candidates: NDArray[np.int32]) -> NDArray[np.float32]:

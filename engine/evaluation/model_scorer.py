@@ -28,7 +28,7 @@ class ModelScorer:
     @torch.inference_mode()
     def scores(self, queries: Queries) -> NDArray[np.float32]:
         scores = self.user_vectors(_histories(queries)) @ self.tokens.T + self.model.retrieve.beta * self.prior
-        return scores.float().cpu().numpy()
+        return _to_numpy(scores)
 
     @torch.inference_mode()
     def candidate_scores(self, queries: Queries, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -37,9 +37,8 @@ class ModelScorer:
         vectors, hidden = self._forward(_histories(queries), rows)
         retrieved = torch.einsum("bd,bcd->bc", vectors, self.tokens[rows])
         if not self.model.config.heads.rank:
-            return (retrieved + self.model.retrieve.beta * self.prior[rows]).float().cpu().numpy()
-        scores = self.model.rank(hidden, retrieved) + self.model.rank.beta * self.prior[rows]
-        return scores.float().cpu().numpy()
+            return _to_numpy(retrieved + self.model.retrieve.beta * self.prior[rows])
+        return _to_numpy(self.model.rank(hidden, retrieved) + self.model.rank.beta * self.prior[rows])
 
     def user_vectors(self, histories: Sequence[NDArray[np.int32]]) -> Tensor:
         """[B, d]: their product with the item tokens is the retrieve score, prior aside."""
@@ -82,6 +81,11 @@ def isolated_mask(num_prompt: int, length: int, lengths: Tensor, num_candidates:
     mask[:, :prefix, :prefix] = columns <= columns.unsqueeze(1)
     mask[:, prefix:, :prefix] = (columns < (num_prompt + lengths).unsqueeze(1)).unsqueeze(1)
     return mask.unsqueeze(1)
+
+
+def _to_numpy(scores: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = scores.float().cpu().numpy()
+    return array
 
 
 def _histories(queries: Queries) -> list[NDArray[np.int32]]:

@@ -39,6 +39,7 @@ def evaluate(
     *,
     ks: Sequence[int] = (1, 5, 10, 20),
     batch_size: int = 512,
+    show_progress: bool = True,
 ) -> Report:
     """Ranks every target over the full catalogue, and in its candidate list where lists are given.
 
@@ -49,7 +50,7 @@ def evaluate(
     _check(queries, candidates, ks, batch_size)
     tally = _Tally()
     starts = range(0, len(queries), batch_size)
-    for start in track(starts, f"evaluating {scorer.name}"):
+    for start in track(starts, f"evaluating {scorer.name}") if show_progress else starts:
         batch = queries.slice(start, start + batch_size)
         scores = scorer.scores(batch)
         tally.add_full(scorer.name, batch, scores)
@@ -87,7 +88,7 @@ class _Tally:
     def add_candidates(self, name: str, scores: Floats, rows: Rows, slots: Rows) -> None:
         check_scores(scores, (rows.shape[0], rows.shape[1]), f"{name}, candidates")
         self.candidate_ranks.append(candidate_ranks(scores, rows, slots))
-        self.valid.append(np.isfinite(scores).any(axis=1))
+        self.valid.append(np.asarray(np.isfinite(scores).any(axis=1)))
 
     def report(self, scorer: Scorer, queries: Queries, ks: Sequence[int]) -> Report:
         ranks = np.concatenate(self.ranks)

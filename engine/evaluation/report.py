@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.table import Table
+from rich.box import SIMPLE_HEAD
+from rich.table import Column, Table
 from rich.text import Text
 
 from speeder_engine.errors import ConfigError, DataError
@@ -24,7 +25,8 @@ class CandidateOutcome:
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        return self.valid & (self.ranks == 0)
+        correct: NDArray[np.bool_] = self.valid & (self.ranks == 0)
+        return correct
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +76,11 @@ class Report:
 
 def report_table(reports: Sequence[Report], columns: Sequence[str] = COLUMNS) -> Table:
     """Two classes, without and with knowledge of the query's time; the best of each class and column is bold."""
-    shown = [column for column in columns if any(column in report.metrics for report in reports)]
-    table = Table("system", *(Text(column) for column in shown))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for uses_time, title in ((False, "without the query's time"), (True, "with the query's time")):
+    shown = [name for name in columns if any(name in report.metrics for report in reports)]
+    # all figures stay whole on 80 columns: the headers fold
+    numbers = (Column(name, justify="right", min_width=6, overflow="fold") for name in shown)
+    table = Table(Column("system", no_wrap=True), *numbers, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for uses_time, title in ((False, "without query time"), (True, "with query time")):
         group = [report for report in reports if report.uses_time is uses_time]
         if not group:
             continue

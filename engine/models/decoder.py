@@ -4,8 +4,8 @@
 plain causal attention over one sequence, the engine's is paged. transformers is the judge of its numbers.
 """
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -111,17 +111,17 @@ class Decoder(nn.Module):
     @classmethod
     def from_transformers(cls, model: nn.Module) -> "Decoder":
         """A decoder with the weights of a loaded transformers model (with or without its language-model head)."""
-        body = getattr(model, "model", model)
+        body: Any = getattr(model, "model", model)
         decoder = cls(decoder_config(body.config, float(body.rotary_emb.attention_scaling)))
         with torch.no_grad():
             decoder.inv_freq.copy_(body.rotary_emb.inv_freq)
         decoder.load_state_dict(fuse_weights(body.state_dict(), decoder.config) | {"inv_freq": decoder.inv_freq})
         return decoder.to(next(body.parameters()).dtype).eval()
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keeps the rotary frequencies in fp32 whatever the weights become: bf16 angles are wrong by whole turns."""
         exact = self.inv_freq
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.inv_freq = exact.to(self.inv_freq.device)
         return self
 

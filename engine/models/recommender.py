@@ -78,4 +78,5 @@ class ServingModel(nn.Module):
 
     def embed(self, tokens: Tensor, slots: Tensor, candidate: Tensor) -> Tensor:
         """Item tokens [N, d] + the prompts of their slots [N] + the candidate role where `candidate` [N] is true."""
-        return tokens + self.prompts(slots) + candidate.unsqueeze(-1) * self.rank.role
+        embedded: Tensor = tokens + self.prompts(slots) + candidate.unsqueeze(-1) * self.rank.role
+        return embedded

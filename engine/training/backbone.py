@@ -33,7 +33,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)  # type: ignore[no-untyped-call]
 
 
 def small_llama(config: BackboneConfig, vocab_size: int) -> nn.Module:
@@ -54,6 +55,7 @@ def small_llama(config: BackboneConfig, vocab_size: int) -> nn.Module:
 
 def load_pretrained(config: BackboneConfig) -> tuple[nn.Module, Any]:
     """A pretrained body with LoRA on all its linear layers; its own weights are frozen."""
+    source = str(config.source)
     from transformers import AutoModel, AutoTokenizer
 
     try:
@@ -61,13 +63,11 @@ def load_pretrained(config: BackboneConfig) -> tuple[nn.Module, Any]:
     except ImportError:
         raise MissingDependency("peft", "train", "tuning a pretrained backbone") from None
     try:
-        body = AutoModel.from_pretrained(config.source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(config.source)
+        body = AutoModel.from_pretrained(source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"backbone.source {config.source!r}: can't be loaded ({reason}); give a local folder"
-        ) from None
+        raise ConfigError(f"backbone.source {source!r}: can't be loaded ({reason}); give a local folder") from None
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,

@@ -5,6 +5,7 @@ Everything random comes out of one generator per epoch, so that a resumed run dr
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -116,7 +117,7 @@ def _cuts(length: int, window: int, phase: int) -> list[tuple[int, int]]:
         return [(0, length)] if length > 1 else []
     first = phase + 1
     edges = [0, *range(first, length - 1, window), length - 1]
-    return [(start, stop + 1) for start, stop in zip(edges, edges[1:], strict=False) if stop > start]
+    return [(start, stop + 1) for start, stop in pairwise(edges) if stop > start]
 
 
 def _batches_by_length(segments: list[Segment], size: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:

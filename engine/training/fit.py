@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from speeder_engine.catalogue import ItemTable
 from speeder_engine.checkpoint import Checkpoint, TrainingState
 from speeder_engine.config import CompressorConfig, ModelConfig, PromptConfig
-from speeder_engine.data.splits import Histories, Split, leave_one_out
+from speeder_engine.data.splits import Histories, Split
 from speeder_engine.errors import ConfigError
 from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.evaluation.protocols import evaluate
@@ -93,13 +92,8 @@ def popularity_prior(train: Histories, num_items: int) -> NDArray[np.float32]:
 def _trainer(checkpoint: Checkpoint, split: Split, config: TrainingConfig, log: Path) -> Trainer:
     model, prior = checkpoint.model, torch.from_numpy(checkpoint.table.prior)
     names = model.compressor.modalities
-    stages = [
-        replace(stage, modalities=tuple(name for name in stage.modalities if name in names))
-        if set(stage.modalities) & set(names)
-        else None
-        for stage in config.stages
-    ]
-    config = replace(config, stages=tuple(stage for stage in stages if stage is not None))
+    kept = [(stage, tuple(name for name in stage.modalities if name in names)) for stage in config.stages]
+    config = replace(config, stages=tuple(replace(stage, modalities=left) for stage, left in kept if left))
     rng = np.random.default_rng(config.seed)
     users = np.sort(rng.permutation(split.users)[: config.validation_users])
     queries = split.queries("validation", users)
@@ -107,7 +101,7 @@ def _trainer(checkpoint: Checkpoint, split: Split, config: TrainingConfig, log: 
     def validate(tokens: Tensor) -> dict[str, float]:
         with torch.no_grad():
             scorer = ModelScorer(model, tokens, prior.to(tokens.device))
-            report = evaluate(scorer, queries, None, ks=(10,))
+            report = evaluate(scorer, queries, None, ks=(10,), show_progress=False)
         return {name: float(report.metrics[name]) for name in ("hr@10", "ndcg@10")}
 
     batches = TrainingBatches(split.train, split.dataset.num_items, config)
@@ -116,10 +110,8 @@ def _trainer(checkpoint: Checkpoint, split: Split, config: TrainingConfig, log: 
 
 def _resumable(split: Split, config: TrainingConfig, out: Path) -> Checkpoint:
     checkpoint = Checkpoint.load(out)
-    asked: dict[str, Any] = {"config": config.to_json(), "data": split.dataset.fingerprint()}
-    # through JSON, as the checkpoint's own went: tuples are lists there
     if TrainingConfig.from_json(checkpoint.training["config"]) != config:
         raise ConfigError(f"{out}: was trained with other settings; resume with the same recipe, or train anew")
-    if checkpoint.training["data"] != asked["data"]:
+    if checkpoint.training["data"] != split.dataset.fingerprint():
         raise ConfigError(f"{out}: was trained on other data; resume with the same data, or train anew")
     return checkpoint

@@ -1,6 +1,6 @@
 """The staged training loop (MPO): each stage brings a modality in, keeps its best epoch and hands it to the next.
 
-Between two epochs the whole state fits in a `TrainingState`; a run resumed from it goes on bit for bit as it would have.
+Between two epochs all state fits in a `TrainingState`: a run resumed from it goes on bit for bit as it would have.
 """
 
 import json
@@ -68,10 +68,8 @@ class Trainer:
     def _run_stage(
         self, stage: Stage, state: TrainingState, save: Callable[[TrainingState], None], progress: Progress
     ) -> None:
-        optimizer, schedule = self._optimizer(stage)
+        optimizer, schedule = self._optimizer(stage, state.step)
         best = self._restore(state, optimizer)
-        for _ in range(state.step):
-            schedule.step()
         task = progress.add_task(f"{stage.name} {' + '.join(stage.modalities)}", total=self._steps(stage), note="")
         progress.update(task, completed=state.step)
         while state.epoch < stage.epochs and state.bad_epochs < self.config.patience:
@@ -138,7 +136,8 @@ class Trainer:
     def _steps(self, stage: Stage) -> int:
         return stage.epochs * self.batches.batches_per_epoch
 
-    def _optimizer(self, stage: Stage) -> tuple[torch.optim.Optimizer, Any]:
+    def _optimizer(self, stage: Stage, step: int) -> tuple[torch.optim.Optimizer, Any]:
+        """AdamW and its cosine, `step` steps into the stage."""
         from transformers import get_cosine_schedule_with_warmup
 
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -147,9 +146,11 @@ class Trainer:
             {"params": decayed, "weight_decay": self.config.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98))
-        steps = self._steps(stage)
-        return optimizer, get_cosine_schedule_with_warmup(optimizer, int(self.config.warmup * steps), int(steps * 1.05))
+        optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98), fused=True)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = stage.learning_rate  # what a schedule that starts in the middle expects
+        warmup, end = int(self.config.warmup * self._steps(stage)), int(1.05 * self._steps(stage))
+        return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, end, last_epoch=step - 1)
 
     def _restore(self, state: TrainingState, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Puts a resumed stage's weights and moments in place; returns its best weights so far."""

@@ -1,0 +1,102 @@
+"""What planning costs: `pytest bench/bench_block_manager.py`.
+
+The promises: at most 20 us to plan 64 warm users with 30-item histories and one new item each, and at least 5 million
+block operations a second in the native pool.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from speeder_engine import _C
+
+BLOCK_SIZE, HISTORY, WINDOW = 16, 30, 256
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+
+
+class Batch:
+    """`num_users` warm sessions of HISTORY items, and the arguments of the step that adds one item to each."""
+
+    def __init__(self, num_users: int, num_cold_sessions: int = 0) -> None:
+        self.manager = _C.BlockManager(
+            num_blocks=4 * (num_users + num_cold_sessions) + 40,
+            block_size=BLOCK_SIZE,
+            shared_len=40,
+            max_seq_len=WINDOW,
+        )
+        rng = np.random.default_rng(0)
+        self.keys = rng.integers(0, 1 << 20, (num_users, HISTORY + 1, 2), dtype=np.int32)
+        out = [np.empty(num_users, np.int32), np.empty(num_users, np.int32)]
+        out.append(np.empty((num_users, self.manager.max_blocks_per_seq), np.int32))
+        self.out = (*out, np.empty(num_users * WINDOW, np.int32), np.empty((num_users, 3), np.int32))
+        for start in range(0, num_cold_sessions, num_users):
+            self.run(self.arguments([f"cold-{start + i}" for i in range(num_users)], HISTORY))
+        self.users = [f"user-{i}" for i in range(num_users)]
+        self.run(self.arguments(self.users, HISTORY))
+
+    def arguments(self, users: list[str], length: int) -> tuple[Any, ...]:
+        offsets = np.arange(len(users) + 1, dtype=np.int32) * np.int32(length)
+        return (users, offsets, np.ascontiguousarray(self.keys[:, :length]).reshape(-1, 2), *self.out)
+
+    def run(self, arguments: tuple[Any, ...]) -> None:
+        self.manager.commit(self.manager.plan(*arguments)[0])
+
+
+def measure_plan(benchmark: Any, batch: Batch) -> None:
+    """Each round plans the same append: releasing the step leaves the sessions as they were."""
+    arguments = batch.arguments(batch.users, HISTORY + 1)
+    steps: list[int] = []
+
+    def plan() -> None:
+        steps.append(batch.manager.plan(*arguments)[0])
+
+    def release() -> None:
+        while steps:
+            batch.manager.release(steps.pop())
+
+    benchmark.pedantic(plan, setup=release, rounds=2000, warmup_rounds=50)
+    release()
+    assert batch.out[0].tolist() == [HISTORY] * len(batch.users)
+
+
+@pytest.mark.parametrize("num_users", [1, 8, 64, 256])
+def test_plan(benchmark: Any, num_users: int) -> None:
+    measure_plan(benchmark, Batch(num_users))
+    if num_users == 64:
+        assert benchmark.stats["median"] < 20e-6
+
+
+def test_plan_among_many_sessions(benchmark: Any) -> None:
+    """64 warm users in a table of 50,000 other sessions."""
+    measure_plan(benchmark, Batch(64, num_cold_sessions=50_000))
+
+
+@pytest.mark.parametrize("num_users", [1, 64])
+def test_commit(benchmark: Any, num_users: int) -> None:
+    """Each round commits an append or, every other time, the cut that undoes it."""
+    batch = Batch(num_users)
+    arguments = [batch.arguments(batch.users, HISTORY + extra) for extra in (1, 0)]
+
+    def plan() -> tuple[tuple[int], dict[str, Any]]:
+        arguments.reverse()
+        return (batch.manager.plan(*arguments[1])[0],), {}
+
+    benchmark.pedantic(batch.manager.commit, setup=plan, rounds=2000)
+
+
+def test_block_pool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The native pool alone, in a C++ loop."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to build the loop with")
+    program = tmp_path / "block_pool"
+    sources = [Path(__file__).with_name("block_pool.cpp"), CSRC / "block_pool.cpp"]
+    subprocess.run([compiler, "-std=c++20", "-O3", "-DNDEBUG", f"-I{CSRC}", *sources, "-o", program], check=True)
+    rate = float(subprocess.run([program], check=True, capture_output=True, text=True).stdout)
+    with capsys.disabled():
+        print(f"\nblock pool: {rate / 1e6:.0f} million allocate and free operations a second")
+    assert rate > 5e6

@@ -1,0 +1,83 @@
+"""Where a transformers model comes from: a local folder, or a hub id fetched into the hub's own cache."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from speeder_engine.errors import ConfigError
+
+# Never pytorch_model.bin: a pickle runs what its writer wants
+WANTED = ["*.json", "*.txt", "*.model", "*.safetensors"]
+UNWANTED = ["onnx/*", "openvino/*"]
+TIMEOUT_SECONDS = 5.0
+
+
+def resolve_source(source: str | Path) -> Path:
+    """The local folder of a model; a hub id is downloaded, or found in the hub's cache when offline.
+
+    ConfigError names the source and the alternatives where neither works; nothing waits longer than a few seconds for
+    an unreachable hub.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).exists() or Path(source).is_absolute() or str(source).startswith((".", "~")):
+        raise ConfigError(f"encoder {str(source)!r}: no such folder; give a model's folder, a hub id or 'fitted'")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                str(source),
+                allow_patterns=WANTED,
+                ignore_patterns=UNWANTED,
+                etag_timeout=TIMEOUT_SECONDS,
+                local_files_only=is_offline(),
+            )
+        )
+    except (OSError, ValueError) as error:
+        reason = "offline, and not in the hub's cache" if is_offline() else str(error).splitlines()[0]
+        raise ConfigError(
+            f"encoder {str(source)!r}: neither a local folder nor a reachable hub id ({reason}); "
+            "give the folder of a downloaded model, or 'fitted' for an encoder fitted on the catalogue"
+        ) from error
+
+
+def is_offline() -> bool:
+    return any(os.environ.get(name, "0").upper() in ("1", "TRUE", "YES", "ON") for name in _OFFLINE_VARIABLES)
+
+
+_OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silences the bars that transformers draws while it reads weights: they would tear our own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def fast_inference(device: torch.device) -> Iterator[None]:
+    """Inference mode, in bf16 where it has native instructions (1.7x on two Zen 4 cores, cosine to fp32 > .9999)."""
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=has_native_bf16(device)):
+        yield
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

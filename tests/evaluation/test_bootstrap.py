@@ -1,0 +1,69 @@
+import time
+
+import numpy as np
+import pytest
+
+from speeder_engine.errors import ConfigError, DataError
+from speeder_engine.evaluation.bootstrap import mean_interval, paired_difference
+from speeder_engine.evaluation.report import Report
+
+
+def _report(name, ranks, users=None):
+    ranks = np.asarray(ranks, np.int32)
+    users = np.arange(len(ranks), dtype=np.int32) if users is None else users
+    return Report(name, False, users, ranks, {})
+
+
+def test_the_interval_is_that_of_the_normal_approximation():
+    values = (np.random.default_rng(0).random(5500) < 0.2).astype(np.float64)
+    found = mean_interval(values)
+    half = 1.96 * values.std() / np.sqrt(len(values))
+    assert found.mean == values.mean()
+    assert found.low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.1 * half)
+    narrow = mean_interval(values, level=0.5)
+    assert (narrow.high - narrow.low) / 2 == pytest.approx(0.6745 / 1.96 * half, rel=0.1)
+
+
+def test_scipy_finds_the_same_interval_on_skewed_values():
+    stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(1).exponential(size=40)
+    found = mean_interval(values, resamples=20_000)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=2).confidence_interval
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), rel=0.02)
+
+
+def test_the_seed_decides_and_2000_resamples_of_5500_users_are_quick():
+    values = np.random.default_rng(3).random(5500)
+    start = time.perf_counter()
+    first = mean_interval(values, seed=7)
+    assert time.perf_counter() - start < 2
+    assert first == mean_interval(values, seed=7) != mean_interval(values, seed=8)
+
+
+def test_pairing_sees_what_two_intervals_can_not():
+    rng = np.random.default_rng(4)
+    ranks = rng.integers(0, 25, 3000)
+    better = np.where(rng.random(3000) < 0.05, 0, ranks)
+    first, second = _report("better", better), _report("base", ranks)
+    found = paired_difference(first, second, "hr@10")
+    assert found.mean == pytest.approx((better < 10).mean() - (ranks < 10).mean())
+    assert found.excludes_zero and found.low > 0
+    alone = [mean_interval(each.values("hr@10")) for each in (first, second)]
+    assert alone[0].low < alone[1].high  # each by itself would overlap
+    back = paired_difference(second, first, "hr@10")
+    assert (back.low, back.high) == pytest.approx((-found.high, -found.low), abs=0.002)
+    same = paired_difference(first, first, "mrr")
+    assert (same.mean, same.low, same.high, same.excludes_zero) == (0, 0, 0, False)
+
+
+def test_what_can_not_be_resampled_is_refused():
+    with pytest.raises(DataError, match="can't be paired"):
+        paired_difference(_report("a", [1, 2]), _report("b", [1, 2], np.array([1, 0], np.int32)), "mrr")
+    with pytest.raises(DataError, match="can't be paired"):
+        paired_difference(_report("a", [1, 2]), _report("b", [1]), "mrr")
+    with pytest.raises(DataError, match="no users"):
+        mean_interval(np.zeros(0))
+    for wrong in ({"level": 1.0}, {"resamples": 0}):
+        with pytest.raises(ConfigError):
+            mean_interval(np.ones(3), **wrong)

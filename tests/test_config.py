@@ -1,0 +1,88 @@
+"""Settings: JSON both ways, unknown keys and wrong types refused by name."""
+
+import json
+
+import pytest
+from speeder_engine.config import EngineConfig, ModelConfig, PromptConfig, parse_bytes
+from speeder_engine.errors import ConfigError
+from speeder_engine.training.config import RECIPES, Stage, TrainingConfig, load_recipe
+
+MODEL = {
+    "decoder": {
+        "vocab_size": 10,
+        "hidden_size": 8,
+        "num_layers": 1,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 4,
+        "intermediate_size": 16,
+    },
+    "compressor": {"modalities": {"text": 5}, "hidden_size": 8},
+    "prompt": {"instruction": "x", "instruction_ids": [1, 2]},
+}
+
+
+def test_settings_survive_json():
+    config = ModelConfig.from_json(MODEL)
+    assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert config.prompt.instruction_ids == (1, 2)
+    training = TrainingConfig(stages=(Stage("S1", ("text",), 1, 1e-3),))
+    assert TrainingConfig.from_json(json.loads(json.dumps(training.to_json()))) == training
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": {"instruction": "x", "instruction_ids": [1], "windw": 3}}, r"unknown keys \['windw'\]"),
+        ({"prompt": {"instruction": "x"}}, "instruction_ids"),
+        ({"prompt": {"instruction": "x", "instruction_ids": []}}, "can't be empty"),
+        ({"prompt": {"instruction": "x", "instruction_ids": [1], "window": "50"}}, "window: expected int, got '50'"),
+        ({"prompt": {"instruction": "x", "instruction_ids": [1], "window": True}}, "window: expected int, got True"),
+        ({"prompt": {"instruction": "x", "instruction_ids": [1], "window": 5, "window_step": 6}}, "within 1..window"),
+        ({"compressor": {"modalities": {"text": 5}, "hidden_size": 9}}, "9 wide, the decoder's embeddings 8"),
+        ({"decoder": {**MODEL["decoder"], "num_heads": 3, "num_kv_heads": 2}}, "multiple of num_kv_heads"),
+        ({"decoder": 3}, "DecoderConfig: expected an object, got int"),
+    ],
+)
+def test_wrong_settings_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_json({**MODEL, **change})
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [("0", 0), ("1GiB", 2**30), ("1.5 MiB", 3 * 2**19), ("300MB", 3 * 10**8), (77, 77), ("5kb", 5000)]
+)
+def test_sizes(size, expected):
+    assert parse_bytes(size) == expected
+
+
+@pytest.mark.parametrize("size", ["", "GiB", "-1", "1 parsec", "1e9", "1,5GB"])
+def test_no_sizes(size):
+    with pytest.raises(ConfigError, match="kv_budget: .* is no size"):
+        EngineConfig(kv_budget=size)
+
+
+def test_the_window_must_hold_something():
+    with pytest.raises(ConfigError, match="window must be at least 1"):
+        PromptConfig("x", (1,), window=0)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_packaged_recipes_load(path):
+    config = load_recipe(path.stem)
+    assert config.stages[0].modalities == ("text",)
+    assert set(config.modalities) == {"text", "image", "collaborative"}
+
+
+def test_recipes_that_are_none(tmp_path):
+    with pytest.raises(ConfigError, match=r"recipe nope: no such file; packaged recipes are demo, demo-data, small"):
+        load_recipe("nope")
+    (tmp_path / "bad.yaml").write_text("stages: [unclosed")
+    with pytest.raises(ConfigError, match="no valid YAML"):
+        load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "typo.yaml").write_text("batchsize: 3")
+    with pytest.raises(ConfigError, match=r"unknown keys \['batchsize'\]"):
+        load_recipe(tmp_path / "typo.yaml")
+    (tmp_path / "strange.yaml").write_text("stages: [{name: S1, modalities: [smell], epochs: 1, learning_rate: 0.1}]")
+    with pytest.raises(ConfigError, match=r"stage 'S1': unknown modalities \['smell'\]"):
+        load_recipe(tmp_path / "strange.yaml")

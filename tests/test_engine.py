@@ -1,0 +1,298 @@
+"""The engine against plain transformers, and its invariants: bitwise on the CPU, in fp32 and bf16."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from reference import make_tiny, reference_scores
+from speeder_engine import Engine, EngineConfig, InvalidRequest, Ranking, Request, UnknownItem
+
+WINDOW, STEP = 12, 4
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return make_tiny(window=WINDOW, step=STEP)
+
+
+@pytest.fixture
+def engine(tiny):
+    return Engine(tiny.parts(), EngineConfig(dtype="float32", kv_budget="4MiB"))
+
+
+@pytest.fixture
+def cold(tiny):
+    return Engine(tiny.parts(), EngineConfig(dtype="float32", kv_budget="0"))
+
+
+def history_rows(rng, length):
+    return rng.integers(0, 120, length)
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 11, 12, 13, 16, 17, 40])
+def test_retrieve_equals_transformers(tiny, engine, length):
+    rows = history_rows(np.random.default_rng(length), length)
+    expected, _ = reference_scores(tiny, rows)
+    for user in (None, "a", "a"):  # cold, cold into a session, the same again
+        ranking = engine.recommend(tiny.ids(rows), k=120, exclude_seen=False, user_id=user)
+        found = torch.tensor([dict(ranking)[item_id] for item_id in tiny.item_ids])
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 12, 13, 30])
+def test_rank_equals_one_prompt_a_candidate(tiny, engine, length):
+    rng = np.random.default_rng(length)
+    rows, candidates = history_rows(rng, length), rng.permutation(120)[:20]
+    _, expected = reference_scores(tiny, rows, candidates)
+    for user in (None, "a", "a"):
+        ranking = engine.recommend(tiny.ids(rows), k=20, candidates=tiny.ids(candidates), user_id=user)
+        found = torch.tensor([dict(ranking)[item_id] for item_id in tiny.ids(candidates)])
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("budget", ["4MiB", "4KB"])
+def test_sessions_answer_bitwise_as_a_cold_engine(tiny, dtype, budget):
+    """Appends, corrections, deletions, repeats, slides and evictions, one by one and packed."""
+    warm = Engine(tiny.parts(), EngineConfig(dtype=dtype, kv_budget=budget, max_batch_users=8))
+    cold = Engine(tiny.parts(), EngineConfig(dtype=dtype, kv_budget="0"))
+    rng = np.random.default_rng(0)
+    histories = {f"user {u}": [] for u in range(30)}
+    asked, answered = [], []
+    for _ in range(150):
+        user = f"user {rng.integers(30)}"
+        change(histories[user], rng)
+        options = {"candidates": tiny.ids(rng.permutation(120)[: rng.integers(1, 21)])} if rng.random() < 0.5 else {}
+        request = Request(tuple(histories[user]), **options)
+        answer = warm.recommend(request.history, user_id=user, **options)
+        assert answer == cold.recommend(request.history, **options)
+        warm.check_integrity()
+        asked.append(request)
+        answered.append(answer)
+    assert cold.recommend_many(asked) == answered
+    if budget == "4KB":
+        assert warm.stats().evictions > 0
+
+
+def change(history, rng):
+    """What happens to a history between two requests."""
+    what = rng.random()
+    if what < 0.6 or not history:
+        history.extend(f"{i:04d}" for i in rng.integers(0, 120, rng.integers(0, 4)))
+    elif what < 0.8:
+        history[rng.integers(len(history))] = f"{rng.integers(120):04d}"
+    else:
+        del history[rng.integers(len(history))]
+
+
+def test_rows_computed_shows_what_a_session_saves(tiny, engine):
+    ids = tiny.ids(range(12))
+    computed = []
+    for history in (ids[:8], ids[:9], ids[:9], [*ids[:4], ids[11]], ids[:3]):
+        before = engine.stats().rows_computed
+        engine.recommend(history, user_id="a")
+        computed.append(engine.stats().rows_computed - before)
+    # cold, one appended, the same again, a corrected past, a proper prefix (whose last row is computed again)
+    assert computed == [8, 1, 0, 1, 1]
+    before = engine.stats().rows_computed
+    engine.recommend(ids[:3], user_id="a", candidates=ids[:5])
+    assert engine.stats().rows_computed - before == 5
+
+
+def test_a_full_window_slides_in_steps(tiny, engine, cold):
+    ids = tiny.ids(np.random.default_rng(5).integers(0, 120, 40))
+    computed = []
+    for length in range(1, 41):
+        before = engine.stats().rows_computed
+        assert engine.recommend(ids[:length], user_id="a") == cold.recommend(ids[:length])
+        computed.append(engine.stats().rows_computed - before)
+    assert computed[:12] == [1] * 12
+    assert computed[12:] == [9, 1, 1, 1] * 7
+
+
+def test_two_requests_of_one_user_in_one_batch(tiny, engine, cold):
+    ids = tiny.ids(range(10))
+    requests = [Request(ids[:5], user_id="a"), Request(ids[:7], user_id="a"), Request(ids[3:9], user_id="a")]
+    expected = [cold.recommend(request.history) for request in requests]
+    assert engine.recommend_many(requests) == expected
+    assert engine.recommend_many(requests) == expected
+    engine.check_integrity()
+
+
+def test_a_failed_step_leaves_the_cache_as_it_was(tiny, engine, cold, monkeypatch):
+    ids = tiny.ids(range(10))
+    engine.recommend(ids[:6], user_id="a")
+    blocks_free = engine._cache.manager.stats()["num_free_blocks"]
+
+    def fail(*_):
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(engine._scorer, "score", fail)
+    with pytest.raises(RuntimeError, match="injected"):
+        engine.recommend([*ids[:3], *ids[7:]], user_id="a")
+    monkeypatch.undo()
+    engine.check_integrity()
+    assert engine._cache.manager.stats()["num_free_blocks"] == blocks_free
+    before = engine.stats().rows_computed
+    assert engine.recommend(ids[:6], user_id="a") == cold.recommend(ids[:6])
+    assert engine.stats().rows_computed == before
+
+
+def test_a_budget_of_nothing_keeps_nothing(tiny, cold):
+    ids = tiny.ids(range(6))
+    assert cold.recommend(ids, user_id="a") == cold.recommend(ids, user_id="a")
+    assert cold.stats().num_sessions == 0
+    assert cold.stats().rows_computed == 12
+
+
+def test_seen_denied_and_unavailable_items_are_not_recommended(tiny, engine):
+    ids = tiny.ids(range(6))
+    everything = engine.recommend(ids, k=120, exclude_seen=False)
+    assert len(everything) == 120
+    assert list(everything.scores) == sorted(everything.scores, reverse=True)
+    assert set(engine.recommend(ids, k=120).items) == set(tiny.item_ids) - set(ids)
+    best = everything.items[0]
+    assert best not in engine.recommend(ids, k=120, exclude_seen=False, deny=[best]).items
+    allowed = ["0050", "0060", ids[0]]
+    assert set(engine.recommend(ids, allow=allowed).items) == {"0050", "0060"}
+    engine.catalogue.available[50] = False
+    assert engine.recommend(ids, allow=allowed).items == ("0060",)
+    assert engine.recommend(ids, candidates=["0050", "0061"]).items == ("0061",)
+
+
+def test_named_candidates_are_ranked_even_if_seen(tiny, engine):
+    ids = tiny.ids(range(6))
+    assert set(engine.recommend(ids, candidates=ids).items) == set(ids)
+    by_retrieve = engine.recommend(ids, candidates=ids, head="retrieve")
+    full = dict(engine.recommend(ids, k=120, exclude_seen=False))
+    assert dict(by_retrieve) == pytest.approx({item_id: full[item_id] for item_id in ids}, abs=1e-5)
+
+
+def test_candidate_order_and_company_do_not_matter(tiny, engine):
+    ids, rng = tiny.ids(range(6)), np.random.default_rng(1)
+    candidates = tiny.ids(rng.permutation(120)[:17])
+    whole = dict(engine.recommend(ids, k=17, candidates=candidates))
+    shuffled = engine.recommend(ids, k=17, candidates=candidates[::-1])
+    assert dict(shuffled) == whole
+    for few in (candidates[:1], candidates[3:8]):
+        assert dict(engine.recommend(ids, candidates=few)) == {item_id: whole[item_id] for item_id in few}
+
+
+def test_equal_scores_keep_the_catalogues_order(tiny):
+    parts = tiny.parts()
+    parts.catalogue.tokens[:] = parts.catalogue.tokens[0].clone()
+    parts.catalogue.prior[:] = 0
+    engine = Engine(parts, EngineConfig(dtype="float32"))
+    assert list(engine.recommend(["0003"], k=5).items) == ["0000", "0001", "0002", "0004", "0005"]
+    assert list(engine.recommend([], candidates=["0009", "0002", "0005"]).items) == ["0002", "0005", "0009"]
+
+
+def test_what_is_answered_at_the_edges(tiny, engine):
+    assert len(engine.recommend([])) == 10
+    assert len(engine.recommend(tiny.ids(range(115)), k=50)) == 5
+    assert len(engine.recommend(tiny.item_ids, k=5)) == 0
+    assert len(engine.recommend(tiny.ids(range(100)))) == 10
+    assert engine.recommend(["0001"], k=3, candidates=["0002"]).items == ("0002",)
+    assert engine.recommend_many([]) == []
+    ranking = engine.recommend(["0001", "nope"], on_unknown="skip")
+    assert ranking.unknown == ("nope",)
+    assert ranking == Ranking(*zip(*engine.recommend(["0001"]), strict=True), unknown=("nope",))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 0}, "k: expected a whole number of at least 1, got 0"),
+        ({"k": 2.5}, "k: expected"),
+        ({"k": True}, "k: expected"),
+        ({"history": "0001"}, "got the string '0001'"),
+        ({"history": None}, "history: expected a list"),
+        ({"history": [1]}, r"item ids are strings, got 1 \(int\)"),
+        ({"candidates": []}, "candidates: the list is empty"),
+        ({"candidates": ["0001", "0002", "0001"]}, "'0001' more than once"),
+        ({"candidates": "0001"}, "candidates: expected a list"),
+        ({"head": "title"}, "head: 'title'"),
+        ({"head": "rank"}, "pass candidates"),
+        ({"user_id": 7}, "user_id: expected a string"),
+        ({"history_offset": -1}, "history_offset"),
+        ({"on_unknown": "ignore"}, "on_unknown"),
+        ({"history_offset": 30}, "send more of the history"),
+    ],
+)
+def test_bad_requests_are_refused_in_one_line(engine, arguments, message):
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        engine.recommend(**{"history": ["0001"], **arguments})
+    assert "\n" not in str(caught.value)
+    assert engine.stats().requests == engine.stats().rows_computed == 0
+
+
+@pytest.mark.parametrize("field", ["history", "candidates", "allow", "deny"])
+def test_unknown_items_are_all_named(engine, field):
+    ids = ["0001", *(f"x{i}" for i in range(7))]
+    with pytest.raises(UnknownItem, match=rf"{field}: unknown item 'x0'.*and 2 more") as caught:
+        engine.recommend(**{"history": [], field: ids})
+    assert caught.value.ids == tuple(ids[1:])
+
+
+def test_one_bad_request_stops_the_batch_before_anything_is_computed(engine):
+    with pytest.raises(UnknownItem):
+        engine.recommend_many([Request(["0001"], user_id="a"), Request(["nope"])])
+    assert engine.stats().rows_computed == engine.stats().num_sessions == 0
+
+
+def test_a_tail_with_its_offset_answers_as_the_whole_history(tiny, engine, cold):
+    ids = tiny.ids(np.random.default_rng(2).integers(0, 120, 30))
+    whole = cold.recommend(ids, exclude_seen=False)
+    assert engine.recommend(ids[15:], history_offset=15, exclude_seen=False, user_id="a") == whole
+    assert engine.recommend(ids, exclude_seen=False, user_id="a") == whole
+
+
+def test_vectors_and_similar_items(tiny, engine):
+    ids = tiny.ids(range(4))
+    full = dict(engine.recommend(ids, k=120, exclude_seen=False))
+    beta = float(engine.model.retrieve.beta)
+    scores = engine.item_vectors(tiny.item_ids) @ engine.user_vector(ids) + beta * tiny.prior.numpy()
+    np.testing.assert_allclose(scores, [full[item_id] for item_id in tiny.item_ids], atol=1e-5)
+    tokens = torch.nn.functional.normalize(tiny.tokens, dim=1)
+    cosine = tokens @ tokens[7]
+    cosine[7] = -2
+    assert list(engine.similar_items("0007", 4).items) == tiny.ids(cosine.topk(4).indices)
+    with pytest.raises(UnknownItem):
+        engine.similar_items("nope")
+
+
+def test_the_catalogue_from_outside(tiny, engine):
+    assert len(engine.catalogue) == 120
+    assert "0001" in engine.catalogue
+    assert 1 not in engine.catalogue
+    assert engine.catalogue.item_ids == tuple(tiny.item_ids)
+    assert engine.catalogue.title("0003") == "Title 0003"
+
+
+def test_sessions_can_be_closed(tiny, engine):
+    engine.recommend(tiny.ids(range(3)), user_id="a")
+    assert engine.stats().num_sessions == 1
+    assert engine.close_session("a")
+    assert not engine.close_session("a")
+    assert engine.stats().num_sessions == 0
+
+
+def test_threads_get_their_own_answers(tiny, engine, cold):
+    histories = [tiny.ids(np.random.default_rng(i).integers(0, 120, 8)) for i in range(24)]
+    expected = [cold.recommend(history) for history in histories]
+    wrong = []
+
+    def ask(first):
+        for i in range(first, 24, 3):
+            if engine.recommend(histories[i], user_id=str(i % 5)) != expected[i]:
+                wrong.append(i)
+
+    threads = [threading.Thread(target=ask, args=(first,)) for first in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    engine.check_integrity()

@@ -1,0 +1,17 @@
+"""The window's start against a simulation, and what follows from it."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import reference_start
+from speeder_engine.config import PromptConfig
+from speeder_engine.prompt import PromptLayout
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 400))
+def test_the_window_slides_in_whole_steps(window, step, length):
+    step = min(step, window)
+    layout = PromptLayout(PromptConfig("x", (1, 2, 3), window, step))
+    assert layout.start(length) == reference_start(length, window, step)
+    assert layout.window_len(length) <= window
+    assert length <= window or layout.window_len(length) > window - step
+    assert layout.position(5) == 8

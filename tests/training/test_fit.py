@@ -1,0 +1,128 @@
+"""Training learns, resumes bit for bit, and stops with a clear word."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from speeder_engine.checkpoint import Checkpoint
+from speeder_engine.data.splits import leave_one_out
+from speeder_engine.errors import ConfigError, SpeederError, SpeederWarning
+from speeder_engine.evaluation.model_scorer import ModelScorer
+from speeder_engine.evaluation.protocols import evaluate
+from speeder_engine.training import trainer as trainer_module
+from speeder_engine.training.config import BackboneConfig, Stage, TrainingConfig
+from speeder_engine.training.fit import train
+
+from counting import make_dataset
+
+CONFIG = TrainingConfig(
+    instruction="Next:",
+    window=10,
+    window_step=5,
+    backbone=BackboneConfig(vocab_size=270, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64),
+    stages=(
+        Stage("S1", ("text",), 2, 5e-3),
+        Stage("S2", ("text", "collaborative"), 3, 5e-3, 0.5),
+    ),
+    batch_size=16,
+    token_dropout=0.1,
+    patience=2,
+)
+
+
+def weights(checkpoint):
+    return {name: value.clone() for name, value in checkpoint.model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def finished(split, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    return train(split, CONFIG, folder / "c"), folder
+
+
+def test_it_learns_the_rule(split, finished):
+    checkpoint, folder = finished
+    scorer = ModelScorer(checkpoint.model, checkpoint.item_tokens(), torch.from_numpy(checkpoint.table.prior))
+    report = evaluate(scorer, split.queries("test"), None, ks=(1, 10))
+    assert report.metrics["hr@1"] > 0.8  # by chance 1 in 24
+    log = [json.loads(line) for line in (folder / "c.log.jsonl").read_text().splitlines()]
+    assert [record["stage"] for record in log][:2] == ["S1", "S1"]
+    assert log[-1]["loss"] < log[0]["loss"] / 2
+    assert checkpoint.metrics["hr@10"] == log[-1]["hr@10"]
+    assert Checkpoint.load(folder / "c").state is None
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(split, finished, tmp_path, monkeypatch, stop_after):
+    saved = []
+    save = Checkpoint.save
+
+    def stop(self, folder):
+        save(self, folder)
+        saved.append(folder)
+        if len(saved) == stop_after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(split, CONFIG, tmp_path / "c")
+    monkeypatch.undo()
+    resumed = train(split, CONFIG, tmp_path / "c", resume=True)
+    expected = weights(finished[0])
+    for name, value in weights(resumed).items():
+        assert torch.equal(value, expected[name]), name
+    first = [json.loads(line) for line in (finished[1] / "c.log.jsonl").read_text().splitlines()]
+    second = [json.loads(line) for line in (tmp_path / "c.log.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["epoch"], r["loss"]) for r in first] == [(r["stage"], r["epoch"], r["loss"]) for r in second]
+
+
+def test_a_finished_run_resumes_to_itself(split, finished, tmp_path):
+    shutil.copytree(finished[1] / "c", tmp_path / "c")
+    again = train(split, CONFIG, tmp_path / "c", resume=True)
+    assert all(torch.equal(value, weights(finished[0])[name]) for name, value in weights(again).items())
+
+
+def test_resuming_with_something_else_is_refused(split, finished):
+    folder = finished[1] / "c"
+    other = TrainingConfig.from_json({**CONFIG.to_json(), "batch_size": 17})
+    with pytest.raises(ConfigError, match="trained with other settings"):
+        train(split, other, folder, resume=True)
+    with pytest.raises(ConfigError, match="trained on other data"):
+        train(leave_one_out(make_dataset(seed=5)), CONFIG, folder, resume=True)
+
+
+def test_a_modality_that_no_item_has_is_left_out(split, tmp_path):
+    stages = (*CONFIG.stages[:1], Stage("S3", ("text", "image"), 1, 1e-3), Stage("S4", ("image",), 1, 1e-3))
+    config = TrainingConfig.from_json({**CONFIG.to_json(), "stages": [vars(stage) for stage in stages]})
+    with pytest.warns(SpeederWarning, match="no item has image features; trained without"):
+        checkpoint = train(split, config, tmp_path / "c")
+    assert checkpoint.model.compressor.modalities == ("text",)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_place(split, tmp_path, monkeypatch):
+    real = trainer_module.compute_losses
+
+    def poisoned(model, tokens, prior, batch, config):
+        tokens = tokens + (float("nan") if np.random.default_rng(0) and model.training else 0.0)
+        return real(model, tokens, prior, batch, config)
+
+    monkeypatch.setattr(trainer_module, "compute_losses", poisoned)
+    with pytest.raises(SpeederError, match=r"stage S1, step 0: the retrieve loss is not finite; lower"):
+        train(split, CONFIG, tmp_path / "c")
+    assert not os.path.exists(tmp_path / "c")
+
+
+def test_only_the_popular_is_known_without_features(split):
+    """The prior is made of training events alone."""
+    from speeder_engine.training.fit import popularity_prior
+
+    prior = popularity_prior(split.train, 24)
+    counts = np.zeros(24)
+    for user in range(split.train.num_users):
+        for row in split.train.history(user):
+            counts[row] += 1
+    np.testing.assert_array_equal(np.argsort(-prior, kind="stable"), np.argsort(-counts, kind="stable"))
+    assert abs(prior.mean()) < 1e-6 and abs(prior.std() - 1) < 1e-5
