@@ -24,7 +24,7 @@ demo: setup  ## train, export and recommend on a made catalogue, or on a real on
 	$(BIN)/speeder demo $(if $(DATA),--data "$(DATA)")
 
 test: setup lint types  ## lint, types and tests
-	$(BIN)/python -m pytest tests
+	$(BIN)/pytest tests
 
 lint: setup  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """A tiny data set with a rule that can be learned: item i is followed by item i + 1."""
 
 import numpy as np
+
 from speeder_engine.data.dataset import Dataset
 from speeder_engine.data.items import Items
 from speeder_engine.data.runs import offsets_of

@@ -75,7 +75,7 @@ def test_every_flipped_byte_is_found(engine, name):
     path = engine / name
     content = path.read_bytes()
     for position in range(len(content)):
-        for flip in (0x01, 0x20, 0x29, 0xFF):  # among them upper and lower case, blank and tab
+        for flip in (0x01, 0x20, 0x29):  # among them upper and lower case, blank and tab
             path.write_bytes(content[:position] + bytes([content[position] ^ flip]) + content[position + 1 :])
             with pytest.raises(ArtifactError, match=re.escape(str(path))):
                 read_artifact(engine)

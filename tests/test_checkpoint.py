@@ -124,7 +124,9 @@ def test_adapters_on_a_local_folder_are_saved_alone_and_merged_on_export(tmp_pat
     assert not torch.allclose(vectors(plain)[2], before[2], atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["recommender.safetensors", "features.safetensors", "items.parquet", "checkpoint.json"])
+@pytest.mark.parametrize(
+    "name", ["recommender.safetensors", "features.safetensors", "items.parquet", "checkpoint.json"]
+)
 def test_a_damaged_checkpoint_is_refused_by_name(checkpoint, tmp_path, name):
     checkpoint.save(tmp_path / "c")
     path = tmp_path / "c" / name

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from speeder_engine.config import EngineConfig, ModelConfig, PromptConfig, parse_bytes
 from speeder_engine.errors import ConfigError
 from speeder_engine.training.config import RECIPES, Stage, TrainingConfig, load_recipe
@@ -50,7 +51,8 @@ def test_wrong_settings_are_refused(change, message):
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [("0", 0), ("1GiB", 2**30), ("1.5 MiB", 3 * 2**19), ("300MB", 3 * 10**8), (77, 77), ("5kb", 5000)]
+    ("size", "expected"),
+    [("0", 0), ("1GiB", 2**30), ("1.5 MiB", 3 * 2**19), ("300MB", 3 * 10**8), (77, 77), ("5kb", 5000)],
 )
 def test_sizes(size, expected):
     assert parse_bytes(size) == expected

@@ -5,8 +5,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-
 from reference import make_tiny, reference_scores
+
 from speeder_engine import Engine, EngineConfig, InvalidRequest, Ranking, Request, UnknownItem
 
 WINDOW, STEP = 12, 4
@@ -180,11 +180,11 @@ def test_candidate_order_and_company_do_not_matter(tiny, engine):
         assert dict(engine.recommend(ids, candidates=few)) == {item_id: whole[item_id] for item_id in few}
 
 
-def test_equal_scores_keep_the_catalogues_order(tiny):
-    parts = tiny.parts()
-    parts.catalogue.tokens[:] = parts.catalogue.tokens[0].clone()
-    parts.catalogue.prior[:] = 0
-    engine = Engine(parts, EngineConfig(dtype="float32"))
+def test_equal_scores_keep_the_catalogues_order():
+    alike = make_tiny()
+    alike.tokens[:] = alike.tokens[0].clone()
+    alike.prior[:] = 0
+    engine = Engine(alike.parts(), EngineConfig(dtype="float32"))
     assert list(engine.recommend(["0003"], k=5).items) == ["0000", "0001", "0002", "0004", "0005"]
     assert list(engine.recommend([], candidates=["0009", "0002", "0005"]).items) == ["0002", "0005", "0009"]
 

@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import reference_start
+
 from speeder_engine.config import PromptConfig
 from speeder_engine.prompt import PromptLayout
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from speeder_engine.encoders.base import Input, fingerprint_of, write_manifest
 from speeder_engine.encoders.features import Features
 from speeder_engine.encoders.pictures import decode_picture, usable_bytes, warn_undecodable
-from speeder_engine.encoders.sources import best_device, fast_inference, quiet_loading, resolve_source
+from speeder_engine.encoders.sources import best_device, fast_inference, without_bars, resolve_source
 from speeder_engine.errors import ConfigError
 from speeder_engine.progress import track
 
@@ -32,7 +32,7 @@ class TransformersImageEncoder:
         self.batch_size = batch_size
         self.device = best_device()
         try:
-            with quiet_loading():
+            with without_bars():
                 # pinned: torchvision's resize gives other pixels, and it may be there in training and not in serving
                 load_processor: Any = AutoImageProcessor.from_pretrained
                 self.processor = load_processor(folder, backend="pil", local_files_only=True)
@@ -76,7 +76,8 @@ class TransformersImageEncoder:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder / "model")
+        with without_bars():
+            self.model.save_pretrained(folder / "model")
         self.processor.save_pretrained(folder / "model")
         write_manifest(folder, KIND, {"label": self.label, "batch_size": self.batch_size})
 

@@ -53,8 +53,8 @@ _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Silences the bars that transformers draws while it reads weights: they would tear our own."""
+def without_bars() -> Iterator[None]:
+    """Silences the bars that transformers draws while it reads and writes weights: they would tear our own."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -12,7 +12,7 @@ import numpy as np
 from speeder_engine.encoders.base import Input, fingerprint_of, write_manifest
 from speeder_engine.encoders.features import Features, Flags
 from speeder_engine.encoders.pooling import SentenceSettings, pool, read_sentence_settings
-from speeder_engine.encoders.sources import best_device, fast_inference, quiet_loading, resolve_source
+from speeder_engine.encoders.sources import best_device, fast_inference, without_bars, resolve_source
 from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.progress import track
 
@@ -62,7 +62,7 @@ class TransformersTextEncoder:
         self.batch_size = batch_size
         self.device = best_device()
         try:
-            with quiet_loading():
+            with without_bars():
                 self.tokenizer = AutoTokenizer.from_pretrained(body, local_files_only=True)
                 model = AutoModel.from_pretrained(body, local_files_only=True, use_safetensors=True)
         except (OSError, ValueError) as error:
@@ -102,7 +102,8 @@ class TransformersTextEncoder:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder / "model")
+        with without_bars():
+            self.model.save_pretrained(folder / "model")
         self.tokenizer.save_pretrained(folder / "model")
         settings = {"label": self.label, "batch_size": self.batch_size, "sentence": asdict(self.settings)}
         write_manifest(folder, KIND, settings)

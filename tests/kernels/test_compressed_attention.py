@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from speeder_engine.triton_kernels.compressed_attention import AttentionRows, compressed_attention_ref
 from torch.nn import functional as F
+
+from speeder_engine.triton_kernels.compressed_attention import AttentionRows, compressed_attention_ref
 
 BLOCK, HEADS, KV_HEADS, DIM = 4, 6, 2, 8
 
@@ -19,8 +20,9 @@ def make_case(seed, shared_len, cached, new, candidates, dtype):
     num_shared = -(-shared_len // BLOCK)
     order = torch.randperm(batch * width + 3, generator=generator) + num_shared
     tables = order[: batch * width].view(batch, width)
-    k_cache, v_cache = draw(len(order) + num_shared, BLOCK, KV_HEADS, DIM), draw(
-        len(order) + num_shared, BLOCK, KV_HEADS, DIM
+    k_cache, v_cache = (
+        draw(len(order) + num_shared, BLOCK, KV_HEADS, DIM),
+        draw(len(order) + num_shared, BLOCK, KV_HEADS, DIM),
     )
     sequence, local, visible, candidate = [], [], [], []
     for b in range(batch):

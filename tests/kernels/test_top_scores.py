@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from speeder_engine.triton_kernels.top_scores import stable_top, top_scores
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import erf, softmax
+
 from speeder_engine.config import CompressorConfig
 from speeder_engine.errors import ConfigError
 from speeder_engine.models.compressor import Compressor

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, Qwen2Config, Qwen2Model
+
 from speeder_engine.errors import ConfigError
 from speeder_engine.models.decoder import Decoder
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, Qwen2Config, Qwen2Model
 
 SHAPES = [
     {"num_attention_heads": 4, "num_key_value_heads": 4},
@@ -83,7 +84,9 @@ def test_a_language_models_body_is_found():
     hidden = torch.randn(5, 48)
     with torch.no_grad():
         expected = model.model(inputs_embeds=hidden[None]).last_hidden_state[0]
-    torch.testing.assert_close(Decoder.from_transformers(model)(hidden, torch.arange(5)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        Decoder.from_transformers(model)(hidden, torch.arange(5)), expected, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_rotary_frequencies_stay_exact_in_low_precision():

@@ -2,6 +2,7 @@
 
 import pytest
 from counting import make_dataset
+
 from speeder_engine.data.splits import leave_one_out
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from speeder_engine.data.runs import offsets_of
 from speeder_engine.data.splits import Histories
 from speeder_engine.training.batches import PAD, TrainingBatches
@@ -42,7 +43,10 @@ def test_an_epoch_can_be_asked_for_again():
     first, again, other = (list(batches.epoch(number)) for number in (3, 3, 4))
     for one, two in zip(first, again, strict=True):
         assert all(bool((getattr(one, name) == getattr(two, name)).all()) for name in vars(one))
-    assert any(one.rows.shape != two.rows.shape or bool((one.rows != two.rows).any()) for one, two in zip(first, other, strict=False))
+    assert any(
+        one.rows.shape != two.rows.shape or bool((one.rows != two.rows).any())
+        for one, two in zip(first, other, strict=False)
+    )
 
 
 def test_candidates_are_the_next_item_and_others():

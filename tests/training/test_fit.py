@@ -7,6 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from counting import make_dataset
+
 from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.data.splits import leave_one_out
 from speeder_engine.errors import ConfigError, SpeederError, SpeederWarning
@@ -15,8 +17,6 @@ from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.training import trainer as trainer_module
 from speeder_engine.training.config import BackboneConfig, Stage, TrainingConfig
 from speeder_engine.training.fit import train
-
-from counting import make_dataset
 
 CONFIG = TrainingConfig(
     instruction="Next:",

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from reference import make_tiny, reference_scores
+from torch.nn import functional as F
+
 from speeder_engine.training.batches import PAD, TrainingBatch
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.losses import compute_losses
-from torch.nn import functional as F
 
 CONFIG = TrainingConfig(window=12, window_step=4, token_dropout=0.0, modality_dropout=0.0)
 

@@ -1,0 +1,127 @@
+"""The command line as a user meets it: what it prints, what it refuses, how it ends."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from reference import make_tiny
+
+from speeder_engine import Engine
+
+
+@pytest.fixture(scope="module")
+def engine_dir(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "engine"
+    make_tiny().parts().save(out)
+    return out
+
+
+def speeder(*arguments, **environment):
+    command = [sys.executable, "-c", "from speeder_engine.cli import main; main()", *map(str, arguments)]
+    env = {**os.environ, "COLUMNS": "120", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
+
+
+def test_help_names_every_command_and_needs_no_torch():
+    code = (
+        "import sys; sys.argv = ['speeder', '--help']\n"
+        "from speeder_engine.cli import main\n"
+        "try: main()\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    for command in ("demo", "train", "evaluate", "export", "recommend", "inspect"):
+        assert command in done.stdout
+    assert done.stdout.strip().endswith("False")
+
+
+def test_recommend_one_history(engine_dir):
+    done = speeder("recommend", engine_dir, "--history", "0001,0002", "--history", "0003", "-k", 3, "--json")
+    assert done.returncode == 0, done.stderr
+    expected = Engine.load(engine_dir).recommend(["0001", "0002", "0003"], k=3)
+    answer = json.loads(done.stdout)
+    assert answer["items"] == list(expected.items)
+    assert answer["scores"] == pytest.approx(expected.scores)
+    for_people = speeder("recommend", engine_dir, "--history", "0001", "-k", 2, "--candidates", "0005,0006").stdout
+    assert "Title 0005" in for_people and "Title 0006" in for_people
+
+
+def test_recommend_for_a_file(engine_dir, tmp_path):
+    histories = [["0001", "0002"], [], ["0005"]] * 700  # more than one batch
+    users = [f"{i:05d}" for i in range(2100)]
+    pq.write_table(pa.table({"user_id": users, "history": histories}), tmp_path / "users.parquet")
+    done = speeder(
+        "recommend", engine_dir, "--input", tmp_path / "users.parquet", "--output", tmp_path / "recs.parquet", "-k", 4
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2,100 users" in done.stdout
+    table = pq.read_table(tmp_path / "recs.parquet")
+    assert table["user_id"].to_pylist() == users
+    engine = Engine.load(engine_dir)
+    for i, history in enumerate(histories[:3]):
+        expected = engine.recommend(history, k=4)
+        assert table["items"][2097 + i].as_py() == list(expected.items)
+        assert table["scores"][i].as_py() == pytest.approx(expected.scores)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recs.parquet", "users.parquet"]
+
+
+def test_inspect(engine_dir):
+    summary = json.loads(speeder("inspect", engine_dir, "--json").stdout)
+    assert summary["num_items"] == 120
+    assert summary["window"] == 12
+    # keys and values of 3 layers, 2 heads of 8, in blocks of 16 positions, at 4 bytes
+    assert summary["kv_bytes_per_user"]["float32"] == 2 * 3 * 2 * 8 * 16 * 4
+    assert summary["memory"]["bfloat16"] * 2 == summary["memory"]["float32"]
+    table = speeder("inspect", engine_dir)
+    assert table.returncode == 0
+    assert summary["revision"] in table.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "{tmp}"], "no engine directory"),
+        (["recommend", "{engine}", "--history", "0001", "-k", "0"], "k: expected a whole number of at least 1, got 0"),
+        (["recommend", "{engine}", "--history", "nope"], "history: unknown item 'nope'"),
+        (["recommend", "{engine}", "--history", "0001,,0002"], "an empty one between commas"),
+        (["recommend", "{engine}", "--input", "x.parquet"], "--input and --output go together"),
+        (["recommend", "{engine}", "--input", "{tmp}/x.parquet", "--output", "{tmp}/y.parquet"], "no such file"),
+        (["recommend", "{engine}", "--device", "tpu"], "device: 'tpu'"),
+        (["recommend"], "Missing argument"),
+        (["recommend", "--bogus"], "No such option"),
+        (["frobnicate"], "No such command"),
+        (["export", "engine", "{tmp}", "{tmp}/out"], "no checkpoint here"),
+        (["evaluate", "gossip", "--data", "{tmp}"], "neither a checkpoint nor an engine directory nor a baseline"),
+        (["train", "{tmp}", "--out", "{tmp}/c"], "interactions"),
+        (["train", "{tmp}", "--out", "{tmp}/c", "--recipe", "soup"], "recipe soup: no such file"),
+        (["demo", "--data", "{tmp}/nowhere", "--out", "{tmp}/demo"], "nowhere"),
+    ],
+)
+def test_every_failure_is_one_line_and_exit_code_1(engine_dir, tmp_path, arguments, message):
+    done = speeder(*(a.format(engine=engine_dir, tmp=tmp_path) for a in arguments))
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(errors) == 1, done.stderr
+    assert errors[0].startswith("error: ") and message in errors[0], errors[0]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"user": ["a"]}, "has no column `history`"),
+        ({"history": ["0001"]}, "expected lists of item ids"),
+        ({"history": [["0001"], None]}, "a history is null"),
+        ({"history": [["0001"], ["nope"]]}, "unknown item 'nope'"),
+    ],
+)
+def test_a_bad_file_leaves_no_output(engine_dir, tmp_path, table, message):
+    pq.write_table(pa.table(table), tmp_path / "users.parquet")
+    target = tmp_path / "recs.parquet"
+    done = speeder("recommend", engine_dir, "--input", tmp_path / "users.parquet", "--output", target)
+    assert done.returncode == 1 and message in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["users.parquet"]

@@ -1,0 +1,144 @@
+"""The engine directory end to end: what is written loads and answers the same, what was touched is refused by name."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from reference import make_tiny
+from safetensors.torch import load_file, save_file
+
+from speeder_engine import ArtifactError, Engine
+from speeder_engine.artifact import write_artifact
+from speeder_engine.parts import EngineParts
+
+
+@pytest.fixture
+def directory(tmp_path):
+    make_tiny().parts().save(tmp_path / "engine")
+    return tmp_path / "engine"
+
+
+def rewritten(directory, change):
+    """The directory with `change(folder)` applied and all hashes made right again: only the content is wrong."""
+    manifest = json.loads((directory / "engine.json").read_text())
+    fields = {name: manifest[name] for name in ("revision", "model", "limits")}
+
+    def fill(folder):
+        for name in manifest["files"]:
+            (folder / name).write_bytes((directory / name).read_bytes())
+        return change(folder, fields) or fields
+
+    out = directory.with_name("rewritten")
+    write_artifact(out, fill)
+    return out
+
+
+def test_a_loaded_engine_answers_as_the_one_that_was_saved(directory):
+    history = ["0001", "0007", "0003"]
+    expected = Engine(make_tiny().parts()).recommend(history)
+    assert Engine.load(directory).recommend(history) == expected
+    assert Engine.load(str(directory)).recommend(history) == expected
+
+
+def test_the_revision_names_the_content(directory, tmp_path):
+    make_tiny().parts().save(tmp_path / "same")
+    make_tiny(seed=1).parts().save(tmp_path / "other")
+    revisions = [EngineParts.load(path).revision for path in (directory, tmp_path / "same", tmp_path / "other")]
+    assert revisions[0] == revisions[1] != revisions[2]
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "item_tokens.safetensors", "items.parquet", "engine.json"])
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_a_damaged_file_is_named(directory, name, damage):
+    path = directory / name
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-7] if damage == "truncated" else content[:-9] + b"?" + content[-8:])
+    with pytest.raises(ArtifactError) as caught:
+        Engine.load(directory)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def drop_weight(folder, fields):
+    weights = load_file(folder / "weights.safetensors")
+    weights.pop("prompts.weight")
+    save_file(weights, folder / "weights.safetensors")
+
+
+def narrow_tokens(folder, fields):
+    save_file({"item_tokens": torch.zeros(120, 47)}, folder / "item_tokens.safetensors")
+
+
+def fewer_tokens(folder, fields):
+    save_file({"item_tokens": torch.zeros(119, 48)}, folder / "item_tokens.safetensors")
+
+
+def no_safetensors(folder, fields):
+    (folder / "weights.safetensors").write_bytes(b"not a tensor in sight")
+
+
+def strange_settings(folder, fields):
+    return {**fields, "model": {**fields["model"], "prompt": {"instruction": "x"}}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop_weight, "weights.safetensors: weights of another shape .*prompts.weight"),
+        (narrow_tokens, "item_tokens.safetensors: tokens are 47 wide, the model 48"),
+        (fewer_tokens, r"item tokens of shape \(119, 48\) for 120 items"),
+        (no_safetensors, "weights.safetensors: no safetensors file"),
+        (strange_settings, "engine.json: settings that fit no model"),
+    ],
+)
+def test_content_that_does_not_fit_is_refused(directory, change, message):
+    with pytest.raises(ArtifactError, match=message) as caught:
+        Engine.load(rewritten(directory, change))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["nowhere", "file", "empty"])
+def test_a_path_that_is_no_engine(tmp_path, what):
+    path = tmp_path / what
+    if what == "file":
+        path.write_text("x")
+    if what == "empty":
+        path.mkdir()
+    with pytest.raises(ArtifactError, match=f"no engine directory: .*{what}"):
+        Engine.load(path)
+
+
+KILLED = """
+import sys, pathlib
+from reference import make_tiny
+parts = make_tiny(seed=int(sys.argv[2])).parts()
+print("ready", flush=True)
+while True:
+    parts.save(pathlib.Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_export_leaves_the_old_engine_or_the_new(tmp_path):
+    """Killed at several moments of writing."""
+    target = tmp_path / "engine"
+    env = {**os.environ, "PYTHONPATH": str(os.path.dirname(__file__))}
+    revisions = set()
+    for trial in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(target), str(trial % 2)], stdout=subprocess.PIPE, env=env
+        )
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        time.sleep(0.05 + 0.037 * trial)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if target.exists():
+            revisions.add(EngineParts.load(target).revision)
+    assert revisions
