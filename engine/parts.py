@@ -92,7 +92,7 @@ def load_model(artifact: Artifact, config: ModelConfig) -> ServingModel:
         raise ArtifactError(
             f"{artifact.path / WEIGHTS_FILE}: weights of another shape ({reason}); export again"
         ) from None
-    return model.eval()
+    return model.requires_grad_(False).eval()
 
 
 def load_catalogue(artifact: Artifact, config: ModelConfig) -> Catalogue:

@@ -60,7 +60,7 @@ def test_sizes(size, expected):
 
 @pytest.mark.parametrize("size", ["", "GiB", "-1", "1 parsec", "1e9", "1,5GB"])
 def test_no_sizes(size):
-    with pytest.raises(ConfigError, match="kv_budget: .* is no size"):
+    with pytest.raises(ConfigError, match=r"kv_budget: .* is no size"):
         EngineConfig(kv_budget=size)
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ while True:
 def test_a_killed_export_leaves_the_old_engine_or_the_new(tmp_path):
     """Killed at several moments of writing."""
     target = tmp_path / "engine"
-    env = {**os.environ, "PYTHONPATH": str(os.path.dirname(__file__))}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     revisions = set()
     for trial in range(4):
         process = subprocess.Popen(

@@ -58,7 +58,8 @@ class Features:
         return cls(spread, present)
 
     def save(self, path: Path) -> None:
-        write_atomic(path, safetensors.numpy.save({"values": self.values, "present": self.present}))
+        tensors = {"values": np.ascontiguousarray(self.values), "present": np.ascontiguousarray(self.present)}
+        write_atomic(path, safetensors.numpy.save(tensors))
 
     @classmethod
     def load(cls, path: Path) -> "Features":

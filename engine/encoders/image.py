@@ -12,7 +12,7 @@ from torch import Tensor
 from speeder_engine.encoders.base import Input, fingerprint_of, write_manifest
 from speeder_engine.encoders.features import Features
 from speeder_engine.encoders.pictures import decode_picture, usable_bytes, warn_undecodable
-from speeder_engine.encoders.sources import best_device, fast_inference, without_bars, resolve_source
+from speeder_engine.encoders.sources import best_device, fast_inference, resolve_source, without_bars
 from speeder_engine.errors import ConfigError
 from speeder_engine.progress import track
 

@@ -12,7 +12,7 @@ import numpy as np
 from speeder_engine.encoders.base import Input, fingerprint_of, write_manifest
 from speeder_engine.encoders.features import Features, Flags
 from speeder_engine.encoders.pooling import SentenceSettings, pool, read_sentence_settings
-from speeder_engine.encoders.sources import best_device, fast_inference, without_bars, resolve_source
+from speeder_engine.encoders.sources import best_device, fast_inference, resolve_source, without_bars
 from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.progress import track
 
@@ -93,7 +93,8 @@ class TransformersTextEncoder:
             truncation=True,
             max_length=self.settings.max_length,
             padding=True,
-            pad_to_multiple_of=8,  # few shapes: oneDNN plans each one anew
+            # few shapes: oneDNN plans each one anew
+            pad_to_multiple_of=8 if self.settings.max_length % 8 == 0 else None,
             return_tensors="pt",
         ).to(self.device)
         with fast_inference(self.device):

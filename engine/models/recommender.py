@@ -74,7 +74,7 @@ class ServingModel(nn.Module):
         served.instruction.copy_(model.instruction(1)[0])
         for part in ("prompts", "retrieve", "rank"):
             getattr(served, part).load_state_dict(getattr(model, part).state_dict())
-        return served.eval()
+        return served.requires_grad_(False).eval()
 
     def embed(self, tokens: Tensor, slots: Tensor, candidate: Tensor) -> Tensor:
         """Item tokens [N, d] + the prompts of their slots [N] + the candidate role where `candidate` [N] is true."""

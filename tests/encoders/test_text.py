@@ -12,7 +12,7 @@ from speeder_engine.encoders.base import load_encoder
 from speeder_engine.encoders.text import TransformersTextEncoder, packaged_text_model
 from speeder_engine.errors import ArtifactError, ConfigError, DataError
 
-WORDS = "a the of hat cat sat red blue moon over jumps dog".split()
+WORDS = ["a", "the", "of", "hat", "cat", "sat", "red", "blue", "moon", "over", "jumps", "dog"]
 TEXTS = ["the cat sat", "red moon over the dog", "hat", "a blue cat jumps over the red dog of the moon", ""]
 
 
@@ -135,7 +135,7 @@ def test_the_fingerprint_follows_weights_settings_and_vocabulary(bert):
     model.save_pretrained(bert)
     seen.add(fingerprint())
     rules = (bert / "tokenizer.json").read_text()
-    (bert / "tokenizer.json").write_text(rules.replace('"lowercase": true', '"lowercase": false'))
+    (bert / "tokenizer.json").write_text(rules.replace('"hat"', '"hut"'))
     seen.add(fingerprint())
     assert len(seen) == 4
     assert fingerprint() in seen

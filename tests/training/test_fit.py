@@ -1,7 +1,6 @@
 """Training learns, resumes bit for bit, and stops with a clear word."""
 
 import json
-import os
 import shutil
 
 import numpy as np
@@ -112,7 +111,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(split, tmp_path, monkeyp
     monkeypatch.setattr(trainer_module, "compute_losses", poisoned)
     with pytest.raises(SpeederError, match=r"stage S1, step 0: the retrieve loss is not finite; lower"):
         train(split, CONFIG, tmp_path / "c")
-    assert not os.path.exists(tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_only_the_popular_is_known_without_features(split):
