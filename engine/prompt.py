@@ -7,6 +7,9 @@ Slots count oldest first from 0, so that adding an interaction changes no earlie
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from speeder_engine.config import PromptConfig
 
 
@@ -39,3 +42,17 @@ class PromptLayout:
     def position(self, slot: int) -> int:
         """The rotary position of a history slot; slot n of a history of n is its candidates'."""
         return self.instruction_len + slot
+
+
+def isolated_mask(prefix_len: int, visible: Tensor) -> Tensor:
+    """Who sees whom in a padded batch of prompts: bool [B, 1, T, T], true where a row (dim 2) sees another (dim 3).
+
+    The first `prefix_len` rows (instruction and history, padded on the right) are causal. Behind them stand E rows
+    a sequence; row e sees the first `visible[b, e]` (int64 [B, E]) of the prefix and itself, no other.
+    """
+    batch_size, num_extra = visible.shape
+    mask = torch.eye(prefix_len + num_extra, dtype=torch.bool, device=visible.device).repeat(batch_size, 1, 1)
+    columns = torch.arange(prefix_len, device=visible.device)
+    mask[:, :prefix_len, :prefix_len] = columns <= columns.unsqueeze(1)
+    mask[:, prefix_len:, :prefix_len] = columns < visible.unsqueeze(2)
+    return mask.unsqueeze(1)

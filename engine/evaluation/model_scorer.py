@@ -12,7 +12,7 @@ from torch import Tensor
 
 from speeder_engine.data.splits import Queries
 from speeder_engine.models.recommender import Recommender
-from speeder_engine.prompt import PromptLayout
+from speeder_engine.prompt import PromptLayout, isolated_mask
 
 
 class ModelScorer:
@@ -59,7 +59,7 @@ class ModelScorer:
             parts.append(self.tokens[candidates] + role)
             at = (num_prompt + lengths).unsqueeze(1).expand(-1, candidates.shape[1])
             positions = torch.cat([positions, at], dim=1)
-            mask = isolated_mask(num_prompt, length, lengths, candidates.shape[1])
+            mask = isolated_mask(num_prompt + length, at)
         hidden = self.model(torch.cat(parts, dim=1), positions, mask)
         last = hidden[torch.arange(batch_size, device=device), num_prompt - 1 + lengths]
         return self.model.retrieve(last), hidden[:, num_prompt + length :]
@@ -71,16 +71,6 @@ class ModelScorer:
         for i, window in enumerate(windows):
             rows[i, : len(window)] = torch.from_numpy(window.astype(np.int64))
         return rows.to(self.tokens.device), lengths.to(self.tokens.device)
-
-
-def isolated_mask(num_prompt: int, length: int, lengths: Tensor, num_candidates: int) -> Tensor:
-    """bool [B, 1, T, T]: causal instruction and history; a candidate sees its user's history and itself alone."""
-    prefix, device = num_prompt + length, lengths.device
-    mask = torch.eye(prefix + num_candidates, dtype=torch.bool, device=device).repeat(len(lengths), 1, 1)
-    columns = torch.arange(prefix, device=device)
-    mask[:, :prefix, :prefix] = columns <= columns.unsqueeze(1)
-    mask[:, prefix:, :prefix] = (columns < (num_prompt + lengths).unsqueeze(1)).unsqueeze(1)
-    return mask.unsqueeze(1)
 
 
 def _to_numpy(scores: Tensor) -> NDArray[np.float32]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from speeder_engine.models.recommender import Recommender
+from speeder_engine.prompt import isolated_mask
 from speeder_engine.training.batches import PAD, TrainingBatch
 from speeder_engine.training.config import TrainingConfig
 
@@ -90,21 +91,13 @@ def _inputs(
 
 
 def _mask(batch: TrainingBatch, num_prompt: int, config: TrainingConfig) -> Tensor:
-    """bool [B, 1, T, T]: causal up to the history's end; candidates see their prefix and themselves, the pair sees
-    the whole history, itself, and its second row the first."""
-    batch_size, length = batch.rows.shape
-    prefix = num_prompt + length
-    num_candidates = batch.candidates.shape[1] if config.rank_weight else 0
-    total = prefix + num_candidates + (2 if config.order_weight else 0)
-    device = batch.rows.device
-    mask = torch.eye(total, dtype=torch.bool, device=device).repeat(batch_size, 1, 1)
-    columns = torch.arange(prefix, device=device)
-    mask[:, :prefix, :prefix] = columns <= columns.unsqueeze(1)
-    if num_candidates:
-        seen = columns < (num_prompt + batch.cuts).unsqueeze(1)
-        mask[:, prefix : prefix + num_candidates, :prefix] = seen.unsqueeze(1)
+    """Candidates see the history up to their cut; the pair sees all of it, and its second row the first."""
+    visible = []
+    if config.rank_weight:
+        visible.append((num_prompt + batch.cuts).unsqueeze(1).expand_as(batch.candidates))
     if config.order_weight:
-        seen = columns < (num_prompt + batch.lengths).unsqueeze(1)
-        mask[:, -2:, :prefix] = seen.unsqueeze(1)
-        mask[:, -1, -2] = True
-    return mask.unsqueeze(1)
+        visible.append((num_prompt + batch.lengths).unsqueeze(1).expand_as(batch.pairs))
+    mask = isolated_mask(num_prompt + batch.rows.shape[1], torch.cat(visible, dim=1))
+    if config.order_weight:
+        mask[..., -1, -2] = True
+    return mask

@@ -1,12 +1,16 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from speeder_engine.encoders.base import load_encoder
 from speeder_engine.encoders.convnet import ConvNetConfig
 from speeder_engine.encoders.fitted_image import FittedImageEncoder
 from speeder_engine.errors import ConfigError, DataError, SpeederWarning
 
-CONFIG = ConvNetConfig(steps=60, batch_size=96)
+CONFIG = ConvNetConfig(steps=150, batch_size=96)
+SHORT = ConvNetConfig(steps=3, batch_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -26,23 +30,21 @@ def test_the_nearest_cover_is_of_the_same_colour_and_shape(covers, encoder):
 
 def test_training_is_what_makes_it_so(covers, encoder):
     untrained = FittedImageEncoder.fit(covers[0], ConvNetConfig(steps=1, learning_rate=1e-9))
-    assert same_class_nearest(encoder, *covers) > same_class_nearest(untrained, *covers) + 0.05
+    assert same_class_nearest(encoder, *covers) > same_class_nearest(untrained, *covers) + 0.1
 
 
-def test_equal_seeds_give_equal_encoders(covers, encoder):
-    again = FittedImageEncoder.fit(covers[0], CONFIG)
-    assert again.fingerprint == encoder.fingerprint
-    other = FittedImageEncoder.fit(covers[0][:40], ConvNetConfig(steps=1, seed=1))
-    assert other.fingerprint != encoder.fingerprint
+def test_equal_seeds_give_equal_encoders(covers):
+    once, again = (FittedImageEncoder.fit(covers[0], SHORT) for _ in range(2))
+    assert once.fingerprint == again.fingerprint
+    other = FittedImageEncoder.fit(covers[0], replace(SHORT, seed=1))
+    np.testing.assert_array_less(1e-3, abs(other.encode(covers[0]).values - once.encode(covers[0]).values).max())
 
 
 def test_fitting_leaves_the_callers_random_numbers_alone(covers):
-    import torch
-
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    FittedImageEncoder.fit(covers[0][:20], ConvNetConfig(steps=1))
+    FittedImageEncoder.fit(covers[0][:20], SHORT)
     torch.testing.assert_close(torch.rand(3), expected)
 
 
