@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Engine:
         self._num_requests = 0
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "auto", dtype: str = "auto", kv_budget: str = "1GiB") -> "Engine":
+    def load(cls, path: str | Path, device: str = "auto", dtype: str = "auto", kv_budget: str = "1GiB") -> "Engine":
         """Reads and verifies an engine directory.
 
         device: "auto", "cpu", "cuda" or "cuda:1". dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), "float32",
@@ -110,7 +110,7 @@ class Engine:
             if not isinstance(request, Request):
                 raise InvalidRequest(f"recommend_many: expected Requests, got {type(request).__name__}")
         with self._lock:
-            queries = [self._resolve(request) for request in asked]
+            queries = [resolve(request, self.catalogue, self.layout) for request in asked]
             rankings: list[Ranking] = []
             for part in cut_into_steps([query.num_rows for query in queries], self.config):
                 rankings += self.step(queries[part])
@@ -132,7 +132,8 @@ class Engine:
         """[B, d] in the order of the requests; their sessions are used and extended."""
         asked = list(requests)
         with self._lock:
-            queries = [self._resolve(Request(r.history, user_id=r.user_id, on_unknown=r.on_unknown)) for r in asked]
+            plain = [replace(request, candidates=None, head=None) for request in asked]
+            queries = [resolve(request, self.catalogue, self.layout) for request in plain]
             vectors = [np.zeros((0, self.catalogue.tokens.shape[1]), np.float32)]
             for part in cut_into_steps([query.num_rows for query in queries], self.config):
                 with self._forward(queries[part]) as (last_hidden, _):
@@ -146,15 +147,8 @@ class Engine:
 
     def similar_items(self, item_id: str, k: int = 10) -> Ranking:
         """The k items whose tokens are nearest by cosine, the item itself left out."""
-        request = Request([item_id], k)
-        row = int(self.catalogue.rows(request.history, "similar_items")[0])
-        tokens = torch.nn.functional.normalize(self.catalogue.tokens.float(), dim=1)
-        scores = (tokens @ tokens[row]).masked_fill(~self.catalogue.available, float("-inf"))
-        scores[row] = float("-inf")
-        count = min(k, int(torch.isfinite(scores).sum()))
-        values, rows = scores.topk(count)
-        items = tuple(self.catalogue.item_ids[i] for i in rows.tolist())
-        return Ranking(items, tuple(values.tolist()))
+        query = resolve(Request([item_id], k), self.catalogue, self.layout)
+        return self._ranking(query, self._scorer.similar(query))
 
     def close_session(self, user_id: str) -> bool:
         """Forgets a user's keys and values; true if there were any."""
@@ -174,9 +168,6 @@ class Engine:
     def check_integrity(self) -> None:
         """Raises if the cache's books disagree; for tests and debugging."""
         self._cache.manager.check_integrity()
-
-    def _resolve(self, request: Request) -> Query:
-        return resolve(request, self.catalogue, self.layout)
 
     @contextmanager
     def _forward(self, queries: Sequence[Query]) -> Iterator[tuple[Tensor, list[Tensor]]]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from speeder_engine.batch import pad_rows
 from speeder_engine.catalogue import Catalogue
@@ -40,6 +41,14 @@ class HeadScorer:
         padded = torch.cat([last_hidden, last_hidden.new_zeros(pad_rows(count) - count, last_hidden.shape[1])])
         vectors: Tensor = self.model.retrieve(padded)
         return vectors[:count]
+
+    @torch.inference_mode()
+    def similar(self, query: Query) -> Scored:
+        """The items nearest by cosine to the one item of the query's history."""
+        tokens = F.normalize(self.catalogue.tokens.float(), dim=1)
+        scores = (tokens @ tokens[int(query.window[0])]).masked_fill(self._mask(query), float("-inf"))
+        values, rows = stable_top(scores[None], min(query.request.k, len(scores)))
+        return self._cut(query, values[0], rows[0])
 
     def _search(self, queries: Sequence[Query], vectors: Tensor) -> list[Scored]:
         """The best of the whole catalogue."""

@@ -13,6 +13,7 @@ from speeder_engine.data.candidates import draw_candidates
 from speeder_engine.data.dataset import Dataset, load_dataset
 from speeder_engine.data.splits import leave_one_out
 from speeder_engine.evaluation.baselines import BASELINES
+from speeder_engine.evaluation.compare import compare
 from speeder_engine.evaluation.engine_scorer import EngineScorer
 from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.evaluation.protocols import evaluate
@@ -64,6 +65,13 @@ def test_made_catalogue(tmp_path):
     # the made catalogue has an order that popularity can't know
     assert reports["speeder"].metrics["hr@10"] > 1.5 * reports["popularity"].metrics["hr@10"]
     assert set(engine.parts.config.compressor.modalities) == {"text", "collaborative", "image"}
+    compared = compare(
+        [str(tmp_path / "engine"), str(tmp_path / "checkpoint"), "popularity"], folder, candidates=tmp_path / "lists"
+    )
+    by_engine, by_checkpoint, _ = (report.metrics for report in compared)
+    assert by_engine == pytest.approx(by_checkpoint, abs=0.006)  # a rounding may turn two users' ranks
+    again = compare(["popularity"], folder, candidates=tmp_path / "lists")[0]
+    assert again.metrics == compared[2].metrics
     assert json.loads((tmp_path / "engine" / "engine.json").read_text())["limits"]["num_items"] == len(engine.catalogue)
 
 
