@@ -89,7 +89,10 @@ def replace_folder(target: Path) -> Iterator[Path]:
     with _explained(target, STORAGE_ERRORS), _sibling(place, Path.mkdir) as beside:
         yield beside
         with _explained(target):
+            readable = beside.stat().st_mode & 0o444
             for path in sorted(beside.rglob("*")):
+                # some writers keep their files to themselves, but another user may serve what one has trained
+                path.chmod(path.stat().st_mode | readable)
                 sync_path(path)
             sync_path(beside)
             _put(beside, place)

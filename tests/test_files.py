@@ -314,3 +314,11 @@ for write in (lambda: write_atomic(Path(sys.argv[1]), b""), lambda: replace_fold
     run = subprocess.run([sys.executable, "-c", script, str(parent / "out")], capture_output=True, text=True, cwd="/")
     line = f"{parent / 'out'}: can't be written: Permission denied; choose another place or change its permissions\n"
     assert run.stdout == 2 * line, run.stderr
+
+
+def test_files_are_as_readable_as_their_folder(tmp_path):
+    with replace_folder(tmp_path / "folder") as beside:
+        (beside / "private").write_text("x")
+        (beside / "private").chmod(0o600)
+    folder, file = (tmp_path / "folder").stat().st_mode, (tmp_path / "folder" / "private").stat().st_mode
+    assert file & 0o444 == folder & 0o444

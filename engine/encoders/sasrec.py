@@ -22,8 +22,8 @@ class SASRecConfig:
     num_heads: int = 2
     window: int = 50
     dropout: float = 0.3
-    epochs: int = 12
-    tokens_per_batch: int = 2048
+    epochs: int = 8
+    tokens_per_batch: int = 512
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
     patience: int = 3

@@ -16,14 +16,15 @@ TIMEOUT_SECONDS = 5.0
 
 
 def resolve_source(source: str | Path) -> Path:
-    """The local folder of a model; a hub id is downloaded, or found in the hub's cache when offline.
+    """The local folder of a model; a `str` may also be a hub id: downloaded, or found in the hub's cache when offline.
 
     ConfigError names the source and the alternatives where neither works; nothing waits longer than a few seconds for
     an unreachable hub.
     """
     if Path(source).is_dir():
         return Path(source)
-    if Path(source).exists() or Path(source).is_absolute() or str(source).startswith((".", "~")):
+    looks_local = isinstance(source, Path) or Path(source).is_absolute() or source.startswith((".", "~"))
+    if looks_local or Path(source).exists():
         raise ConfigError(f"encoder {str(source)!r}: no such folder; give a model's folder, a hub id or 'fitted'")
     from huggingface_hub import snapshot_download
 

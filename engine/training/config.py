@@ -31,8 +31,8 @@ class CollaborativeConfig(Config):
     """S0: the SASRec whose item vectors become the collaborative modality."""
 
     dim: int = 64
-    epochs: int = 20
-    learning_rate: float = 2e-3
+    epochs: int = 8
+    learning_rate: float = 3e-3
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Judges: a plain transformers forward with the mean taken by hand, and scikit-learn's own vectorizer."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,6 +140,14 @@ def test_the_fingerprint_follows_weights_settings_and_vocabulary(bert):
     seen.add(fingerprint())
     assert len(seen) == 4
     assert fingerprint() in seen
+
+
+def test_a_save_without_its_model_is_never_looked_for_on_the_hub(bert, tmp_path, monkeypatch):
+    TransformersTextEncoder(bert).save(tmp_path / "saved")
+    (tmp_path / "saved" / "model").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="no such folder"):
+        load_encoder(Path("saved"))
 
 
 def test_a_damaged_save_is_named(bert, tmp_path):
