@@ -1,9 +1,10 @@
 """Recommendations for a whole Parquet file of histories, in batches: memory stays small however many users there are.
 
 Input columns: `history` (list of item ids, oldest first), optionally `user_id`. Output: `user_id` where the input has
-one, `items` and `scores`, row by row.
+one, `items`, `scores` and `unknown` (ids of the history that were skipped), row by row.
 """
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from speeder_engine.engine import Engine
-from speeder_engine.errors import DataError
+from speeder_engine.errors import DataError, InvalidRequest, SpeederWarning, UnknownItem
 from speeder_engine.progress import track
 from speeder_engine.request import OnUnknown, Request
 
@@ -25,19 +26,29 @@ def recommend_file(engine: Engine, source: Path, target: Path, k: int, on_unknow
     Raises DataError where the file or a column is not as it should be, UnknownItem as `recommend` does.
     """
     file = _open(source)
+    taken = "a folder" if target.is_dir() else "the input itself" if target.resolve() == source.resolve() else None
+    if taken:
+        raise DataError(f"{target}: is {taken}; choose another --output")
     with_users = "user_id" in file.schema_arrow.names
     fields = [("user_id", pa.string())] if with_users else []
     schema = pa.schema([*fields, ("items", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))])
+    schema = schema.append(pa.field("unknown", pa.list_(pa.string())))
     beside = target.with_name(f".{target.name}.{uuid4().hex[:8]}.tmp")
+    skipped = 0
     try:
         with pq.ParquetWriter(beside, schema) as writer:
             for batch in track(_batches(file), "recommendations", total=-(-file.metadata.num_rows // BATCH_USERS)):
-                writer.write_table(_answer(engine, batch, schema, k, on_unknown, source))
+                answers = _answer(engine, batch, schema, k, on_unknown, source)
+                skipped += len(answers["unknown"].combine_chunks().flatten())
+                writer.write_table(answers)
         beside.replace(target)
     except OSError as error:
         raise DataError(f"{target}: can't be written: {error.strerror}; choose another --output") from None
     finally:
         beside.unlink(missing_ok=True)
+    if skipped:
+        message = f"{source}: {skipped:,} item ids are not in the catalogue and were skipped; see the column `unknown`"
+        warnings.warn(message, SpeederWarning, stacklevel=2)
     return int(file.metadata.num_rows)
 
 
@@ -52,7 +63,8 @@ def _open(source: Path) -> pq.ParquetFile:
     if "history" not in names:
         raise DataError(f"{source}: has no column `history`, only {', '.join(names)}; it holds lists of item ids")
     kind = file.schema_arrow.field("history").type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not is_list or names.count("history") > 1:
         raise DataError(f"{source}: column `history` is {kind}, expected lists of item ids (strings), oldest first")
     return file
 
@@ -68,8 +80,20 @@ def _answer(
     histories = batch.column("history").to_pylist()
     if None in histories:
         raise DataError(f"{source}: a history is null; write an empty list for a user without interactions")
-    rankings = engine.recommend_many([Request(history, k, on_unknown=on_unknown) for history in histories])
-    columns = {"items": [ranking.items for ranking in rankings], "scores": [ranking.scores for ranking in rankings]}
+    try:
+        rankings = engine.recommend_many([Request(history, k, on_unknown=on_unknown) for history in histories])
+    except UnknownItem as error:
+        raise UnknownItem(error.ids, f"{source}, column `history`") from None
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{source}: {error}") from None
+    columns = {name: [getattr(ranking, name) for ranking in rankings] for name in ("items", "scores", "unknown")}
     if "user_id" in schema.names:
-        columns = {"user_id": batch.column("user_id").cast(pa.string()).to_pylist(), **columns}
+        columns = {"user_id": _user_ids(batch, source), **columns}
     return pa.table(columns, schema=schema)
+
+
+def _user_ids(batch: pa.RecordBatch, source: Path) -> list[str | None]:
+    try:
+        return batch.column("user_id").cast(pa.string()).to_pylist()  # type: ignore[no-any-return]
+    except pa.ArrowException as error:
+        raise DataError(f"{source}: column `user_id` holds no ids ({error}); it should be strings or numbers") from None

@@ -98,7 +98,7 @@ class Catalogue:
         return len(self.table)
 
     def __contains__(self, item_id: object) -> bool:
-        return item_id in self._row_of
+        return isinstance(item_id, str) and item_id in self._row_of
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.item_ids)

@@ -26,13 +26,16 @@ from speeder_engine.catalogue import ITEMS_FILE, ItemTable
 from speeder_engine.config import ModelConfig
 from speeder_engine.encoders.base import Encoder, load_encoder
 from speeder_engine.encoders.features import Features
-from speeder_engine.errors import ArtifactError, MissingDependency
+from speeder_engine.encoders.sources import without_bars
+from speeder_engine.errors import ArtifactError, MissingDependency, name_some
 from speeder_engine.files import replace_folder, write_json
 from speeder_engine.models.recommender import Recommender
 
 FORMAT, FORMAT_VERSION = "speeder-checkpoint", 1
 MANIFEST = "checkpoint.json"
 COMPRESSED_AT_ONCE = 8192
+FROZEN = ("tokenizer", "features.safetensors", ITEMS_FILE, "encoders")  # what training doesn't change
+OWN = {*FROZEN, MANIFEST, "backbone", "recommender.safetensors", "state"}
 
 
 @dataclass
@@ -62,7 +65,8 @@ class Checkpoint:
 
     def save(self, folder: Path) -> None:
         """Written beside `folder` and renamed onto it: a killed save leaves the previous checkpoint."""
-        with replace_folder(folder) as beside:
+        check_replaceable(folder)
+        with replace_folder(folder) as beside, without_bars():
             if self.frozen_in == folder:
                 _link_frozen(folder, beside)
             else:
@@ -136,6 +140,17 @@ class Checkpoint:
         return self.model
 
 
+def check_replaceable(folder: Path) -> None:
+    """ArtifactError unless `folder` is absent, empty, or a checkpoint with nothing of anyone else's in it."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / MANIFEST).is_file():
+        raise ArtifactError(f"{folder}: is not empty and no checkpoint; choose another folder")
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in OWN)
+    if foreign:
+        raise ArtifactError(f"{folder}: also holds {name_some(foreign)}; move it out or choose another folder")
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
@@ -156,19 +171,21 @@ def load_backbone(folder: Path) -> nn.Module:
     """A body as transformers wrote it, or the adapters peft wrote on the base model they name."""
     from transformers import AutoModel
 
+    with without_bars():
+        return _load_backbone(folder, AutoModel)
+
+
+def _load_backbone(folder: Path, auto: Any) -> nn.Module:
     if not (folder / "adapter_config.json").is_file():
-        body: nn.Module = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        body: nn.Module = auto.from_pretrained(folder, dtype=torch.float32)
         return body
     try:
         from peft import PeftModel
     except ImportError:
         raise MissingDependency("peft", "train", "a checkpoint with adapters") from None
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    adapted: nn.Module = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.float32), folder)
+    adapted: nn.Module = PeftModel.from_pretrained(auto.from_pretrained(base, dtype=torch.float32), folder)
     return adapted
-
-
-FROZEN = ("tokenizer", "features.safetensors", ITEMS_FILE, "encoders")
 
 
 def _link_frozen(previous: Path, folder: Path) -> None:

@@ -185,14 +185,16 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.showwarning = _show_warning
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # an interrupted command returns its code here, others None
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted", err=True)
-        sys.exit(1)
+        code = 1
     except Exception as error:
         if os.environ.get("SPEEDER_DEBUG") == "1":
             raise
-        typer.echo(f"error: {_describe(error)}", err=True)
+        typer.echo(f"error: {' '.join(_describe(error).split())}", err=True)
+        sys.exit(1)
+    if code:
+        typer.echo("interrupted", err=True)
         sys.exit(1)
 
 

@@ -66,7 +66,11 @@ class Engine:
         Raises ArtifactError for a path that is no whole engine directory, ConfigError for settings that can't be.
         """
         config = EngineConfig(device=device, dtype=dtype, kv_budget=kv_budget)
-        return cls(EngineParts.load(Path(path)), config)
+        try:
+            path = Path(path)
+        except TypeError:
+            raise ConfigError(f"Engine.load: expected the path of an engine directory, got {path!r}") from None
+        return cls(EngineParts.load(path), config)
 
     def recommend(
         self,
@@ -105,10 +109,7 @@ class Engine:
 
         All requests are checked before the first is computed.
         """
-        asked = list(requests)
-        for request in asked:
-            if not isinstance(request, Request):
-                raise InvalidRequest(f"recommend_many: expected Requests, got {type(request).__name__}")
+        asked = _requests(requests, "recommend_many")
         with self._lock:
             queries = [resolve(request, self.catalogue, self.layout) for request in asked]
             rankings: list[Ranking] = []
@@ -130,7 +131,7 @@ class Engine:
 
     def user_vectors(self, requests: Iterable[Request]) -> NDArray[np.float32]:
         """[B, d] in the order of the requests; their sessions are used and extended."""
-        asked = list(requests)
+        asked = _requests(requests, "user_vectors")
         with self._lock:
             plain = [replace(request, candidates=None, head=None) for request in asked]
             queries = [resolve(request, self.catalogue, self.layout) for request in plain]
@@ -208,6 +209,16 @@ class Engine:
     @staticmethod
     def _to_numpy(tensor: Tensor) -> NDArray[Any]:
         return tensor.float().cpu().numpy()
+
+
+def _requests(requests: object, where: str) -> list[Request]:
+    if isinstance(requests, Request) or not isinstance(requests, Iterable):
+        raise InvalidRequest(f"{where}: expected a list of Requests, got {type(requests).__name__}; write [request]")
+    asked = list(requests)
+    strange = [request for request in asked if not isinstance(request, Request)]
+    if strange:
+        raise InvalidRequest(f"{where}: expected Requests, got {type(strange[0]).__name__}; write Request(history)")
+    return asked
 
 
 def pick_device(name: str) -> torch.device:

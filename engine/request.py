@@ -1,8 +1,9 @@
 """Request and Ranking: what goes in and what comes out, as values. They know item ids, no rows and no catalogue."""
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from speeder_engine.errors import InvalidRequest, name_some
 
@@ -33,15 +34,15 @@ class Request:
     on_unknown: OnUnknown = field(default="error", kw_only=True)
 
     def __post_init__(self) -> None:
-        _whole_number("k", self.k, 1)
-        _whole_number("history_offset", self.history_offset, 0)
+        object.__setattr__(self, "k", _whole_number("k", self.k, 1))
+        object.__setattr__(self, "history_offset", _whole_number("history_offset", self.history_offset, 0))
         object.__setattr__(self, "history", item_ids(self.history, "history"))
         for name in ("candidates", "allow", "deny"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, item_ids(getattr(self, name), name))
         self._check_candidates()
-        if self.user_id is not None and not isinstance(self.user_id, str):
-            raise InvalidRequest(f"user_id: expected a string or None, got {self.user_id!r}")
+        if self.user_id is not None:
+            _check_user(self.user_id)
         if self.head not in (None, "retrieve", "rank"):
             raise InvalidRequest(f"head: {self.head!r} is no head of this engine; choose 'retrieve' or 'rank'")
         if self.head == "rank" and self.candidates is None:
@@ -79,6 +80,8 @@ def item_ids(value: object, where: str) -> tuple[str, ...]:
     """Any iterable of strings as a tuple; a bare string, which iterates over its letters, is refused."""
     if isinstance(value, str | bytes):
         raise InvalidRequest(f"{where}: expected a list of item ids, got the string {value!r}; write [{value!r}]")
+    if where == "history" and isinstance(value, Set | Mapping):
+        raise InvalidRequest(f"history: a {type(value).__name__} has no order; pass a list, oldest first")
     try:
         ids: tuple[object, ...] = tuple(value)  # type: ignore[arg-type]
     except TypeError:
@@ -89,6 +92,18 @@ def item_ids(value: object, where: str) -> tuple[str, ...]:
     return ids  # type: ignore[return-value]
 
 
-def _whole_number(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def _whole_number(name: str, value: Any, least: int) -> int:
+    """Any integer type but bool, numpy's too."""
+    number = operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else None
+    if number is None or number < least:
         raise InvalidRequest(f"{name}: expected a whole number of at least {least}, got {value!r}")
+    return number
+
+
+def _check_user(user_id: object) -> None:
+    if not isinstance(user_id, str):
+        raise InvalidRequest(f"user_id: expected a string or None, got {user_id!r}")
+    try:
+        user_id.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"user_id: {user_id!r} is no valid Unicode text") from None

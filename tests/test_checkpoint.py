@@ -152,3 +152,15 @@ def test_engines_of_other_dtypes_load(checkpoint, tmp_path):
     full = Engine.load(tmp_path / "e").recommend(["003", "004"], k=30)
     half = Engine(parts, EngineConfig(dtype="bfloat16")).recommend(["003", "004"], k=30)
     np.testing.assert_allclose([dict(half)[i] for i in full.items], full.scores, atol=0.05)
+
+
+@pytest.mark.parametrize("already", ["files", "checkpoint"])
+def test_what_is_not_ours_is_never_replaced(checkpoint, tmp_path, already):
+    out = tmp_path / "out"
+    if already == "checkpoint":
+        checkpoint.save(out)
+    out.mkdir(exist_ok=True)
+    (out / "precious.txt").write_text("keep")
+    with pytest.raises(ArtifactError, match=r"out: (is not empty and no checkpoint|also holds 'precious.txt')"):
+        checkpoint.save(out)
+    assert (out / "precious.txt").read_text() == "keep"

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +13,7 @@ import pytest
 from reference import make_tiny
 
 from speeder_engine import Engine
+from speeder_engine.synthetic import write_synthetic_dataset
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +128,41 @@ def test_a_bad_file_leaves_no_output(engine_dir, tmp_path, table, message):
     done = speeder("recommend", engine_dir, "--input", tmp_path / "users.parquet", "--output", target)
     assert done.returncode == 1 and message in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["users.parquet"]
+
+
+def test_the_input_is_not_overwritten(engine_dir, tmp_path):
+    path = tmp_path / "users.parquet"
+    pq.write_table(pa.table({"history": [["0001"]]}), path)
+    before = path.read_bytes()
+    for target in (path, tmp_path):
+        done = speeder("recommend", engine_dir, "--input", path, "--output", target)
+        assert done.returncode == 1 and "choose another --output" in done.stderr
+    assert path.read_bytes() == before
+
+
+def test_skipped_ids_are_counted_and_listed(engine_dir, tmp_path):
+    histories = [["0001", "x"], ["y", "z"], []]
+    pq.write_table(pa.table({"user_id": [1, 2, 3], "history": histories}), tmp_path / "users.parquet")
+    target = tmp_path / "recs.parquet"
+    done = speeder("recommend", engine_dir, "--input", tmp_path / "users.parquet", "--output", target, "--skip-unknown")
+    assert done.returncode == 0
+    assert "warning: " in done.stderr and "3 item ids are not in the catalogue" in done.stderr
+    assert pq.read_table(target)["unknown"].to_pylist() == [["x"], ["y", "z"], []]
+
+
+def test_an_interrupted_command_says_so_and_fails(tmp_path):
+    code = "from speeder_engine.cli import main; print('ready', flush=True); main()"
+    folder = write_synthetic_dataset(tmp_path / "data", num_users=300, num_items=120)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "train", str(folder), "--out", str(tmp_path / "c")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.strip().endswith("interrupted")
+    assert "Traceback" not in errors

@@ -88,3 +88,28 @@ def test_recipes_that_are_none(tmp_path):
     (tmp_path / "strange.yaml").write_text("stages: [{name: S1, modalities: [smell], epochs: 1, learning_rate: 0.1}]")
     with pytest.raises(ConfigError, match=r"stage 'S1': unknown modalities \['smell'\]"):
         load_recipe(tmp_path / "strange.yaml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window": 0}, "window must be positive, is 0"),
+        ({"batch_size": 0}, "batch_size must be positive"),
+        ({"patience": -1}, "patience must be positive"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be positive"),
+        ({"validation_users": 0}, "validation_users must be positive"),
+        ({"rank_negatives": -1}, "rank_negatives must be positive"),
+        ({"rank_negatives": 100000}, "rank_negatives must be at most 1000"),
+        ({"seed": -1}, "seed can't be negative"),
+        ({"token_dropout": 1.0}, "token_dropout must be within 0..1"),
+        ({"backbone": {"hidden_size": 33}}, "hidden_size 33 must be an even multiple of num_heads 2"),
+        ({"backbone": {"num_heads": 0}}, "num_heads must be positive"),
+        ({"backbone": {"dropout": 2.0}}, "dropout must be within 0..1"),
+        ({"backbone": {"vocab_size": 3}}, "vocab_size: 3 can't hold all bytes"),
+        ({"collaborative": {"epochs": 0}}, "collaborative.epochs must be positive"),
+        ({"stages": []}, "stages: at least one"),
+    ],
+)
+def test_nonsense_in_a_recipe_is_found_before_training(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainingConfig.from_json(settings)

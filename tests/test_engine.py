@@ -7,7 +7,7 @@ import pytest
 import torch
 from reference import make_tiny, reference_scores
 
-from speeder_engine import Engine, EngineConfig, InvalidRequest, Ranking, Request, UnknownItem
+from speeder_engine import ConfigError, Engine, EngineConfig, InvalidRequest, Ranking, Request, UnknownItem
 
 WINDOW, STEP = 12, 4
 
@@ -216,6 +216,8 @@ def test_what_is_answered_at_the_edges(tiny, engine):
         ({"head": "title"}, "head: 'title'"),
         ({"head": "rank"}, "pass candidates"),
         ({"user_id": 7}, "user_id: expected a string"),
+        ({"user_id": "\ud800"}, "no valid Unicode"),
+        ({"history": {"0001", "0002"}}, "a set has no order"),
         ({"history_offset": -1}, "history_offset"),
         ({"on_unknown": "ignore"}, "on_unknown"),
         ({"history_offset": 30}, "send more of the history"),
@@ -234,6 +236,19 @@ def test_unknown_items_are_all_named(engine, field):
     with pytest.raises(UnknownItem, match=rf"{field}: unknown item 'x0'.*and 2 more") as caught:
         engine.recommend(**{"history": [], field: ids})
     assert caught.value.ids == tuple(ids[1:])
+
+
+def test_integers_of_any_kind_are_integers(engine):
+    assert engine.recommend(["0001"], k=np.int64(3)) == engine.recommend(["0001"], k=3)
+
+
+def test_wrong_types_are_refused_with_a_word(engine):
+    for wrong in (Request(["0001"]), 3, [["0001"]]):
+        with pytest.raises(InvalidRequest, match="recommend_many: expected"):
+            engine.recommend_many(wrong)
+    with pytest.raises(ConfigError, match="expected the path of an engine directory, got None"):
+        Engine.load(None)
+    assert ["0001"] not in engine.catalogue
 
 
 def test_one_bad_request_stops_the_batch_before_anything_is_computed(engine):

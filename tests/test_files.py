@@ -317,7 +317,7 @@ for write in (lambda: write_atomic(Path(sys.argv[1]), b""), lambda: replace_fold
 
 
 def test_files_are_as_readable_as_their_folder(tmp_path):
-    with replace_folder(tmp_path / "folder") as beside:
+    with files.replace_folder(tmp_path / "folder") as beside:
         (beside / "private").write_text("x")
         (beside / "private").chmod(0o600)
     folder, file = (tmp_path / "folder").stat().st_mode, (tmp_path / "folder" / "private").stat().st_mode

@@ -30,12 +30,11 @@ class FeatureCache:
         self.folder = folder
 
     def encode(self, encoder: Encoder, inputs: Sequence[Input], names: Sequence[str] | None = None) -> Features:
-        """As `encoder.encode`, but each distinct content is encoded once ever."""
+        """As `encoder.encode`, but content that was encoded before is not encoded again."""
         path = self.folder / encoder.fingerprint / FILE
         keys = [content_key(content) for content in inputs]
         stored = read_vectors(path, encoder.dim)
-        first_row = {key: row for row, key in reversed(list(enumerate(keys))) if key is not None and key not in stored}
-        missing = sorted(first_row.values())
+        missing = [row for row, key in enumerate(keys) if key is not None and key not in stored]
         if missing:
             encoded = encoder.encode(
                 [inputs[row] for row in missing], None if names is None else [names[row] for row in missing]

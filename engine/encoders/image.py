@@ -37,6 +37,11 @@ class TransformersImageEncoder:
                 load_processor: Any = AutoImageProcessor.from_pretrained
                 self.processor = load_processor(folder, backend="pil", local_files_only=True)
                 model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        except ImportError:  # before 5.23 or so transformers has no image processors without it
+            raise ConfigError(
+                f"image encoder {self.label!r}: this transformers reads images only with torchvision; "
+                "upgrade transformers, install torchvision, or use 'fitted'"
+            ) from None
         except (OSError, ValueError) as error:
             raise ConfigError(f"image encoder {self.label!r}: can't be loaded by transformers ({error})") from error
         if not hasattr(model, "get_image_features"):

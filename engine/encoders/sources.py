@@ -13,9 +13,10 @@ from speeder_engine.errors import ConfigError
 WANTED = ["*.json", "*.txt", "*.model", "*.safetensors"]
 UNWANTED = ["onnx/*", "openvino/*"]
 TIMEOUT_SECONDS = 5.0
+ENCODER_OTHERWISE = "'fitted' for an encoder fitted on the catalogue"
 
 
-def resolve_source(source: str | Path) -> Path:
+def resolve_source(source: str | Path, what: str = "encoder", otherwise: str = ENCODER_OTHERWISE) -> Path:
     """The local folder of a model; a `str` may also be a hub id: downloaded, or found in the hub's cache when offline.
 
     ConfigError names the source and the alternatives where neither works; nothing waits longer than a few seconds for
@@ -25,7 +26,7 @@ def resolve_source(source: str | Path) -> Path:
         return Path(source)
     looks_local = isinstance(source, Path) or Path(source).is_absolute() or source.startswith((".", "~"))
     if looks_local or Path(source).exists():
-        raise ConfigError(f"encoder {str(source)!r}: no such folder; give a model's folder, a hub id or 'fitted'")
+        raise ConfigError(f"{what} {str(source)!r}: no such folder; give a model's folder, or {otherwise}")
     from huggingface_hub import snapshot_download
 
     try:
@@ -41,8 +42,8 @@ def resolve_source(source: str | Path) -> Path:
     except (OSError, ValueError) as error:
         reason = "offline, and not in the hub's cache" if is_offline() else str(error).splitlines()[0]
         raise ConfigError(
-            f"encoder {str(source)!r}: neither a local folder nor a reachable hub id ({reason}); "
-            "give the folder of a downloaded model, or 'fitted' for an encoder fitted on the catalogue"
+            f"{what} {str(source)!r}: neither a local folder nor a reachable hub id ({reason}); "
+            f"give the folder of a downloaded model, or {otherwise}"
         ) from error
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from speeder_engine.encoders.sources import resolve_source
 from speeder_engine.errors import ConfigError, MissingDependency
 from speeder_engine.training.config import BackboneConfig
 
@@ -55,7 +56,7 @@ def small_llama(config: BackboneConfig, vocab_size: int) -> nn.Module:
 
 def load_pretrained(config: BackboneConfig) -> tuple[nn.Module, Any]:
     """A pretrained body with LoRA on all its linear layers; its own weights are frozen."""
-    source = str(config.source)
+    source = resolve_source(str(config.source), "backbone", "none for a small decoder from scratch")
     from transformers import AutoModel, AutoTokenizer
 
     try:
@@ -67,7 +68,7 @@ def load_pretrained(config: BackboneConfig) -> tuple[nn.Module, Any]:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"backbone.source {source!r}: can't be loaded ({reason}); give a local folder") from None
+        raise ConfigError(f"backbone {str(source)!r}: can't be loaded ({reason}); give another folder") from None
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,

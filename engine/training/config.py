@@ -7,6 +7,7 @@ from typing import Any
 from speeder_engine.config import MODALITIES, Config, HeadsConfig, check
 from speeder_engine.errors import ConfigError, MissingDependency
 
+MOST_NEGATIVES = 1000  # every one is a row of the forward pass
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -25,6 +26,15 @@ class BackboneConfig(Config):
     lora_alpha: int = 32
     lora_dropout: float = 0.1
 
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "lora_rank", "lora_alpha"):
+            check(getattr(self, name) > 0, f"backbone.{name} must be positive, is {getattr(self, name)}")
+        check(self.vocab_size >= 260, f"backbone.vocab_size: {self.vocab_size} can't hold all bytes; at least 260")
+        width = f"backbone.hidden_size {self.hidden_size} must be an even multiple of num_heads {self.num_heads}"
+        check(self.hidden_size % (2 * self.num_heads) == 0, width)
+        for name in ("dropout", "lora_dropout"):
+            check(0 <= getattr(self, name) < 1, f"backbone.{name} must be within 0..1, is {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class CollaborativeConfig(Config):
@@ -33,6 +43,11 @@ class CollaborativeConfig(Config):
     dim: int = 64
     epochs: int = 8
     learning_rate: float = 3e-3
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "epochs", "learning_rate"):
+            check(getattr(self, name) > 0, f"collaborative.{name} must be positive, is {getattr(self, name)}")
+        check(self.dim % 2 == 0, f"collaborative.dim must be even, is {self.dim}")
 
 
 @dataclass(frozen=True)
@@ -89,8 +104,15 @@ class TrainingConfig(Config):
 
     def __post_init__(self) -> None:
         check(len(self.stages) > 0, "stages: at least one is needed")
-        check(self.batch_size > 0, f"batch_size must be positive, is {self.batch_size}")
-        check(1 <= self.window_step <= self.window, "window_step must be within 1..window")
+        for name in ("batch_size", "window", "patience", "validation_users", "max_grad_norm", "rank_negatives"):
+            check(getattr(self, name) > 0, f"{name} must be positive, is {getattr(self, name)}")
+        check(self.seed >= 0, f"seed can't be negative, is {self.seed}")
+        check(
+            self.rank_negatives <= MOST_NEGATIVES,
+            f"rank_negatives must be at most {MOST_NEGATIVES}, is {self.rank_negatives}",
+        )
+        step = f"window_step must be within 1..window ({self.window}), is {self.window_step}"
+        check(1 <= self.window_step <= self.window, step)
         for name in ("token_dropout", "modality_dropout", "warmup"):
             check(0 <= getattr(self, name) < 1, f"{name} must be within 0..1, is {getattr(self, name)}")
         for name in ("rank_weight", "order_weight", "weight_decay"):

@@ -13,7 +13,7 @@ from speeder_engine.encoders.choose import choose_image_encoder, choose_text_enc
 from speeder_engine.encoders.collaborative import fit_collaborative
 from speeder_engine.encoders.features import Features
 from speeder_engine.encoders.sasrec import SASRecConfig
-from speeder_engine.errors import ConfigError, SpeederWarning
+from speeder_engine.errors import ConfigError, DataError, SpeederWarning
 from speeder_engine.training.config import TrainingConfig
 
 log = logging.getLogger("speeder_engine")
@@ -62,11 +62,29 @@ def _encode(name: str, dataset: Dataset, config: TrainingConfig, cache_dir: Path
     else:
         if items.images is None:
             return
-        images = [items.images.read(item_id) for item_id in items.item_ids]
+        images = read_images(dataset)
         inputs = list(images)
         encoder = choose_image_encoder(config.image_encoder, images)
     made.features[name] = FeatureCache(cache_dir).encode(encoder, inputs, names=items.item_ids)
     made.encoders[name] = encoder
+
+
+def read_images(dataset: Dataset) -> list[bytes | None]:
+    """The images' bytes; one that can't be read out of its archive is missing, and counted."""
+    items = dataset.items
+    assert items.images is not None
+    images: list[bytes | None] = []
+    damaged: list[DataError] = []
+    for item_id in items.item_ids:
+        try:
+            images.append(items.images.read(item_id))
+        except DataError as error:
+            images.append(None)
+            damaged.append(error)
+    if damaged:
+        message = f"{dataset.name}: {len(damaged):,} of {len(images):,} images can't be read; the first: {damaged[0]}"
+        warnings.warn(message, SpeederWarning, stacklevel=4)
+    return images
 
 
 def _collaborative(split: Split, config: TrainingConfig) -> Features:

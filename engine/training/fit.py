@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from speeder_engine.catalogue import ItemTable
-from speeder_engine.checkpoint import Checkpoint, TrainingState
+from speeder_engine.checkpoint import Checkpoint, TrainingState, check_replaceable
 from speeder_engine.config import CompressorConfig, ModelConfig, PromptConfig
 from speeder_engine.data.splits import Histories, Split
-from speeder_engine.errors import ConfigError
+from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.files import write_atomic
@@ -33,6 +33,9 @@ def train(
     cache_dir: where encoded features are kept (default: beside `out`). resume: go on from the epoch `out` stopped at;
     raises ConfigError where it was made with other settings or other data.
     """
+    if not len(split.users):
+        raise DataError(f"{split.dataset.name}: no user has the three interactions that training and validation need")
+    check_replaceable(out)
     if resume:
         checkpoint = _resumable(split, config, out)
     else:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from counting import make_dataset
 
 from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.data.splits import leave_one_out
-from speeder_engine.errors import ConfigError, SpeederError, SpeederWarning
+from speeder_engine.errors import ArtifactError, ConfigError, DataError, SpeederError, SpeederWarning
 from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.training import trainer as trainer_module
 from speeder_engine.training.config import BackboneConfig, Stage, TrainingConfig
+from speeder_engine.training.features import read_images
 from speeder_engine.training.fit import train
 
 CONFIG = TrainingConfig(
@@ -125,3 +127,28 @@ def test_only_the_popular_is_known_without_features(split):
             counts[row] += 1
     np.testing.assert_array_equal(np.argsort(-prior, kind="stable"), np.argsort(-counts, kind="stable"))
     assert abs(prior.mean()) < 1e-6 and abs(prior.std() - 1) < 1e-5
+
+
+def test_a_folder_of_somebody_elses_is_refused_before_anything_is_done(split, tmp_path):
+    (tmp_path / "precious.txt").write_text("keep")
+    with pytest.raises(ArtifactError, match="is not empty and no checkpoint"):
+        train(split, CONFIG, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_images_that_cannot_be_unpacked_are_counted_and_missing():
+    dataset = make_dataset()
+
+    class Damaged:
+        def __contains__(self, item_id):
+            return True
+
+        def read(self, item_id):
+            if item_id in ("003", "007"):
+                raise DataError(f"x.zip: {item_id}.jpg can't be unpacked")
+            return b"bytes"
+
+    damaged = replace(dataset, items=replace(dataset.items, images=Damaged()))
+    with pytest.warns(SpeederWarning, match=r"2 of 24 images can't be read; the first: x.zip: 003.jpg"):
+        images = read_images(damaged)
+    assert [i for i, image in enumerate(images) if image is None] == [3, 7]
