@@ -26,6 +26,10 @@ app.add_typer(export_app, name="export")
 
 Data = Annotated[Path, typer.Argument(help="Data folder: interactions, items, images (see docs/data.md).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(help="ROLE=NAME for files with other names: user, item, time, title, text, image; time_unit=ms."),
+]
 Device = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')]
 
 
@@ -34,11 +38,13 @@ def demo(
     data: Annotated[Path | None, typer.Option(help="A data folder; without it a small catalogue is made.")] = None,
     out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo"),
     recipe: Annotated[str | None, typer.Option(help="Packaged recipe or YAML file.")] = None,
+    column: Column = None,
 ) -> None:
     """The whole path in minutes: data, training in stages, export, recommendations, latency, accuracy."""
+    from speeder_engine.data.columns import Columns
     from speeder_engine.demo import run_demo
 
-    run_demo(data, out, recipe)
+    run_demo(data, out, recipe, Columns.parse(column or []))
 
 
 @app.command()
@@ -48,16 +54,18 @@ def train(
     recipe: Annotated[str, typer.Option(help="Packaged recipe (demo, small) or YAML file.")] = "small",
     resume: Annotated[bool, typer.Option(help="Go on from the epoch OUT stopped at.")] = False,
     min_interactions: Annotated[int, typer.Option(help="k of the k-core.")] = 5,
+    column: Column = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a model on a data folder, stage by stage; the log lies beside OUT."""
+    from speeder_engine.data.columns import Columns
     from speeder_engine.data.dataset import load_dataset
     from speeder_engine.data.splits import leave_one_out
     from speeder_engine.training.config import load_recipe
     from speeder_engine.training.fit import train as fit
 
     config = load_recipe(recipe)
-    dataset = load_dataset(data, min_interactions=min_interactions)
+    dataset = load_dataset(data, columns=Columns.parse(column or []), min_interactions=min_interactions)
     if not as_json:
         typer.echo(dataset.summary(), err=True)
     checkpoint = fit(leave_one_out(dataset), config, out, resume=resume)
@@ -76,12 +84,14 @@ def evaluate(
         Path | None, typer.Option(help="Frozen candidate lists: read if there, else drawn and written.")
     ] = None,
     min_interactions: Annotated[int, typer.Option(help="k of the k-core.")] = 5,
+    column: Column = None,
     as_json: AsJson = False,
 ) -> None:
     """Full ranking and the candidate protocol (1 target, 19 negatives), systems side by side."""
+    from speeder_engine.data.columns import Columns
     from speeder_engine.evaluation.compare import compare, print_reports
 
-    reports = compare(systems, data, part, candidates, min_interactions)
+    reports = compare(systems, data, part, candidates, min_interactions, Columns.parse(column or []))
     if as_json:
         typer.echo(json.dumps([report.to_json() for report in reports]))
     else:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from speeder_engine.data.candidates import CandidateLists, frozen_candidates
+from speeder_engine.data.columns import Columns
 from speeder_engine.data.dataset import Dataset, load_dataset
 from speeder_engine.data.splits import Queries, Split, leave_one_out
 from speeder_engine.engine import Engine
@@ -54,12 +55,12 @@ class Steps:
         return table
 
 
-def run_demo(data: Path | None, out: Path, recipe: str | None = None) -> None:
+def run_demo(data: Path | None, out: Path, recipe: str | None = None, columns: Columns | None = None) -> None:
     """Writes `out`/checkpoint, `out`/engine and, without `data`, `out`/data; prints tables on stdout."""
     console = Console()
     steps = Steps(console)
     with steps.step("data"):
-        dataset = load_dataset(data or _fresh_data(out / "data"))
+        dataset = load_dataset(data, columns=columns) if data else load_dataset(_fresh_data(out / "data"))
         console.print(dataset.summary(), markup=False, highlight=False)
         split = leave_one_out(dataset)
     checkpoint, engine_dir = out / "checkpoint", out / "engine"

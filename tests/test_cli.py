@@ -101,6 +101,7 @@ def test_inspect(engine_dir):
         (["evaluate", "gossip", "--data", "{tmp}"], "neither a checkpoint nor an engine directory nor a baseline"),
         (["train", "{tmp}", "--out", "{tmp}/c"], "interactions"),
         (["train", "{tmp}", "--out", "{tmp}/c", "--recipe", "soup"], "recipe soup: no such file"),
+        (["train", "{tmp}", "--out", "{tmp}/c", "--column", "shoe=size"], "column 'shoe=size': write ROLE=NAME"),
         (["demo", "--data", "{tmp}/nowhere", "--out", "{tmp}/demo"], "nowhere"),
     ],
 )

@@ -1,9 +1,9 @@
 """Which column of a file means what, the same for every format. Knows no file."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from speeder_engine.errors import ConfigError, DataError, name_some
 
@@ -29,6 +29,18 @@ class Columns:
     image: Names = ("image",)
     vector: Names = ("vector", "embedding")
     time_unit: Literal["s", "ms"] | None = None
+
+    @classmethod
+    def parse(cls, settings: Sequence[str]) -> "Columns":
+        """`["user=uid", "item=sku,id", "time_unit=ms"]`: ROLE=NAME, or names to try in order, separated by commas."""
+        given: dict[str, Any] = {}
+        for setting in settings:
+            role, _, names = setting.partition("=")
+            if role not in (*ROLES, "time_unit") or not names:
+                known = ", ".join((*ROLES, "time_unit"))
+                raise ConfigError(f"column {setting!r}: write ROLE=NAME; the roles are {known}")
+            given[role] = names if role == "time_unit" or "," not in names else tuple(names.split(","))
+        return cls(**given)
 
     def __post_init__(self) -> None:
         for role in ROLES:
@@ -69,4 +81,5 @@ class Columns:
 
     def _missing(self, role: Role, found: Collection[str], path: Path) -> DataError:
         wanted = " or ".join(repr(name) for name in self.names(role))
-        return DataError(f"{path}: no column {wanted}; it has {name_some(found, 20)}: say Columns({role}=...)")
+        remedy = f"name the right one: --column {role}=NAME, in Python Columns({role}=NAME)"
+        return DataError(f"{path}: no column {wanted}; it has {name_some(found, 20)}; {remedy}")

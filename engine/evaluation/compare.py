@@ -10,6 +10,7 @@ from speeder_engine.artifact import MANIFEST as ENGINE_MANIFEST
 from speeder_engine.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
 from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.data.candidates import draw_candidates, frozen_candidates
+from speeder_engine.data.columns import Columns
 from speeder_engine.data.dataset import load_dataset
 from speeder_engine.data.splits import FROM_END, Split, leave_one_out
 from speeder_engine.engine import Engine
@@ -23,7 +24,12 @@ from speeder_engine.evaluation.scorer import Scorer
 
 
 def compare(
-    systems: Sequence[str], data: Path, part: str = "test", candidates: Path | None = None, min_interactions: int = 5
+    systems: Sequence[str],
+    data: Path,
+    part: str = "test",
+    candidates: Path | None = None,
+    min_interactions: int = 5,
+    columns: Columns | None = None,
 ) -> list[Report]:
     """One report a system, all on the same queries and candidate lists.
 
@@ -34,7 +40,7 @@ def compare(
         raise ConfigError(f"part: {part!r}; choose {' or '.join(FROM_END)}")
     for system in systems:
         _check_system(system)
-    split = leave_one_out(load_dataset(data, min_interactions=min_interactions))
+    split = leave_one_out(load_dataset(data, columns=columns, min_interactions=min_interactions))
     queries = split.queries("test" if part == "test" else "validation")
     lists = draw_candidates(split.dataset, queries)
     if candidates is not None:
