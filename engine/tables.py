@@ -55,7 +55,7 @@ def recommendation_table(user: str, history: Sequence[str], ranking: Ranking, ca
 
 def latency_table(timings: Mapping[str, Sequence[float]]) -> Table:
     """Milliseconds a request by kind of request."""
-    table = Table("latency, one user at a time", "p50 ms", "p95 ms", "p99 ms", "runs")
+    table = Table("latency, one user, one thread", "p50 ms", "p95 ms", "p99 ms", "runs")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, seconds in timings.items():
