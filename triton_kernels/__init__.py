@@ -1,1 +1,4 @@
-"""Fused operations, one file each: the formula, the public function, its torch reference, and the kernel beside it."""
+"""Operations that decide the engine's speed, one file each: formula, public function, torch reference.
+
+The references run on every device; fused kernels will stand beside them.
+"""
