@@ -1,6 +1,5 @@
 """`speeder demo`: the whole path on a small made catalogue or on a data folder, trained anew each time."""
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from speeder_engine.data.columns import Columns
 from speeder_engine.data.dataset import Dataset, load_dataset
 from speeder_engine.data.splits import Queries, Split, leave_one_out
 from speeder_engine.engine import Engine
+from speeder_engine.errors import ConfigError, name_some
 from speeder_engine.evaluation.baselines import BASELINES
 from speeder_engine.evaluation.engine_scorer import EngineScorer
 from speeder_engine.evaluation.protocols import evaluate
@@ -27,6 +27,7 @@ from speeder_engine.tables import latency_table, recommendation_table
 from speeder_engine.training.config import load_recipe
 from speeder_engine.training.fit import train
 
+CATALOGUE = {"interactions.csv", "items.jsonl", "covers.zip"}
 NUM_SHOWN = 3
 NUM_TIMED = 200
 NUM_CANDIDATES = 20
@@ -57,11 +58,11 @@ class Steps:
 
 
 def run_demo(data: Path | None, out: Path, recipe: str | None = None, columns: Columns | None = None) -> None:
-    """Writes `out`/checkpoint, `out`/engine and, without `data`, `out`/data; prints tables on stdout."""
+    """Writes `out`/checkpoint, `out`/engine and, without `data`, `out`/catalogue; prints tables on stdout."""
     console = Console()
     steps = Steps(console)
     with steps.step("data"):
-        dataset = load_dataset(data, columns=columns) if data else load_dataset(_fresh_data(out / "data"))
+        dataset = load_dataset(data, columns=columns) if data else load_dataset(make_catalogue(out / "catalogue"))
         console.print(dataset.summary(), markup=False, highlight=False)
         split = leave_one_out(dataset)
     checkpoint, engine_dir = out / "checkpoint", out / "engine"
@@ -74,7 +75,8 @@ def run_demo(data: Path | None, out: Path, recipe: str | None = None, columns: C
     with steps.step("recommendations"):
         engine = Engine.load(engine_dir)
         queries = split.queries("test")
-        lists = frozen_candidates(out / "candidates.parquet", dataset, queries)
+        # named by the data, so that runs on other data can share the folder
+        lists = frozen_candidates(out / f"candidates-{dataset.fingerprint()[:12]}.parquet", dataset, queries)
         show_users(console, engine, dataset, queries)
     with steps.step("latency"), one_thread():
         console.print(latency_table(time_requests(engine, dataset, queries)))
@@ -84,9 +86,11 @@ def run_demo(data: Path | None, out: Path, recipe: str | None = None, columns: C
     console.print(steps.table())
 
 
-def _fresh_data(folder: Path) -> Path:
-    if folder.exists():
-        shutil.rmtree(folder)
+def make_catalogue(folder: Path) -> Path:
+    """Writes the made catalogue, over an earlier one; ConfigError where `folder` holds anything else."""
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in CATALOGUE) if folder.is_dir() else []
+    if foreign:
+        raise ConfigError(f"{folder}: holds {name_some(foreign)}, which no demo wrote; choose another --out")
     return write_synthetic_dataset(folder)
 
 
