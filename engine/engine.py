@@ -111,7 +111,7 @@ class Engine:
         """
         asked = _requests(requests, "recommend_many")
         with self._lock:
-            queries = [resolve(request, self.catalogue, self.layout) for request in asked]
+            queries = [self._resolve(request) for request in asked]
             rankings: list[Ranking] = []
             for part in cut_into_steps([query.num_rows for query in queries], self.config):
                 rankings += self.step(queries[part])
@@ -134,7 +134,7 @@ class Engine:
         asked = _requests(requests, "user_vectors")
         with self._lock:
             plain = [replace(request, candidates=None, head=None) for request in asked]
-            queries = [resolve(request, self.catalogue, self.layout) for request in plain]
+            queries = [self._resolve(request) for request in plain]
             vectors = [np.zeros((0, self.catalogue.tokens.shape[1]), np.float32)]
             for part in cut_into_steps([query.num_rows for query in queries], self.config):
                 with self._forward(queries[part]) as (last_hidden, _):
@@ -148,7 +148,7 @@ class Engine:
 
     def similar_items(self, item_id: str, k: int = 10) -> Ranking:
         """The k items whose tokens are nearest by cosine, the item itself left out."""
-        query = resolve(Request([item_id], k), self.catalogue, self.layout)
+        query = self._resolve(Request([item_id], k))
         return self._ranking(query, self._scorer.similar(query))
 
     def close_session(self, user_id: str) -> bool:
@@ -169,6 +169,9 @@ class Engine:
     def check_integrity(self) -> None:
         """Raises if the cache's books disagree; for tests and debugging."""
         self._cache.manager.check_integrity()
+
+    def _resolve(self, request: Request) -> Query:
+        return resolve(request, self.catalogue, self.layout, self.parts.config.heads)
 
     @contextmanager
     def _forward(self, queries: Sequence[Query]) -> Iterator[tuple[Tensor, list[Tensor]]]:

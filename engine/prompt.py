@@ -21,11 +21,6 @@ class PromptLayout:
     def instruction_len(self) -> int:
         return len(self.config.instruction_ids)
 
-    @property
-    def num_slots(self) -> int:
-        """A full window's items and the candidates' slot behind them."""
-        return self.config.window + 1
-
     def start(self, length: int) -> int:
         """Where the window over a history of `length` items begins: 0, then growing in whole steps.
 
@@ -38,10 +33,6 @@ class PromptLayout:
 
     def window_len(self, length: int) -> int:
         return length - self.start(length)
-
-    def position(self, slot: int) -> int:
-        """The rotary position of a history slot; slot n of a history of n is its candidates'."""
-        return self.instruction_len + slot
 
 
 def isolated_mask(prefix_len: int, visible: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speeder_engine.catalogue import Catalogue
+from speeder_engine.config import HeadsConfig
 from speeder_engine.errors import InvalidRequest, UnknownItem
 from speeder_engine.prompt import PromptLayout
 from speeder_engine.request import Head, Request
@@ -31,7 +32,7 @@ class Query:
         return len(self.window) + (len(self.candidates) if self.head == "rank" and self.candidates is not None else 0)
 
 
-def resolve(request: Request, catalogue: Catalogue, layout: PromptLayout) -> Query:
+def resolve(request: Request, catalogue: Catalogue, layout: PromptLayout, heads: HeadsConfig) -> Query:
     """Raises UnknownItem with every unknown id, or InvalidRequest; costs no computation."""
     rows, unknown = _look_up(request, catalogue)
     history, candidates = rows["history"], rows.get("candidates")
@@ -49,12 +50,18 @@ def resolve(request: Request, catalogue: Catalogue, layout: PromptLayout) -> Que
     return Query(
         request=request,
         window=history[max(start, 0) :],
-        head=request.head or ("retrieve" if candidates is None else "rank"),
+        head=_head(request, heads),
         candidates=None if candidates is None else np.sort(candidates),
         excluded=np.unique(np.concatenate(excluded)) if excluded else np.empty(0, np.int32),
         allowed=np.unique(rows["allow"]) if "allow" in rows else None,
         unknown=tuple(unknown),
     )
+
+
+def _head(request: Request, heads: HeadsConfig) -> Head:
+    if request.head == "rank" and not heads.rank:
+        raise InvalidRequest("head: this model was trained without a rank head; use 'retrieve' for candidates too")
+    return request.head or ("rank" if request.candidates is not None and heads.rank else "retrieve")
 
 
 def _look_up(request: Request, catalogue: Catalogue) -> tuple[dict[str, Rows], list[str]]:

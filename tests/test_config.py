@@ -108,6 +108,8 @@ def test_recipes_that_are_none(tmp_path):
         ({"backbone": {"vocab_size": 3}}, "vocab_size: 3 can't hold all bytes"),
         ({"collaborative": {"epochs": 0}}, "collaborative.epochs must be positive"),
         ({"stages": []}, "stages: at least one"),
+        ({"rank_weight": 0.0}, "heads.rank and rank_weight"),
+        ({"heads": {"rank": False}}, "heads.rank and rank_weight"),
     ],
 )
 def test_nonsense_in_a_recipe_is_found_before_training(settings, message):

@@ -1,6 +1,7 @@
 """The engine against plain transformers, and its invariants: bitwise on the CPU, in fp32 and bf16."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from reference import make_tiny, reference_scores
 
 from speeder_engine import ConfigError, Engine, EngineConfig, InvalidRequest, Ranking, Request, UnknownItem
+from speeder_engine.config import HeadsConfig
 
 WINDOW, STEP = 12, 4
 
@@ -311,3 +313,13 @@ def test_threads_get_their_own_answers(tiny, engine, cold):
         thread.join()
     assert not wrong
     engine.check_integrity()
+
+
+def test_a_model_without_a_rank_head_ranks_by_retrieve(tiny):
+    parts = tiny.parts()
+    without = replace(parts.config, heads=HeadsConfig(rank=False))
+    engine = Engine(replace(parts, config=without), EngineConfig(dtype="float32"))
+    ids, candidates = tiny.ids(range(6)), tiny.ids(range(10, 20))
+    assert engine.recommend(ids, candidates=candidates) == engine.recommend(ids, candidates=candidates, head="retrieve")
+    with pytest.raises(InvalidRequest, match="trained without a rank head"):
+        engine.recommend(ids, candidates=candidates, head="rank")

@@ -115,6 +115,8 @@ class TrainingConfig(Config):
         check(1 <= self.window_step <= self.window, step)
         for name in ("token_dropout", "modality_dropout", "warmup"):
             check(0 <= getattr(self, name) < 1, f"{name} must be within 0..1, is {getattr(self, name)}")
+        both = "heads.rank and rank_weight: give the head a weight, or leave it out (rank: false, rank_weight: 0)"
+        check(self.heads.rank == (self.rank_weight > 0), both)
         for name in ("rank_weight", "order_weight", "weight_decay"):
             check(getattr(self, name) >= 0, f"{name} can't be negative, is {getattr(self, name)}")
 

@@ -6,6 +6,7 @@ import torch
 from reference import make_tiny, reference_scores
 from torch.nn import functional as F
 
+from speeder_engine.config import HeadsConfig
 from speeder_engine.training.batches import PAD, TrainingBatch
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.losses import compute_losses
@@ -81,7 +82,10 @@ def test_the_order_task_sees_the_history(tiny):
 
 
 def test_a_loss_without_weight_is_not_computed(tiny):
-    config = TrainingConfig(window=12, window_step=4, token_dropout=0.0, rank_weight=0.0, order_weight=0.0)
+    without = HeadsConfig(rank=False)
+    config = TrainingConfig(
+        window=12, window_step=4, token_dropout=0.0, rank_weight=0.0, order_weight=0.0, heads=without
+    )
     full = compute_losses(tiny.model, tiny.tokens, tiny.prior, make_batch(), CONFIG)
     bare = compute_losses(tiny.model, tiny.tokens, tiny.prior, make_batch(), config)
     torch.testing.assert_close(bare.retrieve, full.retrieve, atol=1e-5, rtol=1e-5)
