@@ -47,6 +47,12 @@ def pad_rows(count: int) -> int:
     return -(-count // ROW_TILE) * ROW_TILE
 
 
+def pad_to_tile(rows: Tensor) -> Tensor:
+    """[n, ...] with zero rows behind, up to the next whole tile."""
+    padding = pad_rows(rows.shape[0]) - rows.shape[0]
+    return torch.cat([rows, rows.new_zeros(padding, *rows.shape[1:])])
+
+
 def make_batch(
     queries: Sequence[Query], plan: CachePlan, layout: PromptLayout, shared_blocks: Tensor, device: torch.device
 ) -> Batch:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from speeder_engine.batch import Batch, pad_rows
+from speeder_engine.batch import Batch, pad_to_tile
 from speeder_engine.cache import KVCache
 from speeder_engine.models.decoder import CausalAttend, rotate
 from speeder_engine.models.recommender import ServingModel
@@ -26,14 +26,10 @@ class ModelRunner:
             return self.instruction_hidden[:0]
         self.rows_computed += batch.num_rows
         embedded = self.model.embed(item_tokens[batch.item_rows], batch.slots, batch.attention.candidate)
-        padding = pad_rows(batch.num_rows) - batch.num_rows
-        embedded = torch.cat([embedded, embedded.new_zeros(padding, embedded.shape[1])])
-        positions = torch.cat([batch.positions, batch.positions.new_zeros(padding)])
-        num_read = batch.read_rows.shape[0]
-        read_rows = torch.cat([batch.read_rows, batch.read_rows.new_zeros(pad_rows(num_read) - num_read)])
+        positions = pad_to_tile(batch.positions)
         attend = PagedAttend(self.cache, batch, *self.model.decoder.rotary(positions))
-        hidden: Tensor = self.model.decoder(embedded, positions, attend, read_rows)
-        return hidden[:num_read]
+        hidden: Tensor = self.model.decoder(pad_to_tile(embedded), positions, attend, pad_to_tile(batch.read_rows))
+        return hidden[: batch.read_rows.shape[0]]
 
     def _run_instruction(self) -> Tensor:
         """Fills the shared blocks; returns the instruction's last hidden state [1, d]: an empty history's h(last)."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from speeder_engine.batch import pad_rows
+from speeder_engine.batch import pad_to_tile
 from speeder_engine.catalogue import Catalogue
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.query import Query, Rows
@@ -37,10 +37,8 @@ class HeadScorer:
     @torch.inference_mode()
     def user_vectors(self, last_hidden: Tensor) -> Tensor:
         """h(last) [B, d] -> [B, d]; padded to the row tile, so that one user's vector doesn't depend on the others."""
-        count = last_hidden.shape[0]
-        padded = torch.cat([last_hidden, last_hidden.new_zeros(pad_rows(count) - count, last_hidden.shape[1])])
-        vectors: Tensor = self.model.retrieve(padded)
-        return vectors[:count]
+        vectors: Tensor = self.model.retrieve(pad_to_tile(last_hidden))
+        return vectors[: last_hidden.shape[0]]
 
     @torch.inference_mode()
     def similar(self, query: Query) -> Scored:
@@ -54,13 +52,10 @@ class HeadScorer:
         """The best of the whole catalogue."""
         if not queries:
             return []
-        count = len(queries)
-        padded = torch.cat([vectors, vectors.new_zeros(pad_rows(count) - count, vectors.shape[1])])
-        mask = torch.stack([self._mask(query) for query in queries])
-        mask = torch.cat([mask, mask.new_zeros(padded.shape[0] - count, mask.shape[1])])
+        mask = pad_to_tile(torch.stack([self._mask(query) for query in queries]))
         prior = self.model.retrieve.beta * self.catalogue.prior
         deepest = max(query.request.k for query in queries)
-        scores, rows = top_scores(padded, self.catalogue.tokens, prior, mask, deepest)
+        scores, rows = top_scores(pad_to_tile(vectors), self.catalogue.tokens, prior, mask, deepest)
         return [self._cut(query, scores[b], rows[b]) for b, query in enumerate(queries)]
 
     def _mask(self, query: Query) -> Tensor:
