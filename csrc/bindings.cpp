@@ -1,6 +1,7 @@
 // The Python face of the KV-cache manager: the only file that knows Python.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 
@@ -53,6 +54,26 @@ std::optional<std::string_view> user_view(py::handle user, std::size_t index) {
     return std::string_view(text, static_cast<std::size_t>(size));
 }
 
+// What a request reads, kept in place while the GIL is released.
+class HeldRequest {
+public:
+    HeldRequest(const BlockManager& manager, const py::list& users, const py::array& offsets, const py::array& keys)
+        : users_(users), keys_(input(keys, "keys", manager.config().key_width)) {
+        views_.reserve(users_.size());
+        for (const py::handle user : users_) views_.push_back(user_view(user, views_.size()));
+        const auto all = input(offsets, "offsets");
+        const auto used = all.first(std::min(all.size(), views_.size() + 1));
+        offsets_.assign(used.begin(), used.end());
+    }
+    speeder::PlanRequest view() const { return {views_, offsets_, keys_}; }
+
+private:
+    py::tuple users_;  // keeps the strings alive, whatever happens to the list
+    std::vector<std::optional<std::string_view>> views_;
+    std::vector<std::int32_t> offsets_;  // a copy: changed after they were checked, they would lead out of `keys`
+    std::span<const std::int32_t> keys_;
+};
+
 StepPlan plan_unlocked(BlockManager& manager, const speeder::PlanRequest& request, const speeder::PlanBuffers& out) {
     const py::gil_scoped_release unlocked;
     return manager.plan(request, out);
@@ -60,26 +81,32 @@ StepPlan plan_unlocked(BlockManager& manager, const speeder::PlanRequest& reques
 
 py::tuple plan(BlockManager& manager, const py::list& users, const py::array& offsets, const py::array& keys,
                py::array cached_len, py::array session_slots, py::array block_tables, py::array slot_mapping,
-               py::array copies) {
-    // the tuple keeps the strings alive while the GIL is released, whatever happens to the list
-    const py::tuple held(users);
-    std::vector<std::optional<std::string_view>> views;
-    views.reserve(held.size());
-    for (const py::handle user : held) views.push_back(user_view(user, views.size()));
-    // a copy: offsets that another thread changes after they were checked would lead out of `keys`
-    const auto all_offsets = input(offsets, "offsets");
-    const auto used = all_offsets.first(std::min(all_offsets.size(), views.size() + 1));
-    const std::vector<std::int32_t> held_offsets(used.begin(), used.end());
-    const speeder::PlanRequest request{views, held_offsets, input(keys, "keys", manager.config().key_width)};
+               py::array copies, py::array restores) {
+    const HeldRequest request(manager, users, offsets, keys);
     const auto width = block_tables.ndim() == 2 ? std::max<py::ssize_t>(block_tables.shape(1), 1) : 1;
     const speeder::PlanBuffers out{output(cached_len, "cached_len"),
                                    output(session_slots, "session_slots"),
                                    output(block_tables, "block_tables", width),
                                    static_cast<std::size_t>(width),
                                    output(slot_mapping, "slot_mapping"),
-                                   output(copies, "copies", 3)};
-    const StepPlan plan = plan_unlocked(manager, request, out);
-    return py::make_tuple(plan.step, plan.num_new_rows, plan.num_copies);
+                                   output(copies, "copies", 3),
+                                   output(restores, "restores", 2)};
+    const StepPlan plan = plan_unlocked(manager, request.view(), out);
+    return py::make_tuple(plan.step, plan.num_new_rows, plan.num_copies, plan.num_restores);
+}
+
+void peek(BlockManager& manager, const py::list& users, const py::array& offsets, const py::array& keys,
+          py::array cached_len) {
+    const HeldRequest request(manager, users, offsets, keys);
+    const auto out = output(cached_len, "cached_len");
+    const py::gil_scoped_release unlocked;
+    manager.peek(request.view(), out);
+}
+
+std::int32_t commit(BlockManager& manager, std::int64_t step, py::array offloads) {
+    const auto out = output(offloads, "offloads", 2);
+    const py::gil_scoped_release unlocked;
+    return manager.commit(step, out);
 }
 
 CacheStats stats_of(const BlockManager& manager) {
@@ -91,18 +118,24 @@ py::dict stats(const BlockManager& manager) {
     const CacheStats stats = stats_of(manager);
     using namespace py::literals;
     return py::dict("num_blocks"_a = stats.num_blocks, "num_free_blocks"_a = stats.num_free_blocks,
-                    "num_sessions"_a = stats.num_sessions, "num_open_steps"_a = stats.num_open_steps,
-                    "steps_planned"_a = stats.steps_planned, "steps_committed"_a = stats.steps_committed,
-                    "steps_released"_a = stats.steps_released, "positions_reused"_a = stats.positions_reused,
-                    "positions_planned"_a = stats.positions_planned, "copies"_a = stats.copies,
-                    "evictions"_a = stats.evictions, "trims"_a = stats.trims);
+                    "num_sessions"_a = stats.num_sessions, "num_host_sessions"_a = stats.num_host_sessions,
+                    "num_pinned"_a = stats.num_pinned, "num_open_steps"_a = stats.num_open_steps,
+                    "session_blocks"_a = stats.session_blocks, "host_blocks_used"_a = stats.host_blocks_used,
+                    "num_host_blocks"_a = stats.num_host_blocks, "steps_planned"_a = stats.steps_planned,
+                    "steps_committed"_a = stats.steps_committed, "steps_released"_a = stats.steps_released,
+                    "positions_reused"_a = stats.positions_reused, "positions_planned"_a = stats.positions_planned,
+                    "copies"_a = stats.copies, "evictions"_a = stats.evictions, "offloads"_a = stats.offloads,
+                    "restores"_a = stats.restores, "truncations"_a = stats.truncations);
 }
 
 std::unique_ptr<BlockManager> make_manager(std::int32_t num_blocks, std::int32_t block_size, std::int32_t shared_len,
-                                           std::int32_t max_seq_len, std::int32_t key_width, std::int32_t max_sessions,
-                                           bool retain) {
-    return std::make_unique<BlockManager>(speeder::CacheConfig{num_blocks, block_size, shared_len, max_seq_len,
-                                                               key_width, max_sessions, retain});
+                                           std::int32_t max_seq_len, std::int32_t key_width,
+                                           std::int32_t budget_blocks, std::int32_t max_sessions,
+                                           std::int32_t num_slots, std::int32_t max_blocks_per_user,
+                                           std::int32_t num_host_blocks, bool track_freed) {
+    return std::make_unique<BlockManager>(
+        speeder::CacheConfig{num_blocks, block_size, shared_len, max_seq_len, key_width, budget_blocks, max_sessions,
+                             num_slots, max_blocks_per_user, num_host_blocks, track_freed});
 }
 
 void bind_block_manager(py::module_& module) {
@@ -110,16 +143,22 @@ void bind_block_manager(py::module_& module) {
     using Unlocked = py::call_guard<py::gil_scoped_release>;
     py::class_<BlockManager>(module, "BlockManager")
         .def(py::init(&make_manager), py::kw_only(), py::arg("num_blocks"), py::arg("block_size"),
-             py::arg("shared_len"), py::arg("max_seq_len"), py::arg("key_width") = 2, py::arg("max_sessions") = 65536,
-             py::arg("retain") = true)
+             py::arg("shared_len"), py::arg("max_seq_len"), py::arg("key_width") = 3, py::arg("budget_blocks"),
+             py::arg("max_sessions") = 65536, py::arg("num_slots"), py::arg("max_blocks_per_user") = 0,
+             py::arg("num_host_blocks") = 0, py::arg("track_freed") = false)
         .def("plan", &plan, py::arg("users"), py::arg("offsets"), py::arg("keys"), py::arg("cached_len"),
-             py::arg("session_slots"), py::arg("block_tables"), py::arg("slot_mapping"), py::arg("copies"))
-        .def("commit", &BlockManager::commit, py::arg("step"), Unlocked())
+             py::arg("session_slots"), py::arg("block_tables"), py::arg("slot_mapping"), py::arg("copies"),
+             py::arg("restores"))
+        .def("peek", &peek, py::arg("users"), py::arg("offsets"), py::arg("keys"), py::arg("cached_len"))
+        .def("commit", &commit, py::arg("step"), py::arg("offloads"))
+        .def("finish", &BlockManager::finish, py::arg("step"), py::arg("moved"), Unlocked())
         .def("release", &BlockManager::release, py::arg("step"), Unlocked())
+        .def("pin", &BlockManager::pin, py::arg("user"), py::arg("pinned") = true, Unlocked())
         .def("close", &BlockManager::close, py::arg("user"), Unlocked())
         .def("clear", &BlockManager::clear, Unlocked())
         .def("__contains__", &BlockManager::contains, py::arg("user"), Unlocked())
         .def("stats", &stats)
+        .def("take_freed", &BlockManager::take_freed, Unlocked())
         .def("check_integrity", &BlockManager::check_integrity, Unlocked())
         .def_property_readonly("num_sessions", [](const BlockManager& self) { return stats_of(self).num_sessions; })
         .def_property_readonly("num_shared_blocks", &BlockManager::num_shared_blocks)

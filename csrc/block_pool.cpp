@@ -8,7 +8,8 @@
 
 namespace speeder {
 
-BlockPool::BlockPool(std::int32_t num_blocks) : refs_(num_blocks, 0), free_(num_blocks) {
+BlockPool::BlockPool(std::int32_t num_blocks, bool track_freed)
+    : refs_(num_blocks, 0), free_(num_blocks), freed_(track_freed ? num_blocks : 0) {
     // the lowest id is on top
     std::iota(free_.rbegin(), free_.rend(), 0);
 }
@@ -18,6 +19,7 @@ BlockId BlockPool::allocate() noexcept {
     const BlockId block = free_.back();
     free_.pop_back();
     refs_[block] = 1;
+    if (!freed_.empty()) freed_[block] = 0;
     return block;
 }
 
@@ -28,8 +30,10 @@ void BlockPool::acquire(BlockId block) noexcept {
 
 void BlockPool::release(BlockId block) noexcept {
     assert(refs_[block] > 0);
+    if (--refs_[block] > 0) return;
     // free_ was made with room for every block, so this push never allocates
-    if (--refs_[block] == 0) free_.push_back(block);
+    free_.push_back(block);
+    if (!freed_.empty()) freed_[block] = 1;
 }
 
 void BlockPool::release_from(std::vector<BlockId>& blocks, std::size_t keep) noexcept {
@@ -40,22 +44,34 @@ void BlockPool::release_from(std::vector<BlockId>& blocks, std::size_t keep) noe
     }
 }
 
-void BlockPool::check(std::span<const std::int32_t> expected) const {
+std::vector<BlockId> BlockPool::take_freed() {
+    std::vector<BlockId> taken;
+    if (freed_.empty()) return taken;
+    taken.reserve(free_.size());
+    for (const BlockId block : free_) {
+        if (freed_[block] == 0) continue;
+        freed_[block] = 0;
+        taken.push_back(block);
+    }
+    return taken;
+}
+
+void BlockPool::check(std::span<const std::int32_t> expected, const char* what) const {
     for (BlockId block = 0; block < num_blocks(); ++block) {
         if (refs_[block] != expected[block]) {
-            throw std::logic_error(message("block ", block, " has ", refs_[block], " references, ", expected[block],
+            throw std::logic_error(message(what, " ", block, " has ", refs_[block], " references, ", expected[block],
                                            " are held"));
         }
     }
     std::vector<bool> listed(refs_.size());
     for (const BlockId block : free_) {
         if (block < 0 || block >= num_blocks() || listed[block] || refs_[block] != 0) {
-            throw std::logic_error(message("free list: block ", block, " is unknown, listed twice or in use"));
+            throw std::logic_error(message("free list: ", what, " ", block, " is unknown, listed twice or in use"));
         }
         listed[block] = true;
     }
     for (BlockId block = 0; block < num_blocks(); ++block) {
-        if (refs_[block] == 0 && !listed[block]) throw std::logic_error(message("block ", block, " is lost"));
+        if (refs_[block] == 0 && !listed[block]) throw std::logic_error(message(what, " ", block, " is lost"));
     }
 }
 

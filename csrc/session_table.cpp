@@ -1,5 +1,6 @@
 #include "session_table.h"
 
+#include <algorithm>
 #include <cassert>
 #include <stdexcept>
 
@@ -7,10 +8,17 @@
 
 namespace speeder {
 
-SessionTable::SessionTable(std::int32_t max_sessions) : max_sessions_(max_sessions) {
+namespace {
+
+std::int64_t size_in_blocks(const Session& session) noexcept {
+    return static_cast<std::int64_t>(std::max(session.blocks.size(), session.host_blocks.size()));
+}
+
+}  // namespace
+
+SessionTable::SessionTable(std::int32_t max_sessions) {
     index_.reserve(max_sessions);
     records_.reserve(max_sessions);
-    free_slots_.reserve(max_sessions);
 }
 
 SessionId SessionTable::find(std::string_view user) const noexcept {
@@ -35,63 +43,80 @@ SessionId SessionTable::create(std::string_view user) {
 
 void SessionTable::remove(SessionId id) noexcept {
     Session& session = records_[id];
-    assert(session.blocks.empty());
-    if (session.committed) unlink(session);
-    if (session.slot != kNone) give_slot(session.slot);
+    assert(session.tier == Tier::kNew && session.blocks.empty() && session.host_blocks.empty());
     index_.erase(index_.find(*session.user));
+    // the vectors keep their memory for the next session
     std::vector<std::int32_t> keys = std::move(session.keys);
     std::vector<BlockId> blocks = std::move(session.blocks);
+    std::vector<BlockId> host_blocks = std::move(session.host_blocks);
     keys.clear();
-    session = Session{.keys = std::move(keys), .blocks = std::move(blocks), .older = free_record_};
+    session = Session{.keys = std::move(keys),
+                      .blocks = std::move(blocks),
+                      .host_blocks = std::move(host_blocks),
+                      .older = free_record_};
     free_record_ = id;
 }
 
-void SessionTable::touch(SessionId id) noexcept {
+void SessionTable::place(SessionId id, Tier tier) noexcept {
+    unlink(id);
+    records_[id].tier = tier;
+    link(id);
+}
+
+void SessionTable::pin(SessionId id, bool pinned) noexcept {
+    unlink(id);
+    records_[id].pinned = pinned;
+    link(id);
+}
+
+void SessionTable::link(SessionId id) noexcept {
     Session& session = records_[id];
-    if (session.committed) unlink(session);
-    session.committed = true;
-    ++num_committed_;
-    session.older = newest_;
-    session.newer = kNone;
-    (newest_ == kNone ? oldest_ : records_[newest_].newer) = id;
-    newest_ = id;
+    if (session.tier == Tier::kNew) return;
+    Order& order = this->order(session.tier, session.pinned);
+    session.older = order.newest;
+    (order.newest == kNone ? order.oldest : records_[order.newest].newer) = id;
+    order.newest = id;
+    ++order.num_sessions;
+    order.num_blocks += size_in_blocks(session);
 }
 
-void SessionTable::unlink(Session& session) noexcept {
-    (session.newer == kNone ? newest_ : records_[session.newer].older) = session.older;
-    (session.older == kNone ? oldest_ : records_[session.older].newer) = session.newer;
+void SessionTable::unlink(SessionId id) noexcept {
+    Session& session = records_[id];
+    if (session.tier == Tier::kNew) return;
+    Order& order = this->order(session.tier, session.pinned);
+    (session.newer == kNone ? order.newest : records_[session.newer].older) = session.older;
+    (session.older == kNone ? order.oldest : records_[session.older].newer) = session.newer;
     session.newer = session.older = kNone;
-    session.committed = false;
-    --num_committed_;
+    --order.num_sessions;
+    order.num_blocks -= size_in_blocks(session);
 }
 
-std::int32_t SessionTable::num_free_slots() const noexcept {
-    return max_sessions_ - num_slots_seen_ + static_cast<std::int32_t>(free_slots_.size());
+SessionId SessionTable::oldest_idle(Tier tier, bool pinned) const noexcept {
+    SessionId id = order(tier, pinned).oldest;
+    while (id != kNone && records_[id].step != 0) id = records_[id].newer;
+    return id;
 }
 
-std::int32_t SessionTable::take_slot() noexcept {
-    assert(num_free_slots() > 0);
-    if (free_slots_.empty()) return num_slots_seen_++;
-    const std::int32_t slot = free_slots_.back();
-    free_slots_.pop_back();
-    return slot;
+std::int32_t SessionTable::num_sessions(Tier tier) const noexcept {
+    return order(tier, false).num_sessions + order(tier, true).num_sessions;
 }
 
-void SessionTable::give_slot(std::int32_t slot) noexcept {
-    assert(slot >= 0 && slot < num_slots_seen_);
-    free_slots_.push_back(slot);
+std::int32_t SessionTable::num_committed() const noexcept {
+    std::int32_t sum = 0;
+    for (const Tier tier : kCommittedTiers) sum += num_sessions(tier);
+    return sum;
 }
 
-void SessionTable::check(const std::vector<std::int32_t>& slot_holders) const {
+std::int32_t SessionTable::num_pinned() const noexcept {
+    std::int32_t sum = 0;
+    for (const Tier tier : kCommittedTiers) sum += order(tier, true).num_sessions;
+    return sum;
+}
+
+void SessionTable::check() const {
     check_index();
-    check_order();
-    std::vector<std::int32_t> holders = slot_holders;
-    for (const std::int32_t slot : free_slots_) ++holders.at(slot);
-    for (std::int32_t slot = 0; slot < max_sessions_; ++slot) {
-        const std::int32_t expected = slot < num_slots_seen_ ? 1 : 0;
-        if (holders[slot] != expected) {
-            throw std::logic_error(message("slot ", slot, " is held or listed as free ", holders[slot], " times"));
-        }
+    for (int tier = 1; tier < 5; ++tier) {
+        for (const bool pinned : {false, true}) check_order(static_cast<Tier>(tier), pinned);
     }
 }
 
@@ -110,20 +135,24 @@ void SessionTable::check_index() const {
     }
 }
 
-void SessionTable::check_order() const {
-    std::int32_t num_linked = 0;
-    SessionId older = kNone;
-    for (SessionId id = oldest_; id != kNone; older = id, id = records_[id].newer) {
+void SessionTable::check_order(Tier tier, bool pinned) const {
+    const Order& order = this->order(tier, pinned);
+    Order linked;
+    for (SessionId id = order.oldest; id != kNone; linked.newest = id, id = records_[id].newer) {
         const Session& session = records_.at(id);
-        if (!session.committed || session.older != older || ++num_linked > num_committed_) {
+        if (session.tier != tier || session.pinned != pinned || session.older != linked.newest ||
+            ++linked.num_sessions > order.num_sessions) {
             throw std::logic_error(message("order of use is broken at session ", id));
         }
+        linked.num_blocks += size_in_blocks(session);
     }
-    std::int32_t num_committed = 0;
-    for (const auto& [user, id] : index_) num_committed += records_[id].committed;
-    if (newest_ != older || num_linked != num_committed_ || num_committed != num_committed_) {
-        throw std::logic_error(message("order of use holds ", num_linked, " sessions, ", num_committed,
-                                       " are committed"));
+    std::int32_t num_here = 0;
+    for (const auto& [user, id] : index_) num_here += records_[id].tier == tier && records_[id].pinned == pinned;
+    if (order.newest != linked.newest || linked.num_sessions != order.num_sessions ||
+        num_here != order.num_sessions || linked.num_blocks != order.num_blocks) {
+        throw std::logic_error(message("order of use counts ", order.num_sessions, " sessions of ", order.num_blocks,
+                                       " blocks, holds ", linked.num_sessions, " of ", linked.num_blocks, ", ",
+                                       num_here, " belong there"));
     }
 }
 

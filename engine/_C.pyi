@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 class CacheExhausted(RuntimeError):
-    """Every idle session would not free enough blocks for this step. Nothing was changed, nothing was evicted."""
+    """Too few blocks or slots are free for this step; the message has the numbers. Nothing was changed."""
 
 class BlockManager:
     """Plans batches on a paged KV cache of `num_blocks` blocks of `block_size` positions.
@@ -13,7 +13,10 @@ class BlockManager:
     starts in a block of its own. A session is what is cached of one user's history: the exact integer keys of its
     positions, its blocks, and a slot where the caller stores h(last), the hidden state of its last position.
     Histories are compared key by key, so anything a position's keys and values depend on belongs into its key.
-    Safe to call from several threads; the GIL is released while it works.
+
+    A session lives in device blocks or, evicted, in host blocks, from where the next plan restores it. Its slot stays.
+    A step is `plan`, then `commit` or `release`, and after a commit that moves sessions to the host, `finish`.
+    Only `commit` and `finish` evict. Safe to call from several threads; the GIL is released while it works.
     """
 
     def __init__(
@@ -23,15 +26,25 @@ class BlockManager:
         block_size: int,
         shared_len: int,
         max_seq_len: int,
-        key_width: int = 2,
+        key_width: int = 3,
+        budget_blocks: int,
         max_sessions: int = 65536,
-        retain: bool = True,
+        num_slots: int,
+        max_blocks_per_user: int = 0,
+        num_host_blocks: int = 0,
+        track_freed: bool = False,
     ) -> None:
-        """`shared_len`: positions of the instruction; `max_seq_len`: positions of the longest history; `key_width`:
-        int32 a position; `retain=False`: nothing outlives its step.
+        """- `shared_len`: positions of the instruction; `max_seq_len`: positions of the longest history.
+        - `key_width`: int32 a position.
+        - `budget_blocks`: device blocks that sessions may keep between steps; 0: every sequence is anonymous.
+        - `max_sessions`: committed sessions of both tiers.
+        - `num_slots`: slots of h(last), at least 1; max_sessions plus the sequences of all open steps never run out.
+        - `max_blocks_per_user`: leading blocks that a session may keep, 0 for no limit.
+        - `num_host_blocks`: the host tier, 0 for none.
+        - `track_freed`: remember which device blocks are freed, for `take_freed`.
 
-        Raises ValueError (the message begins with the argument's name), also if the instruction and one longest history
-        don't fit.
+        Raises ValueError (the message begins with the argument's name), also if num_blocks is less than the
+        instruction, budget_blocks and one longest history together.
         """
 
     def plan(
@@ -44,55 +57,98 @@ class BlockManager:
         block_tables: NDArray[np.int32],
         slot_mapping: NDArray[np.int32],
         copies: NDArray[np.int32],
-    ) -> tuple[int, int, int]:
-        """Plans one step for B = len(users) histories: (step, num_new_rows, num_copies). The step is open until
-        `commit(step)` or `release(step)`. User i's history is `keys[offsets[i]:offsets[i + 1]]`, oldest first.
+        restores: NDArray[np.int32],
+    ) -> tuple[int, int, int, int]:
+        """Plans one step for B = len(users) histories: (step, num_new_rows, num_copies, num_restores). The step is open
+        until `commit(step)` or `release(step)`. User i's history is `keys[offsets[i]:offsets[i + 1]]`, oldest first.
 
         In: `offsets` [>= B + 1], `keys` [>= offsets[B], key_width]. Out, written in place, all C-contiguous int32,
         entries past the batch untouched:
 
-        - `cached_len` [>= B]: leading positions whose keys and values are in the cache. All of them only if h(last) is
-          in the user's slot too; otherwise at least the last row is to be computed.
-        - `session_slots` [>= B], below max_sessions: where h(last) is (all positions cached) or is to be stored;
-          -1 for a sequence without a session.
+        - `cached_len` [>= B]: leading positions whose keys and values are in the cache, after `restores` and `copies`.
+          All of them only if h(last) is in the user's slot too; otherwise at least the last row is to be computed.
+        - `session_slots` [>= B], below num_slots: where h(last) is (all positions cached) or is to be stored (a slot of
+          this step's own); -1 for a sequence without a session.
         - `block_tables` [>= B, >= max_blocks_per_seq]: the history's blocks in order, then -1.
         - `slot_mapping` [>= num_new_rows]: block * block_size + offset of each new position, users in order.
         - `copies` [>= B, 3]: source block, target block, number of leading positions; num_copies rows, to be carried
           out before the new rows are stored.
+        - `restores` [>= B * max_blocks_per_seq, 2]: host block, device block; num_restores rows, whole blocks to be
+          copied before `copies`. A session of the host tier keeps its host blocks until the step is committed.
 
-        None is an anonymous sequence, and so is a user who is already in this batch or in another open step, and new
-        users beyond the free and evictable slots: they reuse nothing and leave nothing behind. An empty history makes
-        no session and leaves an existing one alone.
+        None is an anonymous sequence, and so is a user who is already in this batch or in another open step, or whose
+        session is being moved to the host: they reuse nothing and leave nothing behind. An empty history makes no
+        session and leaves an existing one alone.
 
-        Idle sessions are evicted, longest unused first, as far as needed. If all of them are not enough, the batch's
-        own sessions are cut to what their requests reuse (counted as `trims`; the part cut off does not come back
-        with `release`). Raises CacheExhausted if that is not enough either, ValueError for an argument that does not
-        fit; then nothing was changed.
+        Nothing is evicted and no session changed. Raises CacheExhausted if too few blocks or slots are free, ValueError
+        for an argument that does not fit (the message begins with its name); then nothing was changed.
         """
 
-    def commit(self, step: int) -> None:
-        """The step's rows and last hidden states are stored: its sessions take over keys and blocks and become the most
-        recently used. Raises ValueError if the step is unknown or finished."""
+    def peek(
+        self,
+        users: list[str | None],
+        offsets: NDArray[np.int32],
+        keys: NDArray[np.int32],
+        cached_len: NDArray[np.int32],
+    ) -> None:
+        """Writes to `cached_len` [>= B] what `plan` would write there now, and changes nothing else. Arguments and
+        errors are those of `plan`."""
+
+    def commit(self, step: int, offloads: NDArray[np.int32]) -> int:
+        """The step's rows and last hidden states are stored: its sessions take over keys and blocks, are cut to
+        max_blocks_per_user (a session that is cut has no h(last) any more) and become the most recently used.
+
+        Then sessions are evicted, longest unused first, until max_sessions and budget_blocks hold; sessions in other
+        open steps are passed over, pinned ones go when nothing else is left. For max_sessions, sessions of the host
+        tier are dropped before those on the device. For budget_blocks, a session moves to the host tier if it fits in
+        there beside the pinned and busy ones (the oldest others are dropped to make room) and `offloads` has enough
+        rows left; otherwise it is dropped.
+
+        `offloads`: C-contiguous int32 [n >= 0, 2], written in place: device block, host block, to be copied whole. If
+        their number, the result, is not 0, the step stays half open: the sessions that move are locked and keep both
+        blocks until `finish(step, moved)`. Otherwise the step is closed.
+
+        Raises ValueError, with nothing changed, if the step is unknown, finished or already committed.
+        """
+
+    def finish(self, step: int, moved: bool) -> None:
+        """Ends a half-open step. `moved`: its offloads were carried out, and its sessions are in the host tier now, as
+        the youngest there. Otherwise they are dropped. Raises ValueError if the step is not half open."""
 
     def release(self, step: int) -> None:
-        """The step failed: its blocks are freed, its sessions are as before, whatever it has written. Raises ValueError
-        if the step is unknown or finished."""
+        """The step failed: its blocks and slots are freed, everything is as before, whatever it has written. Raises
+        ValueError if the step is unknown, finished or already committed."""
+
+    def pin(self, user: str, pinned: bool = True) -> bool:
+        """Pinned sessions are evicted last. A pin holds until it is taken back, the user closed or the session dropped;
+        setting it or taking it back makes the session the most recently used of its tier. False if the user has no
+        session, or if all pinned sessions, this one with them, would have more than budget_blocks blocks."""
 
     def close(self, user: str) -> bool:
-        """Forgets the user; a session in an open step is gone for callers now and freed when the step ends. False if
-        there was none."""
+        """Forgets the user; a session in an open or half-open step is gone for callers now and freed when the step
+        ends. False if there was none."""
 
     def clear(self) -> None:
         """Closes all sessions."""
 
     def __contains__(self, user: str) -> bool: ...
+    def take_freed(self) -> list[int]:
+        """Device blocks that were freed since the last call and still are free: whoever reads them is wrong, so a debug
+        build may fill them with junk. Empty unless track_freed."""
+
     def stats(self) -> dict[str, int]:
-        """num_blocks, num_free_blocks, num_sessions, num_open_steps now; steps_planned, steps_committed,
-        steps_released, positions_reused, positions_planned, copies, evictions, trims since the start."""
+        """Now: num_blocks, num_free_blocks, num_sessions (both tiers), num_host_sessions (in the host tier or on their
+        way there), num_pinned, num_open_steps (half-open ones too), session_blocks (device blocks of sessions, without
+        those on their way to the host), host_blocks_used, num_host_blocks.
+
+        Since the start: steps_planned, steps_committed, steps_released, positions_reused, positions_planned, copies,
+        evictions (sessions dropped to make room), offloads and restores (blocks), truncations (sessions cut to
+        max_blocks_per_user).
+        """
 
     def check_integrity(self) -> None:
-        """Recomputes reference counts, free list, order of use, slots and index from the sessions and open steps; takes
-        time in proportion to the cache. Raises RuntimeError that names what disagrees."""
+        """Recomputes reference counts, free lists, tiers, orders of use, slots, index and budgets from the sessions and
+        steps; takes time in proportion to the cache. Raises RuntimeError that names what disagrees."""
 
     @property
     def num_sessions(self) -> int: ...
