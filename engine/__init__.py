@@ -8,35 +8,49 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from speeder_engine.config import EngineConfig
-    from speeder_engine.engine import Engine, EngineStats
+    from speeder_engine.engine import Engine
     from speeder_engine.errors import (
         ArtifactError,
         CacheExhausted,
+        CatalogueFull,
         ConfigError,
         DataError,
+        DeadlineExceeded,
+        EngineClosed,
         InvalidRequest,
         MissingDependency,
+        QueueFull,
         SpeederError,
         SpeederWarning,
         UnknownItem,
     )
+    from speeder_engine.item import Item
     from speeder_engine.request import Ranking, Request
+    from speeder_engine.serving import EngineStats
+    from speeder_engine.session import Session
 
 _HOMES = {
     "config": ("EngineConfig",),
-    "engine": ("Engine", "EngineStats"),
+    "engine": ("Engine",),
     "errors": (
         "ArtifactError",
         "CacheExhausted",
+        "CatalogueFull",
         "ConfigError",
         "DataError",
+        "DeadlineExceeded",
+        "EngineClosed",
         "InvalidRequest",
         "MissingDependency",
+        "QueueFull",
         "SpeederError",
         "SpeederWarning",
         "UnknownItem",
     ),
+    "item": ("Item",),
     "request": ("Ranking", "Request"),
+    "serving": ("EngineStats",),
+    "session": ("Session",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -44,15 +58,21 @@ __version__ = "0.1.0"
 __all__ = [
     "ArtifactError",
     "CacheExhausted",
+    "CatalogueFull",
     "ConfigError",
     "DataError",
+    "DeadlineExceeded",
     "Engine",
     "EngineConfig",
+    "EngineClosed",
     "EngineStats",
     "InvalidRequest",
+    "Item",
     "MissingDependency",
+    "QueueFull",
     "Ranking",
     "Request",
+    "Session",
     "SpeederError",
     "SpeederWarning",
     "UnknownItem",

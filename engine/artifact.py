@@ -49,6 +49,16 @@ class Artifact:
             raise ArtifactError(f"{self.path}: holds no {name}, only {name_some(self.names)}; {AGAIN}")
         return self.path / name
 
+    def folder(self, prefix: str) -> Path | None:
+        """The folder of the files below `prefix`, verified once more, since it may be read long after the directory
+        was; None if there are none. ArtifactError if they were replaced meanwhile."""
+        files = {name: entry for name, entry in self.manifest["files"].items() if name.startswith(f"{prefix}/")}
+        for name, entry in files.items():
+            path = self.path / name
+            if not path.is_file() or path.stat().st_size != entry["size"] or sha256_file(path) != entry["sha256"]:
+                raise ArtifactError(f"{path}: was changed since the engine was loaded; reload the engine")
+        return self.path / prefix if files else None
+
 
 def write_artifact(out: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
     """Publishes what `fill` writes into the folder it is given, in one step; `fill` returns the manifest's own fields.

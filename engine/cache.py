@@ -1,7 +1,7 @@
 """KVCache: the blocks of keys and values on the device, and the face of the native BlockManager that plans them.
 
-A session is compared with every request by the exact (row, version) array it was computed from, so that a corrected
-history or a re-embedded item can't read stale keys.
+A session is compared with every request by the exact (row, version, time bucket) array it was computed from, so that
+a corrected history or a re-embedded item can't read stale keys.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from speeder_engine import _C
-from speeder_engine.config import DecoderConfig, EngineConfig, parse_bytes
+from speeder_engine.config import DecoderConfig, EngineConfig, check, parse_bytes
 from speeder_engine.errors import CacheExhausted
 from speeder_engine.prompt import PromptLayout
 
-KEY_WIDTH = 2  # (row, version)
+KEY_WIDTH = 3  # (row, version, time bucket)
+JUNK = 3e4  # finite in every dtype: rows behind a history's end are read with weight zero
 Ints = NDArray[np.int32]
 
 
@@ -33,14 +34,64 @@ class CachePlan:
     block_tables: Ints  # [B, blocks] each sequence's history blocks, 0 where unused
     slot_mapping: Ints  # [new rows] where their keys go: block * block_size + offset
     copies: Ints  # [c, 3] source block, target block, positions: before anything is written
+    restores: Ints  # [r, 2] host block, device block: before the copies
 
     def __str__(self) -> str:
         reused, new = int(self.cached_len.sum()), int(self.extend_len.sum())
         return f"step {self.step}: {len(self.cached_len)} sequences, {reused} positions reused, {new} new"
 
 
+@dataclass(frozen=True)
+class CacheSize:
+    """Blocks and slots by what they are for. `block_bytes` counts a block's keys and values and one h(last)."""
+
+    block_bytes: int
+    num_shared: int  # the instruction
+    budget: int  # what sessions may keep
+    working: int  # one step's own, so that planning it never evicts anybody
+    host: int
+    quota: int  # of one user, 0 for none
+    blocks_per_sequence: int
+    max_sessions: int
+    max_users: int  # of one step
+
+    @classmethod
+    def of(cls, config: EngineConfig, decoder: DecoderConfig, layout: PromptLayout, itemsize: int) -> "CacheSize":
+        position = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
+        block_bytes = (position * config.block_size + decoder.hidden_size) * itemsize
+        per_sequence = -(-layout.config.window // config.block_size)
+        return cls(
+            block_bytes=block_bytes,
+            num_shared=-(-layout.instruction_len // config.block_size),
+            budget=_whole_blocks(config.kv_budget, "kv_budget", block_bytes),
+            working=config.max_batch_users * per_sequence,
+            host=_whole_blocks(config.host_budget, "host_budget", block_bytes),
+            quota=_whole_blocks(config.user_quota or "0", "user_quota", block_bytes),
+            blocks_per_sequence=per_sequence,
+            max_sessions=config.max_sessions,
+            max_users=config.max_batch_users,
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_shared + self.budget + self.working
+
+    @property
+    def num_slots(self) -> int:
+        # every session holds a block at least
+        return min(self.max_sessions, self.budget + self.host) + self.max_users
+
+
+def _whole_blocks(size: str, where: str, block_bytes: int) -> int:
+    """How many blocks a setting holds; ConfigError for one that is not nothing and yet holds none."""
+    num_bytes = parse_bytes(size, where)
+    remedy = f"holds not one block of {block_bytes:,} bytes; raise it, or leave it at nothing to switch it off"
+    check(num_bytes == 0 or num_bytes >= block_bytes, f"{where}: {size!r} {remedy}")
+    return num_bytes // block_bytes
+
+
 class KVCache:
-    """Keys and values [layers, blocks, block_size, H_kv, D], and h(last) of every session."""
+    """Keys and values [layers, blocks, block_size, H_kv, D], h(last) of every session, and their host tier."""
 
     def __init__(
         self,
@@ -51,43 +102,42 @@ class KVCache:
         dtype: torch.dtype,
     ) -> None:
         self.block_size = config.block_size
-        window = layout.config.window
-        self.blocks_per_sequence = -(-window // self.block_size)
-        num_shared = -(-layout.instruction_len // self.block_size)
+        self.size = size = CacheSize.of(config, decoder, layout, dtype.itemsize)
+        self.num_bytes = size.num_blocks * size.block_bytes
         shape = (self.block_size, decoder.num_kv_heads, decoder.head_dim)
-        block_bytes = 2 * decoder.num_layers * int(np.prod(shape)) * dtype.itemsize
-        budget = parse_bytes(config.kv_budget)
-        # one step's working blocks come on top of what sessions may keep
-        num_blocks = num_shared + config.max_batch_users * self.blocks_per_sequence + budget // block_bytes
-        self.num_bytes = num_blocks * block_bytes
-        self.keys = torch.zeros(decoder.num_layers, num_blocks, *shape, device=device, dtype=dtype)
+        self.keys = torch.zeros(decoder.num_layers, size.num_blocks, *shape, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
-        max_sessions = num_blocks if budget else config.max_batch_users
-        self.last_hidden = torch.zeros(max_sessions, decoder.hidden_size, device=device, dtype=dtype)
+        self.last_hidden = torch.zeros(size.num_slots, decoder.hidden_size, device=device, dtype=dtype)
+        # block-major: one block is one contiguous copy
+        self.host = torch.zeros(
+            size.host, 2, decoder.num_layers, *shape, dtype=dtype, pin_memory=device.type == "cuda" and size.host > 0
+        )
         self.manager = _C.BlockManager(
-            num_blocks=num_blocks,
+            num_blocks=size.num_blocks,
             block_size=self.block_size,
             shared_len=layout.instruction_len,
-            max_seq_len=window,
+            max_seq_len=layout.config.window,
             key_width=KEY_WIDTH,
-            max_sessions=max_sessions,
-            retain=budget > 0,
+            budget_blocks=size.budget,
+            max_sessions=size.max_sessions,
+            num_slots=size.num_slots,
+            max_blocks_per_user=size.quota,
+            num_host_blocks=size.host,
+            track_freed=config.debug,
         )
-        self.shared_blocks = torch.arange(num_shared, device=device)
-        self._buffers = _PlanBuffers(config.max_batch_users, window, self.blocks_per_sequence)
+        self.debug = config.debug
+        self.shared_blocks = torch.arange(size.num_shared, device=device)
+        self._buffers = _PlanBuffers(size, layout.config.window)
 
     def plan(self, users: Sequence[str | None], keys: Sequence[Ints]) -> CachePlan:
-        """Plans one step: `keys` [n, 2] are (row, version) of each user's window, oldest first.
+        """Plans one step: `keys` [n, 3] are (row, version, time bucket) of each user's window, oldest first.
 
-        Reserves blocks until `commit` or `release`. Raises CacheExhausted with the cache as it was.
+        Reserves blocks until `commit` or `release`, evicts nobody. Raises CacheExhausted with the cache as it was.
         """
         buffers, size = self._buffers, len(users)
-        lengths = [len(each) for each in keys]
-        buffers.offsets[: size + 1] = [0, *accumulate(lengths)]
-        if any(lengths):
-            np.concatenate(keys, out=buffers.keys[: sum(lengths)])
+        lengths = buffers.fill(keys)
         try:
-            step, num_new_rows, num_copies = self.manager.plan(
+            step, num_new_rows, num_copies, num_restores = self.manager.plan(
                 list(users),
                 buffers.offsets,
                 buffers.keys,
@@ -96,6 +146,7 @@ class KVCache:
                 buffers.block_tables,
                 buffers.slot_mapping,
                 buffers.copies,
+                buffers.restores,
             )
         except _C.CacheExhausted as error:
             raise CacheExhausted(f"kv_budget: {error}; raise it, or send fewer users at once") from None
@@ -108,13 +159,36 @@ class KVCache:
             block_tables=np.maximum(buffers.block_tables[:size], 0),
             slot_mapping=buffers.slot_mapping[:num_new_rows].copy(),
             copies=buffers.copies[:num_copies].copy(),
+            restores=buffers.restores[:num_restores].copy(),
         )
 
-    def copy_blocks(self, copies: Ints) -> None:
-        """Copies the kept positions of blocks that are about to be written differently."""
-        for source, target, positions in copies.tolist():
+    def cached_len(self, users: Sequence[str | None], keys: Sequence[Ints]) -> list[int]:
+        """What `plan` would find cached of each window, changing nothing; for at most a step's users at once."""
+        self._buffers.fill(keys)
+        self.manager.peek(list(users), self._buffers.offsets, self._buffers.keys, self._buffers.cached_len)
+        found: list[int] = self._buffers.cached_len[: len(users)].tolist()
+        return found
+
+    def prepare(self, plan: CachePlan) -> None:
+        """Restores blocks from the host tier, then copies the kept positions of those about to be written otherwise."""
+        if len(plan.restores):
+            sources, targets = plan.restores.T.astype(np.int64)
+            arrived = self._fetch(sources)
+            where = torch.from_numpy(targets).to(self.keys.device)
+            self.keys[:, where] = arrived[:, 0].transpose(0, 1)
+            self.values[:, where] = arrived[:, 1].transpose(0, 1)
+        for source, target, positions in plan.copies.tolist():
             self.keys[:, target, :positions] = self.keys[:, source, :positions]
             self.values[:, target, :positions] = self.values[:, source, :positions]
+
+    def _fetch(self, blocks: NDArray[np.int64]) -> Tensor:
+        """Host blocks [n, 2, layers, block_size, H_kv, D] on the device: on a GPU one asynchronous copy a block."""
+        if self.keys.device.type == "cpu":
+            return self.host[torch.from_numpy(blocks)]
+        arrived = torch.empty(len(blocks), *self.host.shape[1:], device=self.keys.device, dtype=self.keys.dtype)
+        for i, block in enumerate(blocks.tolist()):
+            arrived[i].copy_(self.host[block], non_blocking=True)
+        return arrived
 
     def store(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Writes keys and values [n, H_kv, D] of one layer at `slots` [n]."""
@@ -129,21 +203,62 @@ class KVCache:
             self.last_hidden[slots] = last_hidden[torch.from_numpy(kept).to(last_hidden.device)]
 
     def commit(self, plan: CachePlan) -> None:
-        self.manager.commit(plan.step)
+        """Sessions take the step over; what is over budget then goes to the host tier or is forgotten."""
+        num_offloads = self.manager.commit(plan.step, self._buffers.offloads)
+        if num_offloads:
+            moved = False
+            try:
+                self._offload(*self._buffers.offloads[:num_offloads].T.astype(np.int64))
+                moved = True
+            finally:
+                self.manager.finish(plan.step, moved)
+        self._check()
+
+    def _offload(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+        where = torch.from_numpy(sources).to(self.keys.device)
+        leaving = torch.stack([self.keys[:, where], self.values[:, where]], dim=2).transpose(0, 1)
+        if self.keys.device.type == "cpu":
+            self.host[torch.from_numpy(targets)] = leaving.transpose(1, 2)
+            return
+        packed = leaving.transpose(1, 2).contiguous()
+        for i, block in enumerate(targets.tolist()):
+            # in stream order: nothing overwrites the blocks, or reads the host's, before this copy
+            self.host[block].copy_(packed[i], non_blocking=True)
 
     def release(self, plan: CachePlan) -> None:
         """Gives the step's blocks back; every session is as it was."""
         self.manager.release(plan.step)
+        self._check()
+
+    def _check(self) -> None:
+        """With `debug`: freed blocks turn to junk, so that whoever still reads one is found out; books are checked."""
+        if not self.debug:
+            return
+        freed = torch.as_tensor(self.manager.take_freed(), dtype=torch.int64, device=self.keys.device)
+        self.keys[:, freed] = self.values[:, freed] = JUNK
+        self.manager.check_integrity()
 
 
 class _PlanBuffers:
-    """The int32 arrays the native planner writes into, made once."""
+    """The int32 arrays the native planner reads and writes, made once."""
 
-    def __init__(self, max_users: int, window: int, blocks_per_sequence: int) -> None:
+    def __init__(self, size: CacheSize, window: int) -> None:
+        max_users, blocks = size.max_users, size.blocks_per_sequence
         self.offsets = np.zeros(max_users + 1, np.int32)
         self.keys = np.zeros((max_users * window, KEY_WIDTH), np.int32)
         self.cached_len = np.zeros(max_users, np.int32)
         self.session_slots = np.zeros(max_users, np.int32)
-        self.block_tables = np.zeros((max_users, blocks_per_sequence), np.int32)
+        self.block_tables = np.zeros((max_users, blocks), np.int32)
         self.slot_mapping = np.zeros(max_users * window, np.int32)
         self.copies = np.zeros((max_users, 3), np.int32)
+        self.restores = np.zeros((max_users * blocks, 2), np.int32)
+        # a step brings at most its own blocks over budget: as many may have to leave
+        self.offloads = np.zeros((2 * max_users * blocks, 2), np.int32)
+
+    def fill(self, keys: Sequence[Ints]) -> list[int]:
+        """Lays the windows' keys one behind the other; returns their lengths."""
+        lengths = [len(each) for each in keys]
+        self.offsets[: len(keys) + 1] = [0, *accumulate(lengths)]
+        if any(lengths):
+            np.concatenate(keys, out=self.keys[: sum(lengths)])
+        return lengths

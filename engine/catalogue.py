@@ -1,9 +1,10 @@
 """The catalogue: item id <-> row, item tokens, titles, availability and prior. Takes finished tokens; encodes nothing.
 
-`row` is how the inside names an item, `item_id` (always a string) how the outside does.
+`row` is how the inside names an item, `item_id` (always a string) how the outside does. A row is never given to
+another item: what stood in a history once can be read from it for good.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speeder_engine.errors import ArtifactError, DataError, UnknownItem, name_some
+from speeder_engine.errors import ArtifactError, CatalogueFull, DataError, UnknownItem, name_some
 
 ITEMS_FILE = "items.parquet"
 TOKENS_FILE = "item_tokens.safetensors"
+Rows = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -78,36 +80,80 @@ class ItemTable:
             raise ArtifactError(f"{path}: not the item table it should be ({error}); export the engine again") from None
 
 
-class Catalogue:
-    """Item tokens [I, d] with their table. `len`, `in`, and `item_ids` in row order."""
+@dataclass(frozen=True)
+class ItemUpdate:
+    """Finished items to put into a catalogue, n of them: tokens [n, d], and what is known besides.
 
-    def __init__(self, table: ItemTable, tokens: Tensor) -> None:
-        if tokens.ndim != 2 or tokens.shape[0] != len(table):
-            raise DataError(f"catalogue: item tokens of shape {tuple(tokens.shape)} for {len(table)} items")
-        self.table = table
-        self.tokens = tokens
-        self.prior = torch.from_numpy(table.prior.copy()).to(tokens.device)
-        self.available = torch.from_numpy(table.available.copy()).to(tokens.device)
-        self._row_of = {item_id: row for row, item_id in enumerate(table.item_ids)}
+    Where `with_token` is false, and for every `None`, the catalogue keeps what it has; a new item must have a token,
+    and is without a title, available and of prior 0 unless told otherwise.
+    """
+
+    item_ids: tuple[str, ...]
+    tokens: Tensor
+    with_token: NDArray[np.bool_]
+    titles: tuple[str | None, ...]
+    available: tuple[bool | None, ...]
+    priors: tuple[float | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+
+class Catalogue:
+    """Item tokens [capacity, d] and what is known of each item. `len`, `in` and `item_ids` speak of items that have
+    not been removed.
+
+    The tensors are made once and written in place, so that whoever holds them sees every change. Changes are applied
+    whole or not at all; that nobody computes meanwhile is the caller's business.
+    """
+
+    def __init__(self, table: ItemTable, tokens: Tensor, capacity: int = 0) -> None:
+        """`capacity`: how many items will fit, removed ones included; at least those of the table."""
+        size = len(table)
+        if tokens.ndim != 2 or tokens.shape[0] != size:
+            raise DataError(f"catalogue: item tokens of shape {tuple(tokens.shape)} for {size} items")
+        self.capacity = max(capacity, size)
+        self.num_rows = size
+        self.tokens = _grown(tokens, self.capacity)
+        self.prior = _grown(torch.from_numpy(table.prior), self.capacity).to(tokens.device)
+        self.available = _grown(torch.from_numpy(table.available), self.capacity).to(tokens.device)
+        self.versions: NDArray[np.int32] = np.zeros(self.capacity, np.int32)
+        self.versions[:size] = table.versions
+        self._ids = list(table.item_ids)
+        self._titles = list(table.titles)
+        self._row_of = {item_id: row for row, item_id in enumerate(self._ids)}
+        self._removed: set[str] = set()
+        self._listed: tuple[str, ...] | None = table.item_ids
 
     @property
     def item_ids(self) -> tuple[str, ...]:
-        return self.table.item_ids
+        """In row order."""
+        if self._listed is None:
+            self._listed = tuple(item_id for item_id in self._ids if item_id not in self._removed)
+        return self._listed
 
     def __len__(self) -> int:
-        return len(self.table)
+        return self.num_rows - len(self._removed)
 
     def __contains__(self, item_id: object) -> bool:
-        return isinstance(item_id, str) and item_id in self._row_of
+        return isinstance(item_id, str) and item_id in self._row_of and item_id not in self._removed
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.item_ids)
 
     def title(self, item_id: str) -> str:
-        return self.table.titles[int(self.rows([item_id], "title")[0])]
+        return self._titles[int(self.rows([item_id], "title")[0])]
 
-    def rows(self, item_ids: Iterable[str], where: str) -> NDArray[np.int32]:
-        """Rows of these ids, in order. Raises UnknownItem with all that are unknown; `where` names the field."""
+    def row_title(self, row: int) -> str:
+        return self._titles[row]
+
+    def ids(self, rows: Iterable[int]) -> tuple[str, ...]:
+        """Item ids of these rows, in order."""
+        return tuple(self._ids[row] for row in rows)
+
+    def rows(self, item_ids: Iterable[str], where: str) -> Rows:
+        """Rows of these ids, in order, removed items included. Raises UnknownItem with all that are unknown; `where`
+        names the field."""
         found = self.find(item_ids)
         unknown = [item_id for item_id, row in found if row is None]
         if unknown:
@@ -118,17 +164,145 @@ class Catalogue:
         get = self._row_of.get
         return [(item_id, get(item_id) if isinstance(item_id, str) else None) for item_id in item_ids]
 
-    def keys(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
-        """What a cached position was computed from: (row, version) [n, 2]."""
-        return np.stack([rows, self.table.versions[rows]], axis=1).astype(np.int32, copy=False)
+    def keys(self, rows: Rows, buckets: Rows | None = None) -> NDArray[np.int32]:
+        """What cached positions were computed from: (row, version, time bucket) [n, 3]; no times are bucket 0."""
+        keys = np.zeros((len(rows), 3), np.int32)
+        keys[:, 0], keys[:, 1] = rows, self.versions[rows]
+        if buckets is not None:
+            keys[:, 2] = buckets
+        return keys
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Catalogue":
-        return Catalogue(self.table, self.tokens.to(device, dtype))
+    def priors(self, item_ids: Sequence[str]) -> NDArray[np.float32]:
+        rows = torch.from_numpy(self.rows(item_ids, "priors").astype(np.int64))
+        priors: NDArray[np.float32] = self.prior.cpu()[rows].numpy()
+        return priors
+
+    def put(self, update: ItemUpdate) -> Rows:
+        """Adds new items and replaces known ones (removed ones come back); returns their rows [n].
+
+        An item whose token changes gets a new version, so that nothing computed from the old one is reused. Raises
+        CatalogueFull or DataError with the catalogue as it was.
+        """
+        tokens = self._checked(update)
+        if len(update) == 0:
+            return np.empty(0, np.int32)
+        rows = np.array([self._row_of.get(item_id, -1) for item_id in update.item_ids], np.int64)
+        fresh = rows < 0
+        if bare := [item_id for i, item_id in enumerate(update.item_ids) if fresh[i] and not update.with_token[i]]:
+            raise DataError(f"upsert: item {name_some(bare)} is new; give it a text, an image or vectors")
+        rows[fresh] = self.num_rows + np.arange(np.count_nonzero(fresh))
+        if rows.max() >= self.capacity:
+            raise CatalogueFull(
+                f"catalogue_capacity: {np.count_nonzero(fresh)} new items don't fit, {self.num_rows} of "
+                f"{self.capacity} rows are taken; load the engine with a larger catalogue_capacity"
+            )
+        where = torch.from_numpy(rows).to(self.tokens.device)
+        changed = (self.tokens[where] != tokens).any(dim=1).cpu().numpy() & update.with_token
+        self.versions[rows[changed & ~fresh]] += 1
+        replaced = torch.from_numpy(changed | fresh).to(where.device)
+        self.tokens[where[replaced]] = tokens[replaced]
+        self._describe(update, rows, fresh)
+        return rows.astype(np.int32)
+
+    def _checked(self, update: ItemUpdate) -> Tensor:
+        """The update's tokens in the catalogue's dtype, or DataError."""
+        wanted = (len(update), self.tokens.shape[1])
+        if tuple(update.tokens.shape) != wanted:
+            raise DataError(f"upsert: tokens of shape {tuple(update.tokens.shape)}, expected {wanted}")
+        if len(set(update.item_ids)) < len(update):
+            seen: set[str] = set()
+            twice = [each for each in update.item_ids if each in seen or seen.add(each)]  # type: ignore[func-returns-value]
+            raise DataError(f"upsert: item {name_some(dict.fromkeys(twice))} more than once; name each once")
+        tokens = update.tokens.to(self.tokens.device, self.tokens.dtype)
+        finite = torch.isfinite(tokens).all(dim=1).cpu().numpy()
+        if not finite.all():
+            strange = [item_id for item_id, good in zip(update.item_ids, finite, strict=True) if not good]
+            raise DataError(f"upsert: item {name_some(strange)} has a token with NaN or infinity; check its vectors")
+        for item_id, prior in zip(update.item_ids, update.priors, strict=True):
+            _check_prior(item_id, prior)
+        return tokens
+
+    def _describe(self, update: ItemUpdate, rows: NDArray[np.int64], fresh: NDArray[np.bool_]) -> None:
+        """Titles, availability and priors of rows whose tokens are in place."""
+        available: dict[int, bool] = {}
+        priors: dict[int, float] = {}
+        for i, (item_id, row) in enumerate(zip(update.item_ids, rows.tolist(), strict=True)):
+            title, flag, prior = update.titles[i], update.available[i], update.priors[i]
+            if fresh[i]:
+                self._ids.append(item_id)
+                self._titles.append(title or "")
+                self._row_of[item_id] = row
+            elif title is not None:
+                self._titles[row] = title
+            if fresh[i] or flag is not None or item_id in self._removed:
+                available[row] = flag is not False
+            if fresh[i] or prior is not None:
+                priors[row] = prior or 0.0
+            self._removed.discard(item_id)
+        _assign(self.available, available)
+        _assign(self.prior, priors)
+        self.num_rows = len(self._ids)
+        self._listed = None
+
+    def remove(self, item_ids: Sequence[str]) -> None:
+        """Tombstones: never recommended again, still readable in old histories. Raises UnknownItem, nothing changed."""
+        rows = self.rows(item_ids, "remove")
+        _assign(self.available, dict.fromkeys(rows.tolist(), False))
+        self._removed.update(item_ids)
+        self._listed = None
+
+    def set_available(self, item_ids: Sequence[str], available: bool) -> None:
+        """Raises UnknownItem for unknown and removed ids, nothing changed."""
+        self._check_live(item_ids, "set_available")
+        _assign(self.available, dict.fromkeys(self.rows(item_ids, "set_available").tolist(), available))
+
+    def set_prior(self, priors: Mapping[str, float]) -> None:
+        """Raises UnknownItem for unknown and removed ids, DataError for a prior that is not finite; nothing changed."""
+        self._check_live(priors, "set_prior")
+        for item_id, prior in priors.items():
+            _check_prior(item_id, prior)
+        rows = self.rows(priors, "set_prior").tolist()
+        _assign(self.prior, dict(zip(rows, map(float, priors.values()), strict=True)))
+
+    def _check_live(self, item_ids: Iterable[str], where: str) -> None:
+        gone = [item_id for item_id in item_ids if item_id not in self]
+        if gone:
+            raise UnknownItem(gone, where)
+
+    def to(self, device: torch.device, dtype: torch.dtype, capacity: int = 0) -> "Catalogue":
+        """A copy elsewhere, with room for `capacity` items; `self` is not changed by what happens to it."""
+        return Catalogue(self.table(), self.tokens[: self.num_rows].to(device, dtype), capacity)
+
+    def table(self) -> ItemTable:
+        """Everything but the tokens, as it stands now; removed items are unavailable ones."""
+        size = self.num_rows
+        prior = self.prior[:size].float().cpu().numpy().copy()
+        available = self.available[:size].cpu().numpy().copy()
+        return ItemTable(tuple(self._ids), tuple(self._titles), prior, available, self.versions[:size].copy())
 
     def save(self, folder: Path) -> None:
-        self.table.save(folder)
-        save_file({"item_tokens": self.tokens.contiguous()}, folder / TOKENS_FILE)
+        self.table().save(folder)
+        save_file({"item_tokens": self.tokens[: self.num_rows].contiguous()}, folder / TOKENS_FILE)
 
     @classmethod
     def load(cls, folder: Path) -> "Catalogue":
         return cls(ItemTable.load(folder), load_file(folder / TOKENS_FILE)["item_tokens"])
+
+
+def _grown(rows: Tensor, capacity: int) -> Tensor:
+    """[n, ...] -> a new [capacity, ...], zero behind."""
+    grown = rows.new_zeros(capacity, *rows.shape[1:])
+    grown[: rows.shape[0]] = rows
+    return grown
+
+
+def _assign(target: Tensor, values: Mapping[int, float]) -> None:
+    if values:
+        rows = torch.tensor(list(values), dtype=torch.int64, device=target.device)
+        target[rows] = torch.tensor(list(values.values()), dtype=target.dtype, device=target.device)
+
+
+def _check_prior(item_id: str, prior: object) -> None:
+    number = isinstance(prior, int | float | np.number) and not isinstance(prior, bool)
+    if prior is not None and not (number and np.isfinite(prior)):  # type: ignore[call-overload]
+        raise DataError(f"prior of item {item_id!r}: expected a finite number, got {prior!r}")

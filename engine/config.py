@@ -3,8 +3,12 @@
 import dataclasses
 import re
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, get_args, get_origin, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
 
 from speeder_engine.errors import ConfigError
 
@@ -98,6 +102,25 @@ class CompressorConfig(Config):
 
 
 @dataclass(frozen=True)
+class CalendarConfig(Config):
+    """Buckets of absolute time (never ages, which would change cached rows): bucket 1 begins at `first_second`, times
+    before it and after the last count to the nearest; bucket 0 is a time that is not known."""
+
+    first_second: int
+    bucket_seconds: int
+    num_buckets: int
+
+    def __post_init__(self) -> None:
+        check(self.bucket_seconds > 0, f"CalendarConfig.bucket_seconds must be positive, is {self.bucket_seconds}")
+        check(self.num_buckets > 0, f"CalendarConfig.num_buckets must be positive, is {self.num_buckets}")
+
+    def buckets(self, times: Sequence[float]) -> NDArray[np.int32]:
+        """Unix seconds [n] -> buckets [n]."""
+        passed = (np.asarray(times, np.float64) - self.first_second) // self.bucket_seconds
+        return (np.clip(passed, 0, self.num_buckets - 1) + 1).astype(np.int32)
+
+
+@dataclass(frozen=True)
 class PromptConfig(Config):
     """The one layout of all prompts: instruction, then a window over the history that slides in steps."""
 
@@ -105,6 +128,7 @@ class PromptConfig(Config):
     instruction_ids: tuple[int, ...]
     window: int = 50
     window_step: int = 10
+    calendar: CalendarConfig | None = None
 
     def __post_init__(self) -> None:
         check(len(self.instruction_ids) > 0, "PromptConfig.instruction_ids: the instruction can't be empty")
@@ -153,14 +177,33 @@ class EngineConfig(Config):
 
     device: str = "auto"
     dtype: str = "auto"
-    kv_budget: str = "1GiB"
+    kv_budget: str = "1GiB"  # what sessions may keep on the device
+    host_budget: str = "0"  # what evicted sessions may keep in (pinned) host memory
+    user_quota: str | None = None  # what one user's session may keep; none: a whole window
+    max_sessions: int = 65_536
     block_size: int = 16
     max_batch_users: int = 64
     max_batch_rows: int = 4096
+    catalogue_capacity: int | None = None  # items that fit; none: a quarter more than there are, at least 1,024
+    max_waiting: int = 1024  # submitted requests that may wait; one more is refused
+    batch_wait_ms: float = 0.0  # how long a submitted request waits for company while the engine is idle
+    debug: bool = False  # freed blocks are filled with junk, the cache's books checked after every step
 
     def __post_init__(self) -> None:
-        parse_bytes(self.kv_budget)
+        for name in ("kv_budget", "host_budget"):
+            parse_bytes(getattr(self, name), name)
+        if self.user_quota is not None:
+            parse_bytes(self.user_quota, "user_quota")
         dtypes = ("auto", "float32", "bfloat16", "float16")
         check(self.dtype in dtypes, f"EngineConfig.dtype: {self.dtype!r} is not one of {', '.join(dtypes)}")
-        for name in ("block_size", "max_batch_users", "max_batch_rows"):
+        for name in ("max_sessions", "block_size", "max_batch_users", "max_batch_rows", "max_waiting"):
             check(getattr(self, name) > 0, f"EngineConfig.{name} must be positive, is {getattr(self, name)}")
+        check(self.batch_wait_ms >= 0, f"EngineConfig.batch_wait_ms can't be negative, is {self.batch_wait_ms}")
+
+    def capacity_for(self, num_items: int) -> int:
+        """How many items the catalogue has room for. Raises ConfigError if not even those it begins with."""
+        if self.catalogue_capacity is None:
+            return num_items + max(1024, num_items // 4)
+        capacity = self.catalogue_capacity
+        check(capacity >= num_items, f"catalogue_capacity: {capacity} is less than the {num_items} items there are")
+        return capacity

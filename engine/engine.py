@@ -1,76 +1,95 @@
-"""Engine: catalogue, cache, runner and heads put together. `step` reads as the way of the data."""
+"""Engine: what users hold: one serving at work, the queue before it, histories of sessions, changes between steps."""
 
+import asyncio
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from speeder_engine.batch import Batch, make_batch
-from speeder_engine.cache import CachePlan, KVCache
+from speeder_engine.catalogue import Catalogue, ItemUpdate
 from speeder_engine.config import EngineConfig
-from speeder_engine.errors import ConfigError, InvalidRequest
+from speeder_engine.device import pick_device, pick_dtype
+from speeder_engine.errors import ConfigError, DataError, EngineClosed, InvalidRequest
+from speeder_engine.item import Item
+from speeder_engine.models.recommender import ServingModel
 from speeder_engine.parts import EngineParts
-from speeder_engine.prompt import PromptLayout
-from speeder_engine.query import Query, resolve
-from speeder_engine.request import Head, OnUnknown, Ranking, Request
-from speeder_engine.runner import ModelRunner
-from speeder_engine.scheduler import cut_into_steps
-from speeder_engine.scorer import HeadScorer, Scored
+from speeder_engine.request import Head, OnUnknown, Ranking, Request, item_ids
+from speeder_engine.scheduler import Scheduler, Waiting, deadline_error
+from speeder_engine.serving import EngineStats, Serving
+from speeder_engine.session import Session
+from speeder_engine.worker import Worker
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What an engine has done since it was loaded."""
-
-    requests: int
-    rows_computed: int  # rows of forward passes, candidates included
-    positions_reused: int  # history positions answered from sessions
-    num_sessions: int
-    evictions: int
-    kv_bytes: int
+T = TypeVar("T")
 
 
 class Engine:
-    """Serves one engine directory. `Engine.load` makes one; every method may be called from several threads."""
+    """Serves one engine directory. `Engine.load` makes one; every method may be called from several threads.
+
+    A context manager: `close` forgets sessions and gives the memory back.
+    """
 
     def __init__(self, parts: EngineParts, config: EngineConfig | None = None) -> None:
         self.config = config or EngineConfig()
-        device = pick_device(self.config.device)
-        dtype = pick_dtype(self.config.dtype, device)
-        self.parts = parts
-        self.layout = PromptLayout(parts.config.prompt)
-        self.model = parts.model.to(device, dtype)
-        self.catalogue = parts.catalogue.to(device, dtype)
-        self.device = device
-        self._cache = KVCache(self.config, parts.config.decoder, self.layout, device, dtype)
-        self._runner = ModelRunner(self.model, self._cache)
-        self._scorer = HeadScorer(self.model, self.catalogue)
-        self._lock = threading.Lock()
-        self._num_requests = 0
+        self.device = pick_device(self.config.device)
+        self._dtype = pick_dtype(self.config.dtype, self.device)
+        self._serving: Serving | None = Serving(parts, self.config, self.device, self._dtype)
+        self._sessions: dict[str, Session] = {}
+        self._scheduler = Scheduler(self.config)
+        self._worker = Worker(self._scheduler, _serving_of(weakref.ref(self)))
+        self._changing = threading.RLock()  # one upsert, reload or close at a time
+        # an engine that nobody holds any more lets its worker end
+        weakref.finalize(self, self._scheduler.close)
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "auto", dtype: str = "auto", kv_budget: str = "1GiB") -> "Engine":
+    def load(
+        cls, path: str | Path, device: str = "auto", dtype: str = "auto", kv_budget: str = "1GiB", **more: object
+    ) -> "Engine":
         """Reads and verifies an engine directory.
 
         device: "auto", "cpu", "cuda" or "cuda:1". dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), "float32",
         "bfloat16", "float16". kv_budget: bytes that sessions may keep ("1GiB", "200MB"); "0" switches the cache off.
+        more: any other field of `EngineConfig`.
         Raises ArtifactError for a path that is no whole engine directory, ConfigError for settings that can't be.
         """
-        config = EngineConfig(device=device, dtype=dtype, kv_budget=kv_budget)
-        try:
-            path = Path(path)
-        except TypeError:
-            raise ConfigError(f"Engine.load: expected the path of an engine directory, got {path!r}") from None
-        return cls(EngineParts.load(path), config)
+        config = EngineConfig.from_json({"device": device, "dtype": dtype, "kv_budget": kv_budget, **more})
+        return cls(EngineParts.load(_path(path, "Engine.load")), config)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends what waits with EngineClosed and gives the memory back; every later call raises EngineClosed. A second
+        `close` is harmless. A step that is running ends as it would have."""
+        self._worker.stop()
+        with self._changing:
+            self._serving = None
+            self._sessions.clear()
+
+    @property
+    def catalogue(self) -> Catalogue:
+        return self._now().catalogue
+
+    @property
+    def model(self) -> ServingModel:
+        return self._now().model
+
+    @property
+    def parts(self) -> EngineParts:
+        return self._now().parts
+
+    @property
+    def revision(self) -> str:
+        """Twelve hex digits that name the weights and tokens the directory was exported with."""
+        return self._now().parts.revision
 
     def recommend(
         self,
@@ -84,6 +103,7 @@ class Engine:
         allow: Sequence[str] | None = None,
         deny: Sequence[str] | None = None,
         history_offset: int = 0,
+        times: Sequence[float] | None = None,
         on_unknown: OnUnknown = "error",
     ) -> Ranking:
         """The k best next items after `history` (item ids, oldest first); `Request` describes every argument.
@@ -100,6 +120,7 @@ class Engine:
             allow=allow,
             deny=deny,
             history_offset=history_offset,
+            times=times,
             on_unknown=on_unknown,
         )
         return self.recommend_many([request])[0]
@@ -107,22 +128,34 @@ class Engine:
     def recommend_many(self, requests: Iterable[Request]) -> list[Ranking]:
         """Answers in the order of the requests, in as few steps as the row budget allows.
 
-        All requests are checked before the first is computed.
+        All requests are checked before the first is computed; all are answered by the same revision.
         """
         asked = _requests(requests, "recommend_many")
-        with self._lock:
-            queries = [self._resolve(request) for request in asked]
-            rankings: list[Ranking] = []
-            for part in cut_into_steps([query.num_rows for query in queries], self.config):
-                rankings += self.step(queries[part])
-            return rankings
+        serving = self._now()
+        rankings: list[Ranking] = []
+        for queries in serving.steps([serving.resolve(request) for request in asked]):
+            with serving.lock:
+                rankings += serving.step(queries)
+        return rankings
 
-    def step(self, queries: Sequence[Query]) -> list[Ranking]:
-        """One forward pass over these queries; a failure leaves every session as it was."""
-        with self._forward(queries) as (last_hidden, candidate_hidden):
-            scored = self._scorer.score(queries, last_hidden, candidate_hidden)
-        self._num_requests += len(queries)
-        return [self._ranking(query, result) for query, result in zip(queries, scored, strict=True)]
+    async def submit(self, request: Request, *, timeout_ms: float | None = None) -> Ranking:
+        """Waits for its turn in a batch with whatever else was submitted, and for the answer.
+
+        timeout_ms: how long it may wait for its step to begin. Raises InvalidRequest and QueueFull at once,
+        DeadlineExceeded when the time is up, EngineClosed if the engine is closed first. A cancelled task takes its
+        request out of the queue.
+        """
+        waiting = self._enqueue(request, timeout_ms)
+        answer = asyncio.wrap_future(waiting.future)
+        try:
+            return await asyncio.wait_for(asyncio.shield(answer), None if timeout_ms is None else timeout_ms / 1e3)
+        except TimeoutError:
+            if timeout_ms is not None and waiting.future.cancel():
+                raise deadline_error(timeout_ms) from None
+            return await answer  # its step has begun
+        except asyncio.CancelledError:
+            waiting.future.cancel()
+            raise
 
     def user_vector(self, history: Sequence[str]) -> NDArray[np.float32]:
         """[d]: its dot product with an item's vector is that item's retrieve score, prior aside."""
@@ -131,114 +164,188 @@ class Engine:
 
     def user_vectors(self, requests: Iterable[Request]) -> NDArray[np.float32]:
         """[B, d] in the order of the requests; their sessions are used and extended."""
-        asked = _requests(requests, "user_vectors")
-        with self._lock:
-            plain = [replace(request, candidates=None, head=None) for request in asked]
-            queries = [self._resolve(request) for request in plain]
-            vectors = [np.zeros((0, self.catalogue.tokens.shape[1]), np.float32)]
-            for part in cut_into_steps([query.num_rows for query in queries], self.config):
-                with self._forward(queries[part]) as (last_hidden, _):
-                    vectors.append(self._to_numpy(self._scorer.user_vectors(last_hidden)))
-            return np.concatenate(vectors)
+        asked = [replace(request, candidates=None, head=None) for request in _requests(requests, "user_vectors")]
+        serving = self._now()
+        vectors = [np.zeros((0, serving.catalogue.tokens.shape[1]), np.float32)]
+        for queries in serving.steps([serving.resolve(request) for request in asked]):
+            with serving.lock:
+                vectors.append(serving.user_vectors(queries))
+        return np.concatenate(vectors)
 
     def item_vectors(self, ids: Sequence[str]) -> NDArray[np.float32]:
         """Item tokens [n, d] of these ids."""
-        rows = self.catalogue.rows(Request(ids).history, "item_vectors")
-        return self._to_numpy(self.catalogue.tokens[torch.from_numpy(rows.astype(np.int64)).to(self.device)])
+        serving = self._now()
+        with serving.lock:
+            return serving.item_vectors(item_ids(ids, "item_vectors"))
 
     def similar_items(self, item_id: str, k: int = 10) -> Ranking:
         """The k items whose tokens are nearest by cosine, the item itself left out."""
-        query = self._resolve(Request([item_id], k))
-        return self._ranking(query, self._scorer.similar(query))
+        serving = self._now()
+        query = serving.resolve(Request([item_id], k))
+        with serving.lock:
+            return serving.ranking(query, serving.scorer.similar(query))
+
+    def session(self, user_id: str) -> Session:
+        """The user's history as this engine holds it, empty at first; the same object for the same user."""
+        self._now()
+        Request((), user_id=user_id)  # refuses what is no user id
+        with self._changing:
+            return self._sessions.setdefault(user_id, Session(self, user_id))
+
+    def warm(
+        self,
+        user_id: str,
+        history: Sequence[str],
+        *,
+        times: Sequence[float] | None = None,
+        history_offset: int = 0,
+        pin: bool = False,
+    ) -> int:
+        """Computes a user's session ahead of the request, without an answer; returns the rows that took.
+
+        pin: evict this session only when there are none but pinned ones; see `pin_session`.
+        """
+        request = Request(history, user_id=user_id, times=times, history_offset=history_offset)
+        serving = self._now()
+        query = serving.resolve(request)
+        with serving.lock:
+            before = serving.runner.rows_computed
+            with serving.forward([query]):
+                pass
+            rows = serving.runner.rows_computed - before
+        if pin:
+            self.pin_session(user_id)
+        return rows
+
+    def pin_session(self, user_id: str, pinned: bool = True) -> bool:
+        """Keeps (or, with False, stops keeping) a user's session while there are others to evict. False if there is no
+        session, or if pinned ones would exceed the KV budget."""
+        return bool(self._now().cache.manager.pin(user_id, pinned))
 
     def close_session(self, user_id: str) -> bool:
-        """Forgets a user's keys and values; true if there were any."""
-        return bool(self._cache.manager.close(user_id))
+        """Forgets a user's history, keys and values; true if there were any."""
+        with self._changing:
+            held = self._sessions.pop(user_id, None)
+        return bool(self._now().cache.manager.close(user_id)) or held is not None
+
+    def check_items(self, ids: Sequence[str], where: str) -> None:
+        """Raises UnknownItem, `where` in its message, for ids that are not in the catalogue."""
+        self._now().catalogue.rows(ids, where)
+
+    def upsert(self, items: Iterable[Item]) -> int:
+        """Adds new items and replaces known ones; returns how many were new. Removed ones come back.
+
+        Encoders and compressor run before, beside other requests. An item whose token changes gets a new version: no
+        session reads keys of the old one. Raises DataError that names the item, or CatalogueFull; nothing is changed.
+        """
+        given = _all(items, Item, "upsert", "[Item(item_id, text=...)]")
+        serving = self._now()
+        update = ItemUpdate(
+            item_ids=tuple(item.item_id for item in given),
+            tokens=serving.embedder.tokens(given),
+            with_token=np.array([item.has_features for item in given], np.bool_),
+            titles=tuple(item.title for item in given),
+            available=tuple(item.available for item in given),
+            priors=tuple(item.prior for item in given),
+        )
+        with self._change(serving) as catalogue:
+            before = catalogue.num_rows
+            catalogue.put(update)
+            return catalogue.num_rows - before
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Items that are never recommended again, but still read in old histories. Raises UnknownItem, none removed."""
+        with self._change() as catalogue:
+            catalogue.remove(item_ids(ids, "remove"))
+
+    def set_available(self, ids: Sequence[str], available: bool = True) -> None:
+        """Whether these items may be recommended. Raises UnknownItem, none changed."""
+        with self._change() as catalogue:
+            catalogue.set_available(item_ids(ids, "set_available"), available)
+
+    def set_prior(self, priors: Mapping[str, float]) -> None:
+        """Priors by item id, for those named; they are added to scores at once and touch no session. Raises UnknownItem
+        or DataError, none changed."""
+        if not isinstance(priors, Mapping):
+            raise InvalidRequest(f"set_prior: expected a mapping of item ids to numbers, got {type(priors).__name__}")
+        with self._change() as catalogue:
+            catalogue.set_prior(priors)
+
+    def reload(self, path: str | Path) -> str:
+        """Serves another engine directory from the next step on; returns its revision.
+
+        It is read, verified and put on the device beside the old one, which goes on serving meanwhile and stays if
+        that fails (ArtifactError, ConfigError). What was upserted or set at run time ends with the old one; sessions
+        keep their histories, their keys and values are computed anew.
+        """
+        with self._changing:
+            self._now()
+            parts = EngineParts.load(_path(path, "reload"))
+            self._serving = Serving(parts, self.config, self.device, self._dtype)
+            return parts.revision
 
     def stats(self) -> EngineStats:
-        counts = self._cache.manager.stats()
-        return EngineStats(
-            requests=self._num_requests,
-            rows_computed=self._runner.rows_computed,
-            positions_reused=counts["positions_reused"],
-            num_sessions=counts["num_sessions"],
-            evictions=counts["evictions"],
-            kv_bytes=self._cache.num_bytes,
-        )
+        return self._now().stats(num_waiting=len(self._scheduler))
 
     def check_integrity(self) -> None:
         """Raises if the cache's books disagree; for tests and debugging."""
-        self._cache.manager.check_integrity()
+        self._now().cache.manager.check_integrity()
 
-    def _resolve(self, request: Request) -> Query:
-        return resolve(request, self.catalogue, self.layout, self.parts.config.heads)
+    def _now(self) -> Serving:
+        serving = self._serving
+        if serving is None:
+            raise EngineClosed("the engine is closed; load another with Engine.load")
+        return serving
 
     @contextmanager
-    def _forward(self, queries: Sequence[Query]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Plans and runs a step; yields h(last) [B, d] and each query's candidates' hidden states [C, d].
+    def _change(self, expected: Serving | None = None) -> Iterator[Catalogue]:
+        """The catalogue, between two steps; `expected` is the serving a change was made for."""
+        with self._changing:
+            serving = self._now()
+            if expected is not None and serving is not expected:
+                raise DataError("upsert: the engine was reloaded while the items were encoded; upsert them again")
+            with serving.lock:
+                yield serving.catalogue
 
-        The step is a transaction: sessions take it over when the body ends well, and are as they were if it raises.
-        """
-        keys = [self.catalogue.keys(query.window) for query in queries]
-        plan = self._cache.plan([query.request.user_id for query in queries], keys)
-        try:
-            batch = make_batch(queries, plan, self.layout, self._cache.shared_blocks, self.device)
-            self._cache.copy_blocks(plan.copies)
-            hidden = self._runner.forward(batch, self.catalogue.tokens)
-            last_hidden = self._last_hidden(queries, plan, batch, hidden)
-            yield last_hidden, [hidden[part] for part in batch.candidate_reads]
-        except BaseException:
-            self._cache.release(plan)
-            raise
-        self._cache.keep_last_hidden(plan, last_hidden)
-        self._cache.commit(plan)
-
-    def _last_hidden(self, queries: Sequence[Query], plan: CachePlan, batch: Batch, hidden: Tensor) -> Tensor:
-        """h(last) [B, d]: just computed, or kept with an unchanged session, or the instruction's own."""
-        last = []
-        for b, query in enumerate(queries):
-            if batch.last_read[b] >= 0:
-                last.append(hidden[int(batch.last_read[b])])
-            elif len(query.window) == 0:
-                last.append(self._runner.instruction_hidden[0])
-            else:
-                last.append(self._cache.last_hidden[int(plan.session_slots[b])])
-        return torch.stack(last)
-
-    def _ranking(self, query: Query, scored: Scored) -> Ranking:
-        rows, scores = scored
-        return Ranking(tuple(self.catalogue.item_ids[row] for row in rows), tuple(scores), query.unknown)
-
-    @staticmethod
-    def _to_numpy(tensor: Tensor) -> NDArray[Any]:
-        return tensor.float().cpu().numpy()
+    def _enqueue(self, request: Request, timeout_ms: float | None) -> Waiting:
+        [asked] = _requests([request], "submit")
+        if timeout_ms is not None and not timeout_ms > 0:
+            raise InvalidRequest(f"timeout_ms: expected a positive number of milliseconds, got {timeout_ms!r}")
+        serving = self._now()
+        waiting = self._scheduler.put(serving.resolve(asked), serving, timeout_ms)
+        self._worker.start()
+        return waiting
 
 
-def _requests(requests: object, where: str) -> list[Request]:
-    if isinstance(requests, Request) or not isinstance(requests, Iterable):
-        raise InvalidRequest(f"{where}: expected a list of Requests, got {type(requests).__name__}; write [request]")
-    asked = list(requests)
-    strange = [request for request in asked if not isinstance(request, Request)]
-    if strange:
-        raise InvalidRequest(f"{where}: expected Requests, got {type(strange[0]).__name__}; write Request(history)")
-    return asked
+def _serving_of(engine: "weakref.ref[Engine]") -> Callable[[], Serving | None]:
+    """The engine's serving, as long as somebody holds the engine and it is open."""
+
+    def current() -> Serving | None:
+        held = engine()
+        return held._serving if held is not None else None
+
+    return current
 
 
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _path(path: object, where: str) -> Path:
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device: {name!r} is no device; choose 'auto', 'cpu' or 'cuda'") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device: {name!r} is not supported; choose 'auto', 'cpu' or 'cuda'")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: {name!r} was asked for, but no CUDA device is usable here; use device='cpu'")
-    return device
+        return Path(path)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(f"{where}: expected the path of an engine directory, got {path!r}") from None
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[name]
+def _requests(requests: Iterable[Request], where: str) -> list[Request]:
+    return _all(requests, Request, where, "[Request(history)]")
+
+
+def _all(values: Iterable[T], kind: type[T], where: str, example: str) -> list[T]:
+    """The values as a list, or InvalidRequest where they are not all of this kind."""
+    if isinstance(values, kind) or not isinstance(values, Iterable):
+        got = type(values).__name__
+        raise InvalidRequest(f"{where}: expected a list of {kind.__name__}s, got {got}; write {example}")
+    listed = list(values)
+    strange = [value for value in listed if not isinstance(value, kind)]
+    if strange:
+        got = type(strange[0]).__name__
+        raise InvalidRequest(f"{where}: expected {kind.__name__}s, got {got}; write {example}")
+    return listed

@@ -35,6 +35,22 @@ class CacheExhausted(SpeederError):
     """The KV cache can't hold this step even with every idle session evicted; nothing was changed."""
 
 
+class CatalogueFull(SpeederError):
+    """The catalogue's fixed capacity can't take the new items; nothing was changed."""
+
+
+class QueueFull(SpeederError):
+    """As many requests as the engine may hold are waiting: this one was refused at once."""
+
+
+class DeadlineExceeded(SpeederError, TimeoutError):
+    """A request was still waiting when its deadline passed; nothing was computed for it."""
+
+
+class EngineClosed(SpeederError):
+    """The engine was closed, and with it its sessions and its queue."""
+
+
 class MissingDependency(SpeederError, ImportError):
     """An optional package is needed: the message names the extra that brings it."""
 

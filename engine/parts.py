@@ -8,8 +8,8 @@ compressor.safetensors     with encoders/ and tokenizer/: so that new items can 
 """
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from speeder_engine.artifact import Artifact, read_artifact, write_artifact
 from speeder_engine.catalogue import Catalogue
 from speeder_engine.config import ModelConfig
+from speeder_engine.encoders.base import Encoder, load_encoder
 from speeder_engine.errors import ArtifactError, ConfigError, DataError
 from speeder_engine.files import sha256_file
 from speeder_engine.models.recommender import ServingModel
@@ -39,11 +40,17 @@ class EngineParts:
     compressor: dict[str, Tensor]
     write_more: Callable[[Path], None] | None = None
     artifact: Artifact | None = None
+    encoders: Mapping[str, Encoder] = field(default_factory=dict)  # of parts that were not read from a directory
 
     @property
     def revision(self) -> str:
         """Twelve hex digits that name these weights and tokens; "unsaved" before they were written."""
         return str(self.artifact.manifest["revision"]) if self.artifact else "unsaved"
+
+    def find_encoder(self, modality: str) -> Encoder | None:
+        """The encoder of new items' text or images; None where the model was trained on ready-made vectors."""
+        folder = self.artifact.folder(f"encoders/{modality}") if self.artifact else None
+        return load_encoder(folder) if folder else self.encoders.get(modality)
 
     def save(self, out: Path) -> None:
         """Writes the engine directory beside `out` and renames it there; raises ArtifactError if `out` is another's."""

@@ -1,12 +1,13 @@
 """A request in rows: ids looked up, the window cut, what may be answered decided. Nothing is computed yet."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from speeder_engine.catalogue import Catalogue
-from speeder_engine.config import HeadsConfig
+from speeder_engine.config import HeadsConfig, ModelConfig
 from speeder_engine.errors import InvalidRequest, UnknownItem
 from speeder_engine.prompt import PromptLayout
 from speeder_engine.request import Head, Request
@@ -20,6 +21,7 @@ class Query:
 
     request: Request
     window: Rows  # history rows the model sees, oldest first
+    buckets: Rows | None  # their calendar buckets; None for a model without times
     head: Head
     candidates: Rows | None  # None: the whole catalogue
     excluded: Rows  # never answered: seen, denied
@@ -32,7 +34,7 @@ class Query:
         return len(self.window) + (len(self.candidates) if self.head == "rank" and self.candidates is not None else 0)
 
 
-def resolve(request: Request, catalogue: Catalogue, layout: PromptLayout, heads: HeadsConfig) -> Query:
+def resolve(request: Request, catalogue: Catalogue, layout: PromptLayout, config: ModelConfig) -> Query:
     """Raises UnknownItem with every unknown id, or InvalidRequest; costs no computation."""
     rows, unknown = _look_up(request, catalogue)
     history, candidates = rows["history"], rows.get("candidates")
@@ -47,15 +49,31 @@ def resolve(request: Request, catalogue: Catalogue, layout: PromptLayout, heads:
     excluded = [rows["deny"]] if "deny" in rows else []
     if request.exclude_seen and candidates is None:
         excluded.append(history)
+    start = max(start, 0)
     return Query(
         request=request,
-        window=history[max(start, 0) :],
-        head=_head(request, heads),
+        window=history[start:],
+        buckets=_buckets(request, unknown, layout, len(history) - start),
+        head=_head(request, config.heads),
         candidates=None if candidates is None else np.sort(candidates),
         excluded=np.unique(np.concatenate(excluded)) if excluded else np.empty(0, np.int32),
         allowed=np.unique(rows["allow"]) if "allow" in rows else None,
         unknown=tuple(unknown),
     )
+
+
+def _buckets(request: Request, unknown: Sequence[str], layout: PromptLayout, window_len: int) -> Rows | None:
+    """Calendar buckets of the window; bucket 0 is a time that was not given."""
+    calendar = layout.config.calendar
+    if calendar is None:
+        if request.times is not None:
+            raise InvalidRequest("times: this model was trained without; leave them out")
+        return None
+    if request.times is None:
+        return np.zeros(window_len, np.int32)
+    skipped = set(unknown)
+    times = [time for item_id, time in zip(request.history, request.times, strict=True) if item_id not in skipped]
+    return calendar.buckets(times[len(times) - window_len :])
 
 
 def _head(request: Request, heads: HeadsConfig) -> Head:

@@ -1,5 +1,6 @@
 """Request and Ranking: what goes in and what comes out, as values. They know item ids, no rows and no catalogue."""
 
+import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class Request:
     allow: Sequence[str] | None = field(default=None, kw_only=True)
     deny: Sequence[str] | None = field(default=None, kw_only=True)
     history_offset: int = field(default=0, kw_only=True)
+    times: Sequence[float] | None = field(default=None, kw_only=True)
     on_unknown: OnUnknown = field(default="error", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -41,6 +43,8 @@ class Request:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, item_ids(getattr(self, name), name))
         self._check_candidates()
+        if self.times is not None:
+            object.__setattr__(self, "times", _finite(self.times, len(self.history)))
         if self.user_id is not None:
             _check_user(self.user_id)
         if self.head not in (None, "retrieve", "rank"):
@@ -98,6 +102,22 @@ def _whole_number(name: str, value: Any, least: int) -> int:
     if number is None or number < least:
         raise InvalidRequest(f"{name}: expected a whole number of at least {least}, got {value!r}")
     return number
+
+
+def _finite(times: Any, count: int) -> tuple[float, ...]:
+    try:
+        found = tuple(float(time) for time in times)
+    except (TypeError, ValueError):
+        raise InvalidRequest(
+            f"times: expected Unix seconds, one for each of {count} interactions, got {times!r}"
+        ) from None
+    if len(found) != count:
+        raise InvalidRequest(f"times: {len(found)} for {count} interactions; give one for each")
+    if not all(math.isfinite(time) for time in found):
+        raise InvalidRequest(
+            "times: they must be finite; leave an interaction without a known time out, or give all none"
+        )
+    return found
 
 
 def _check_user(user_id: object) -> None:

@@ -1,13 +1,22 @@
-"""Cuts a list of requests into steps that fit the row budget. Speaks lengths, never tensors."""
+"""The waiting queue and what goes into a step: first come, first served, within the row budget. Speaks lengths, never
+tensors; runs nothing itself."""
 
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import islice
 
 from speeder_engine.config import EngineConfig
+from speeder_engine.errors import DeadlineExceeded, EngineClosed, QueueFull
+from speeder_engine.query import Query
+from speeder_engine.request import Ranking
 
 
 def cut_into_steps(num_rows: Sequence[int], config: EngineConfig) -> Iterator[slice]:
     """Consecutive slices of requests: each within `max_batch_users` and, unless it is a single request, within
-    `max_batch_rows` even if nothing is cached."""
+    `max_batch_rows`."""
     start = rows = 0
     for index, count in enumerate(num_rows):
         full = index - start == config.max_batch_users or rows + count > config.max_batch_rows
@@ -17,3 +26,122 @@ def cut_into_steps(num_rows: Sequence[int], config: EngineConfig) -> Iterator[sl
         rows += count
     if start < len(num_rows):
         yield slice(start, len(num_rows))
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A submitted request. Its future starts with the step that takes it; until then it can be cancelled."""
+
+    query: Query
+    owner: object  # who resolved the query: a reloaded engine resolves it anew
+    timeout_ms: float | None = None
+    arrived: float = field(default_factory=time.monotonic)
+    future: "Future[Ranking]" = field(default_factory=Future)
+
+    def fail(self, error: BaseException) -> None:
+        """Ends it with `error`, unless it was cancelled or has ended."""
+        if not self.future.done() and (self.future.running() or self.future.set_running_or_notify_cancel()):
+            self.future.set_exception(error)
+
+    def is_gone(self) -> bool:
+        """True if it was cancelled, or if its deadline has passed: then it fails with DeadlineExceeded."""
+        if self.timeout_ms is not None and time.monotonic() >= self.arrived + self.timeout_ms / 1e3:
+            self.fail(deadline_error(self.timeout_ms))
+        return self.future.done()
+
+
+class Scheduler:
+    """Holds at most `max_waiting` requests. `put` from any thread; one thread calls `wait` and `take`."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self._waiting: list[Waiting] = []
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, query: Query, owner: object, timeout_ms: float | None = None) -> Waiting:
+        """Raises QueueFull at once where no more may wait, EngineClosed after `close`."""
+        waiting = Waiting(query, owner, timeout_ms)
+        with self._changed:
+            if self._closed:
+                raise EngineClosed("submit: the engine is closed; load another")
+            if len(self._waiting) >= self.config.max_waiting:
+                self._waiting = [each for each in self._waiting if not each.is_gone()]
+            if len(self._waiting) >= self.config.max_waiting:
+                raise QueueFull(
+                    f"submit: {len(self._waiting)} requests are waiting, max_waiting is {self.config.max_waiting}; "
+                    "try again later, or send the user elsewhere"
+                )
+            self._waiting.append(waiting)
+            self._changed.notify()
+        return waiting
+
+    def wait(self) -> bool:
+        """Until there is something to take: at once where a step's worth is waiting, else when the oldest request has
+        waited `batch_wait_ms` for company. False when closed."""
+        with self._changed:
+            while not self._closed:
+                if not self._waiting:
+                    self._changed.wait()
+                    continue
+                left = self._waiting[0].arrived + self.config.batch_wait_ms / 1e3 - time.monotonic()
+                if left <= 0 or len(self._waiting) >= self.config.max_batch_users or self._is_full():
+                    return True
+                self._changed.wait(left)
+            return False
+
+    def _is_full(self) -> bool:
+        """Whether the row budget is used up even if every session is warm; cheap, so that arrivals may ask it."""
+        ranked = sum(each.query.num_rows - len(each.query.window) for each in self._waiting)
+        return ranked >= self.config.max_batch_rows
+
+    def take(
+        self, refresh: Callable[[Waiting], None], count_rows: Callable[[Sequence[Query]], list[int]]
+    ) -> list[Waiting]:
+        """The next step's requests, started: oldest first, within the row budget (a single one may exceed it), one of
+        each user, so that the second finds what the first has cached. Cancelled and expired ones are dropped.
+
+        `refresh` brings a request up to date with what serves now, or fails it.
+        """
+        with self._changed:
+            for waiting in self._waiting:
+                if not waiting.is_gone():
+                    refresh(waiting)
+            self._waiting = [each for each in self._waiting if not each.is_gone()]
+            chosen = self._admit(count_rows)
+            taken = [each for each in chosen if each.future.set_running_or_notify_cancel()]
+            left = set(chosen)
+            self._waiting = [each for each in self._waiting if each not in left]
+            return taken
+
+    def _admit(self, count_rows: Callable[[Sequence[Query]], list[int]]) -> list[Waiting]:
+        """Looks no further than twice a step, so that one user's many requests can't make it long."""
+        users: set[str] = set()
+        candidates: list[Waiting] = []
+        for waiting in islice(self._waiting, 2 * self.config.max_batch_users):
+            user = waiting.query.request.user_id
+            if user is None or user not in users:
+                candidates.append(waiting)
+            if user is not None:
+                users.add(user)
+        counts = count_rows([each.query for each in candidates])
+        first = next(cut_into_steps(counts, self.config), slice(0, 0))
+        return candidates[first]
+
+    def close(self) -> None:
+        """Whoever waits gets EngineClosed; `wait` ends. A second time is harmless."""
+        with self._changed:
+            self._closed = True
+            left, self._waiting = self._waiting, []
+            self._changed.notify_all()
+        for waiting in left:
+            waiting.fail(EngineClosed("submit: the engine was closed before it answered"))
+
+
+def deadline_error(timeout_ms: float) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"submit: still waiting after timeout_ms={timeout_ms:g}; allow more time, or submit fewer requests at once"
+    )

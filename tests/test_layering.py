@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 ORDER = [
-    "_C _cpu triton_kernels errors config request progress files",
+    "_C _cpu triton_kernels errors config request item progress files",
     "catalogue models encoders",
     "checkpoint artifact prompt",
     "query parts cache",
     "batch",
-    "scorer",
-    "scheduler runner",
+    "scorer embedder",
+    "scheduler runner session device",
+    "serving",
+    "worker",
     "engine",
     "inspection bulk",
     "tables synthetic",

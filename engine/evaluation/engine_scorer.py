@@ -21,10 +21,9 @@ class EngineScorer:
         self.name = name
         self.engine = engine
         self.item_ids = item_ids
-        rows = engine.catalogue.rows(item_ids, "evaluation")
         self.vectors = engine.item_vectors(item_ids)
         beta = float(engine.model.retrieve.beta)
-        self.prior = np.float32(beta) * engine.catalogue.table.prior[rows]
+        self.prior = np.float32(beta) * engine.catalogue.priors(item_ids)
 
     def scores(self, queries: Queries) -> NDArray[np.float32]:
         vectors = self.engine.user_vectors(Request(self._ids(queries.history(q))) for q in range(len(queries)))

@@ -1,0 +1,164 @@
+"""Serving: one engine directory at work on a device. `step` reads as the way of the data.
+
+It knows no threads and no queue: whoever calls holds `lock`.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from speeder_engine.batch import Batch, make_batch
+from speeder_engine.cache import CachePlan, KVCache
+from speeder_engine.config import EngineConfig
+from speeder_engine.embedder import ItemEmbedder
+from speeder_engine.parts import EngineParts
+from speeder_engine.prompt import PromptLayout
+from speeder_engine.query import Query, resolve
+from speeder_engine.request import Ranking, Request
+from speeder_engine.runner import ModelRunner
+from speeder_engine.scheduler import cut_into_steps
+from speeder_engine.scorer import HeadScorer, Scored
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine has done since it was loaded or reloaded, and what it holds now."""
+
+    requests: int
+    steps: int
+    rows_computed: int  # rows of forward passes, candidates included
+    positions_reused: int  # history positions answered from sessions
+    num_sessions: int  # on the device and in host memory
+    num_host_sessions: int
+    num_pinned: int
+    session_bytes: int  # held by sessions on the device, of at most the KV budget
+    host_bytes: int  # held by sessions in host memory
+    kv_bytes: int  # allocated on the device for keys and values: budget, instruction and one step's own
+    evictions: int  # sessions forgotten for want of room
+    blocks_offloaded: int  # to host memory
+    blocks_restored: int  # from there
+    blocks_copied: int  # of corrected pasts
+    num_waiting: int  # submitted requests
+
+
+class Serving:
+    """Model, catalogue, cache and heads that belong together; a reloaded engine gets a new one."""
+
+    def __init__(self, parts: EngineParts, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.parts, self.config, self.device = parts, config, device
+        self.lock = threading.Lock()
+        self.layout = PromptLayout(parts.config.prompt)
+        self.model = parts.model.to(device, dtype)
+        self.catalogue = parts.catalogue.to(device, dtype, config.capacity_for(len(parts.catalogue)))
+        self.cache = KVCache(config, parts.config.decoder, self.layout, device, dtype)
+        self.runner = ModelRunner(self.model, self.cache)
+        self.scorer = HeadScorer(self.model, self.catalogue)
+        self.embedder = ItemEmbedder(parts.config.compressor, parts.compressor, parts.find_encoder, device)
+        self.num_requests = 0
+        self.num_steps = 0
+
+    def resolve(self, request: Request) -> Query:
+        return resolve(request, self.catalogue, self.layout, self.parts.config)
+
+    def num_rows(self, queries: Sequence[Query]) -> list[int]:
+        """Rows of the forward pass each query would need now, its session counted in."""
+        counts: list[int] = []
+        for start in range(0, len(queries), self.config.max_batch_users):
+            part = queries[start : start + self.config.max_batch_users]
+            cached = self.cache.cached_len([query.request.user_id for query in part], self._keys(part))
+            counts += [query.num_rows - known for query, known in zip(part, cached, strict=True)]
+        return counts
+
+    def steps(self, queries: Sequence[Query]) -> Iterator[Sequence[Query]]:
+        """Consecutive parts of the queries, each one step."""
+        with self.lock:
+            counts = self.num_rows(queries)
+        return (queries[part] for part in cut_into_steps(counts, self.config))
+
+    def step(self, queries: Sequence[Query]) -> list[Ranking]:
+        """One forward pass over these queries; a failure leaves every session as it was."""
+        with self.forward(queries) as (last_hidden, candidate_hidden):
+            scored = self.scorer.score(queries, last_hidden, candidate_hidden)
+        self.num_requests += len(queries)
+        return [self.ranking(query, result) for query, result in zip(queries, scored, strict=True)]
+
+    def user_vectors(self, queries: Sequence[Query]) -> Floats:
+        """[B, d], one step."""
+        with self.forward(queries) as (last_hidden, _):
+            return to_numpy(self.scorer.user_vectors(last_hidden))
+
+    def item_vectors(self, ids: Sequence[str]) -> Floats:
+        rows = torch.from_numpy(self.catalogue.rows(ids, "item_vectors").astype(np.int64))
+        return to_numpy(self.catalogue.tokens[rows.to(self.device)])
+
+    @contextmanager
+    def forward(self, queries: Sequence[Query]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Plans and runs a step; yields h(last) [B, d] and each query's candidates' hidden states [C, d].
+
+        The step is a transaction: sessions take it over when the body ends well, and are as they were if it raises.
+        """
+        plan = self.cache.plan([query.request.user_id for query in queries], self._keys(queries))
+        try:
+            batch = make_batch(queries, plan, self.layout, self.cache.shared_blocks, self.device)
+            self.cache.prepare(plan)
+            hidden = self.runner.forward(batch, self.catalogue.tokens)
+            last_hidden = self._last_hidden(queries, plan, batch, hidden)
+            yield last_hidden, [hidden[part] for part in batch.candidate_reads]
+            self.cache.keep_last_hidden(plan, last_hidden)
+        except BaseException:
+            self.cache.release(plan)
+            raise
+        self.cache.commit(plan)
+        self.num_steps += 1
+
+    def _keys(self, queries: Sequence[Query]) -> list[NDArray[np.int32]]:
+        return [self.catalogue.keys(query.window, query.buckets) for query in queries]
+
+    def _last_hidden(self, queries: Sequence[Query], plan: CachePlan, batch: Batch, hidden: Tensor) -> Tensor:
+        """h(last) [B, d]: just computed, or kept with an unchanged session, or the instruction's own."""
+        last = []
+        for b, query in enumerate(queries):
+            if batch.last_read[b] >= 0:
+                last.append(hidden[int(batch.last_read[b])])
+            elif len(query.window) == 0:
+                last.append(self.runner.instruction_hidden[0])
+            else:
+                last.append(self.cache.last_hidden[int(plan.session_slots[b])])
+        return torch.stack(last)
+
+    def ranking(self, query: Query, scored: Scored) -> Ranking:
+        rows, scores = scored
+        return Ranking(self.catalogue.ids(rows.tolist()), tuple(scores), query.unknown)
+
+    def stats(self, num_waiting: int) -> EngineStats:
+        counts, size = self.cache.manager.stats(), self.cache.size
+        return EngineStats(
+            requests=self.num_requests,
+            steps=self.num_steps,
+            rows_computed=self.runner.rows_computed,
+            positions_reused=counts["positions_reused"],
+            num_sessions=counts["num_sessions"],
+            num_host_sessions=counts["num_host_sessions"],
+            num_pinned=counts["num_pinned"],
+            session_bytes=counts["session_blocks"] * size.block_bytes,
+            host_bytes=counts["host_blocks_used"] * size.block_bytes,
+            kv_bytes=self.cache.num_bytes,
+            evictions=counts["evictions"],
+            blocks_offloaded=counts["offloads"],
+            blocks_restored=counts["restores"],
+            blocks_copied=counts["copies"],
+            num_waiting=num_waiting,
+        )
+
+
+def to_numpy(tensor: Tensor) -> Floats:
+    array: Floats = tensor.float().cpu().numpy()
+    return array

@@ -1,0 +1,86 @@
+"""Session: a user's history, held for callers who would rather append than send all of it with every request."""
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from speeder_engine.errors import InvalidRequest
+from speeder_engine.request import Ranking, Request, item_ids
+
+
+class Serves(Protocol):
+    """What a session needs of an engine."""
+
+    def recommend_many(self, requests: Iterable[Request]) -> list[Ranking]: ...
+
+    def warm(self, user_id: str, history: Sequence[str], *, times: Sequence[float] | None = None) -> int: ...
+
+    def check_items(self, ids: Sequence[str], where: str) -> None: ...
+
+    def close_session(self, user_id: str) -> bool: ...
+
+
+class Session:
+    """`append` what a user takes, `recommend` what comes next. Safe to use from several threads.
+
+    It holds item ids; keys and values are the engine's, which may forget them: then they are computed again.
+    """
+
+    def __init__(self, engine: Serves, user_id: str) -> None:
+        self.user_id = user_id
+        self._engine = engine
+        self._ids: list[str] = []
+        self._times: list[float] = []
+        self._lock = threading.Lock()
+
+    @property
+    def history(self) -> tuple[str, ...]:
+        """Item ids, oldest first."""
+        with self._lock:
+            return tuple(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def append(self, *ids: str, times: Sequence[float] | None = None) -> "Session":
+        """Adds interactions, oldest first; returns the session. Raises UnknownItem or InvalidRequest, nothing added.
+
+        times: Unix seconds of each, for models that were trained with them: then with every append, or never.
+        """
+        checked = item_ids(ids, "append")
+        self._engine.check_items(checked, "append")
+        if times is not None and len(times) != len(checked):
+            raise InvalidRequest(f"append: {len(times)} times for {len(checked)} items; give one for each")
+        with self._lock:
+            timed = times is not None
+            if checked and self._ids and timed != bool(self._times):
+                raise InvalidRequest("append: give times with every append of a session, or with none")
+            self._ids.extend(checked)
+            self._times.extend(times or ())
+        return self
+
+    def replace(self, history: Sequence[str], times: Sequence[float] | None = None) -> "Session":
+        """Puts another history in place: a correction, a deletion. Raises as `append`, the old one kept."""
+        checked = item_ids(history, "history")
+        self._engine.check_items(checked, "replace")
+        if times is not None and len(times) != len(checked):
+            raise InvalidRequest(f"replace: {len(times)} times for {len(checked)} items; give one for each")
+        with self._lock:
+            self._ids, self._times = list(checked), list(times or ())
+        return self
+
+    def recommend(self, k: int = 10, **options: Any) -> Ranking:
+        """As `Engine.recommend` of this history; `options` are `Request`'s but `user_id` and `times`."""
+        with self._lock:
+            history, times = tuple(self._ids), tuple(self._times) or None
+        return self._engine.recommend_many([Request(history, k, user_id=self.user_id, times=times, **options)])[0]
+
+    def warm(self) -> int:
+        """Computes what is not cached yet, ahead of the next request; returns the rows that took."""
+        with self._lock:
+            history, times = tuple(self._ids), tuple(self._times) or None
+        return self._engine.warm(self.user_id, history, times=times)
+
+    def close(self) -> bool:
+        """As `Engine.close_session` of this user."""
+        return self._engine.close_session(self.user_id)
