@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speeder_engine.batch import pad_to_tile
 from speeder_engine.config import CompressorConfig
 from speeder_engine.encoders.base import Encoder, Input
 from speeder_engine.errors import DataError, SpeederWarning, name_some
@@ -20,7 +19,7 @@ EMBEDDED_AT_ONCE = 8192
 
 
 class ItemEmbedder:
-    """Tokens in fp32, whatever the engine runs in: as the export made those of the catalogue.
+    """Tokens in fp32, whatever the engine runs in, as the export made those of the catalogue.
 
     `find_encoder(modality)` reads an encoder, or says None where the model has only seen ready-made vectors; encoders
     are read when they are first needed. Safe to use from several threads, one at a time.
@@ -33,7 +32,7 @@ class ItemEmbedder:
         find_encoder: Callable[[str], Encoder | None],
         device: torch.device,
     ) -> None:
-        self.compressor = Compressor(config).float()
+        self.compressor = Compressor(config).double()
         self.compressor.load_state_dict(weights)
         self.compressor.requires_grad_(False).eval().to(device)
         self.widths = config.modalities
@@ -56,10 +55,9 @@ class ItemEmbedder:
             self._take_vectors(name, items, values[name], present[:, column])
             self._encode(name, items, values[name], present[:, column])
         self._check(items, present)
-        # padded to the tile: an item's token must not depend on what is upserted beside it
-        features = {name: pad_to_tile(torch.from_numpy(array).to(self.device)) for name, array in values.items()}
-        tokens: Tensor = self.compressor(features, pad_to_tile(torch.from_numpy(present).to(self.device)))
-        tokens = tokens[: len(items)]
+        features = {name: torch.from_numpy(array).to(self.device).double() for name, array in values.items()}
+        # one precision above, rounded away again: a token must not depend on what is upserted beside it
+        tokens: Tensor = self.compressor(features, torch.from_numpy(present).to(self.device)).float()
         tokens[torch.tensor([not item.has_features for item in items], device=self.device)] = 0.0
         return tokens
 

@@ -19,7 +19,7 @@ from speeder_engine.errors import ConfigError, DataError, EngineClosed, InvalidR
 from speeder_engine.item import Item
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.parts import EngineParts
-from speeder_engine.request import Head, OnUnknown, Ranking, Request, item_ids
+from speeder_engine.request import Head, OnUnknown, Ranking, Request, check_user, item_ids
 from speeder_engine.scheduler import Scheduler, Waiting, deadline_error
 from speeder_engine.serving import EngineStats, Serving
 from speeder_engine.session import Session
@@ -61,6 +61,7 @@ class Engine:
         return cls(EngineParts.load(_path(path, "Engine.load")), config)
 
     def __enter__(self) -> "Engine":
+        self._now()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -188,7 +189,7 @@ class Engine:
     def session(self, user_id: str) -> Session:
         """The user's history as this engine holds it, empty at first; the same object for the same user."""
         self._now()
-        Request((), user_id=user_id)  # refuses what is no user id
+        check_user(user_id)
         with self._changing:
             return self._sessions.setdefault(user_id, Session(self, user_id))
 
@@ -205,6 +206,7 @@ class Engine:
 
         pin: evict this session only when there are none but pinned ones; see `pin_session`.
         """
+        check_user(user_id)
         request = Request(history, user_id=user_id, times=times, history_offset=history_offset)
         serving = self._now()
         query = serving.resolve(request)
@@ -309,7 +311,7 @@ class Engine:
 
     def _enqueue(self, request: Request, timeout_ms: float | None) -> Waiting:
         [asked] = _requests([request], "submit")
-        if timeout_ms is not None and not timeout_ms > 0:
+        if timeout_ms is not None and not (isinstance(timeout_ms, int | float) and timeout_ms > 0):
             raise InvalidRequest(f"timeout_ms: expected a positive number of milliseconds, got {timeout_ms!r}")
         serving = self._now()
         waiting = self._scheduler.put(serving.resolve(asked), serving, timeout_ms)

@@ -46,7 +46,7 @@ class Request:
         if self.times is not None:
             object.__setattr__(self, "times", _finite(self.times, len(self.history)))
         if self.user_id is not None:
-            _check_user(self.user_id)
+            check_user(self.user_id)
         if self.head not in (None, "retrieve", "rank"):
             raise InvalidRequest(f"head: {self.head!r} is no head of this engine; choose 'retrieve' or 'rank'")
         if self.head == "rank" and self.candidates is None:
@@ -120,9 +120,9 @@ def _finite(times: Any, count: int) -> tuple[float, ...]:
     return found
 
 
-def _check_user(user_id: object) -> None:
+def check_user(user_id: object) -> None:
     if not isinstance(user_id, str):
-        raise InvalidRequest(f"user_id: expected a string or None, got {user_id!r}")
+        raise InvalidRequest(f"user_id: expected a string, got {user_id!r}")
     try:
         user_id.encode()
     except UnicodeEncodeError:

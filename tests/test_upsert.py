@@ -1,0 +1,304 @@
+"""Changes of the catalogue under a running engine: applied between steps, never half, never read stale."""
+
+import io
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reference import make_tiny, reference_scores
+
+from speeder_engine import (
+    CatalogueFull,
+    DataError,
+    Engine,
+    EngineConfig,
+    InvalidRequest,
+    Item,
+    Request,
+    UnknownItem,
+)
+from speeder_engine.encoders.features import Features
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return make_tiny(window=12, step=4)
+
+
+def made(tiny, **settings):
+    settings = {"dtype": "float32", "kv_budget": "4MiB", "debug": True} | settings
+    return Engine(tiny.parts(), EngineConfig(**settings))
+
+
+def vectors(rng):
+    return {"text": rng.normal(size=8), "image": rng.normal(size=5)}
+
+
+def token_of(tiny, **features):
+    """The compressor's own answer."""
+    values = {name: torch.zeros(1, width) for name, width in (("text", 8), ("image", 5))}
+    for name, value in features.items():
+        values[name] = torch.tensor(np.asarray(value, np.float32))[None]
+    present = torch.tensor([[name in features for name in ("text", "image")]])
+    with torch.no_grad():
+        return tiny.model.compressor(values, present)[0]
+
+
+@pytest.mark.parametrize("given", [("text",), ("image",), ("text", "image")])
+def test_a_new_item_is_compressed_and_ranked_as_if_it_had_always_been_there(tiny, given):
+    engine, rng = made(tiny), np.random.default_rng(0)
+    features = {name: value for name, value in vectors(rng).items() if name in given}
+    assert engine.upsert([Item("new", title="New", vectors=features, prior=0.25)]) == 1
+    token = token_of(tiny, **features)
+    torch.testing.assert_close(torch.from_numpy(engine.item_vectors(["new"])[0]), token, atol=1e-6, rtol=1e-5)
+    assert (engine.catalogue.title("new"), len(engine.catalogue), "new" in engine.catalogue) == ("New", 121, True)
+
+    grown = make_tiny(window=12, step=4)
+    grown.tokens = torch.cat([tiny.tokens, token[None]])
+    grown.prior = torch.cat([tiny.prior, torch.tensor([0.25])])
+    rows = [3, 120, 5]
+    retrieve, ranked = reference_scores(grown, rows, candidates=[120, 7, 8])
+    ids = ["0003", "new", "0005"]
+    answers = dict(engine.recommend(ids, k=121, exclude_seen=False, user_id="a"))
+    found = torch.tensor([answers[item_id] for item_id in (*tiny.item_ids, "new")])
+    torch.testing.assert_close(found, retrieve, atol=2e-5, rtol=1e-5)
+    answers = dict(engine.recommend(ids, candidates=["new", "0007", "0008"], user_id="a"))
+    found = torch.tensor([answers[item_id] for item_id in ("new", "0007", "0008")])
+    torch.testing.assert_close(found, ranked, atol=2e-5, rtol=1e-5)
+
+
+def test_a_token_does_not_depend_on_what_is_upserted_beside_it(tiny):
+    rng = np.random.default_rng(1)
+    items = [Item(f"x{i}", vectors=vectors(rng)) for i in range(37)]
+    together, apart = made(tiny), made(tiny)
+    assert together.upsert(items) == 37
+    assert sum(apart.upsert([item]) for item in items) == 37
+    ids = [item.item_id for item in items]
+    assert np.array_equal(together.item_vectors(ids), apart.item_vectors(ids))
+
+
+def test_a_changed_item_is_recomputed_from_where_it_stands(tiny):
+    engine, cold, rng = made(tiny), made(tiny, kv_budget="0"), np.random.default_rng(2)
+    ids = tiny.ids(range(10))
+    engine.recommend(ids, user_id="a")
+    item = Item("0004", vectors=vectors(rng))
+    for each in (engine, cold):
+        assert each.upsert([item]) == 0
+    before = engine.stats().rows_computed
+    assert engine.recommend(ids, user_id="a") == cold.recommend(ids)
+    assert engine.stats().rows_computed - before == 6
+    engine.upsert([item])  # the same token again: nothing is stale
+    before = engine.stats().rows_computed
+    assert engine.recommend(ids, user_id="a") == cold.recommend(ids)
+    assert engine.stats().rows_computed == before
+
+
+def test_titles_availability_and_priors_change_without_touching_a_session(tiny):
+    engine, ids = made(tiny), tiny.ids(range(6))
+    best = engine.recommend(ids, user_id="a").items[0]
+    before = engine.stats().rows_computed
+    engine.set_available([best], False)
+    assert best not in engine.recommend(ids, k=120, user_id="a")
+    assert engine.recommend(ids, candidates=[best], user_id="b").items == ()
+    engine.upsert([Item(best, title="Renamed")])
+    assert best not in engine.recommend(ids, k=120, user_id="a").items
+    engine.upsert([Item(best, available=True)])
+    assert engine.recommend(ids, user_id="a").items[0] == best
+    assert engine.catalogue.title(best) == "Renamed"
+    full = dict(engine.recommend(ids, k=120, user_id="a"))
+    engine.set_prior({best: 100.0, "0100": -3.0})
+    raised = dict(engine.recommend(ids, k=120, user_id="a"))
+    beta = float(engine.model.retrieve.beta)
+    assert raised[best] - full[best] == pytest.approx(beta * (100.0 - float(tiny.prior[int(best)])), rel=1e-3)
+    assert raised["0100"] - full["0100"] == pytest.approx(beta * (-3.0 - float(tiny.prior[100])), rel=1e-3, abs=1e-4)
+    # one history of user b was ranked; user a's was computed once
+    assert engine.stats().rows_computed - before == 6 + 1
+
+
+def test_a_removed_item_is_never_recommended_and_still_read_in_histories(tiny):
+    engine, ids = made(tiny), tiny.ids(range(6))
+    before = engine.recommend(ids, k=120, user_id="a")
+    engine.remove([before.items[0], "0003"])
+    after = engine.recommend(ids, k=120, user_id="a")
+    assert after.items == before.items[1:]
+    assert after.scores == before.scores[1:]
+    assert "0003" not in engine.catalogue
+    assert engine.recommend(ids, candidates=["0003", "0050"]).items == ("0050",)
+    with pytest.raises(UnknownItem, match="remove: unknown item 'nope'"):
+        engine.remove(["0050", "nope"])
+    assert "0050" in engine.catalogue
+
+
+class Lengths:
+    """A text or image encoder whose vectors tell what it was given."""
+
+    name = fingerprint = "lengths"
+
+    def __init__(self, modality, dim):
+        self.modality, self.dim, self.calls = modality, dim, 0
+
+    def encode(self, inputs, names=None):
+        self.calls += 1
+        values = np.zeros((len(inputs), self.dim), np.float32)
+        present = np.array([content not in ("unknown", b"broken") for content in inputs])
+        for row, content in enumerate(inputs):
+            values[row] = len(content) * np.arange(1, self.dim + 1) % 7
+        return Features.of_present(values[present], present)
+
+
+def with_encoders(tiny, **settings):
+    parts = tiny.parts()
+    parts.encoders.update(text=Lengths("text", 8), image=Lengths("image", 5))
+    return Engine(parts, EngineConfig(dtype="float32", **settings)), parts.encoders
+
+
+def test_raw_text_and_images_run_through_the_encoders(tiny, tmp_path):
+    engine, encoders = with_encoders(tiny)
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(picture, "PNG")
+    (tmp_path / "x.png").write_bytes(picture.getvalue())
+    rng = np.random.default_rng(3)
+    collected = rng.normal(size=8)
+    items = [
+        Item("a", text="some words"),
+        Item("b", text="words", image=picture.getvalue()),
+        Item("c", image=tmp_path / "x.png"),
+        Item("d", vectors={"text": collected}, image=str(tmp_path / "x.png")),
+    ]
+    assert engine.upsert(items) == 4
+    assert (encoders["text"].calls, encoders["image"].calls) == (1, 1)
+
+    def text(length):
+        return length * np.arange(1, 9) % 7
+
+    image = len(picture.getvalue()) * np.arange(1, 6) % 7
+    expected = [
+        token_of(tiny, text=text(10)),
+        token_of(tiny, text=text(5), image=image),
+        token_of(tiny, image=image),
+        token_of(tiny, text=collected, image=image),
+    ]
+    found = torch.from_numpy(engine.item_vectors(["a", "b", "c", "d"]))
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (lambda: Item(7, text="x"), "ids are strings that are not empty, got 7"),
+        (lambda: Item("", text="x"), "ids are strings that are not empty"),
+        (lambda: Item("x", text=b"bytes"), "text is no string"),
+        (lambda: Item("x", title=3), "title is no string"),
+        (lambda: Item("x", image=3.5), "image must be bytes or a path, got float"),
+        (lambda: Item("x", available=1), "available must be true or false"),
+        (lambda: Item("x", vectors=[1.0]), "vectors maps modalities"),
+        (lambda: Item("x", vectors={"sound": [1.0]}), "unknown modality 'sound'"),
+        (lambda: Item("x", vectors={"text": ["a"]}), "something but numbers"),
+        (lambda: Item("x", vectors={"text": [[1.0] * 8]}), "one row of finite numbers"),
+        (lambda: Item("x", vectors={"text": [float("nan")] * 8}), "one row of finite numbers"),
+        (lambda: Item("x", text="y", vectors={"text": [1.0] * 8}), "has text and a text vector"),
+        (lambda: Item("x", vectors={"text": [1.0] * 7}), "'x': the text vector has 7 numbers, this model takes 8"),
+        (lambda: Item("x", vectors={"collaborative": [1.0]}), "this model knows no collaborative modality"),
+        (lambda: Item("x", text="unknown"), "'x': nothing to make a token of"),
+        (lambda: Item("x", text="words", image=b"broken"), "'x': the image can't be decoded"),
+        (lambda: Item("x", image="/nowhere.jpg"), "'x': image /nowhere.jpg: No such file"),
+        (lambda: Item("x"), "'x' is new; give it a text"),
+        (lambda: Item("x", text="words", prior=float("nan")), "prior of item 'x'"),
+        (lambda: Item("0001", prior="high"), "prior of item '0001'"),
+    ],
+)
+def test_a_bad_item_is_refused_in_one_line_and_nothing_is_changed(tiny, item, message):
+    engine, _ = with_encoders(tiny)
+    before = engine.recommend(["0001"], k=120)
+    with pytest.raises(DataError, match=message) as caught:
+        engine.upsert([Item("good", text="good words"), Item("0002", text="other"), item()])
+    assert "\n" not in str(caught.value)
+    assert "good" not in engine.catalogue
+    assert engine.recommend(["0001"], k=120) == before
+
+
+def test_an_engine_without_encoders_says_what_to_pass(tiny):
+    with pytest.raises(DataError, match=r"'x': this engine holds no text encoder; pass vectors=\{'text': \[...\]\} of 8"):
+        made(tiny).upsert([Item("x", text="words")])
+
+
+def test_wrong_kinds_are_refused(tiny):
+    engine = made(tiny)
+    for wrong in (Item("x"), ["x"], 3, "x", {"x": 1}):
+        with pytest.raises(InvalidRequest, match="upsert: expected"):
+            engine.upsert(wrong)
+    with pytest.raises(InvalidRequest, match="set_prior: expected a mapping"):
+        engine.set_prior(["0001"])
+    with pytest.raises(InvalidRequest, match="remove: expected a list"):
+        engine.remove("0001")
+    assert engine.upsert([]) == 0
+
+
+def test_a_full_catalogue_refuses_and_keeps_what_it_has(tiny):
+    engine, rng = made(tiny, catalogue_capacity=122), np.random.default_rng(4)
+    engine.upsert([Item("x", vectors=vectors(rng))])
+    with pytest.raises(CatalogueFull, match=r"2 new items don't fit, 121 of 122 rows.*larger catalogue_capacity"):
+        engine.upsert([Item("y", vectors=vectors(rng)), Item("z", vectors=vectors(rng))])
+    assert engine.upsert([Item("y", vectors=vectors(rng))]) == 1
+    assert len(engine.recommend([], k=500)) == 122
+
+
+def test_two_engines_side_by_side_know_nothing_of_each_other(tiny):
+    left, right, rng = made(tiny), made(tiny), np.random.default_rng(5)
+    ids = tiny.ids(range(5))
+    before = right.recommend(ids, user_id="a")
+    left.upsert([Item("0002", vectors=vectors(rng)), Item("only left", vectors=vectors(rng))])
+    left.remove(["0110"])
+    left.set_prior({"0050": 5.0})
+    assert left.recommend(ids, user_id="a") != before
+    assert right.recommend(ids, user_id="a") == before
+    assert "only left" not in right.catalogue
+    left.close()
+    assert right.recommend(ids, user_id="a") == before
+
+
+def test_a_hundred_thousand_upserts_beside_requests_and_no_wrong_answer(tiny):
+    """Each call replaces the same hundred items by one of eight sets of vectors: an answer that mixes two sets, or reads
+    a session's keys of another set, is none of the eight answers of a cold engine."""
+    rng, num_sets = np.random.default_rng(6), 8
+    sets = [[Item(f"{i:04d}", vectors=vectors(rng)) for i in range(100)] for _ in range(num_sets)]
+    histories = [tiny.ids(rng.integers(0, 100, n)) for n in (3, 9, 12, 20)]
+    candidates = tiny.ids(range(0, 100, 9))
+    requests = [Request(h, 100, user_id=f"u{i}") for i, h in enumerate(histories)]
+    requests += [Request(h, user_id=f"u{i}", candidates=candidates) for i, h in enumerate(histories)]
+    cold = made(tiny, kv_budget="0")
+    allowed = [set() for _ in requests]
+    for each in sets:
+        cold.upsert(each)
+        for right, ranking in zip(allowed, cold.recommend_many(requests), strict=True):
+            right.add(ranking)
+    assert all(len(right) == num_sets for right in allowed)
+
+    engine = made(tiny, debug=False)
+    engine.upsert(sets[0])
+    wrong, done = [], threading.Event()
+    counts = [0] * len(requests)
+
+    def ask(first):
+        at = first
+        while not done.is_set() or at < first + 2 * len(requests):
+            which = at % len(requests)
+            if engine.recommend_many([requests[which]])[0] not in allowed[which]:
+                wrong.append(which)
+            counts[which] += 1
+            at += 1
+
+    threads = [threading.Thread(target=ask, args=(first,)) for first in (0, 4)]
+    for thread in threads:
+        thread.start()
+    for call in range(1000):
+        engine.upsert(sets[call % num_sets])
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert min(counts) > 10
+    assert engine.catalogue.versions[:100].min() >= 900
+    engine.check_integrity()
