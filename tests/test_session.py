@@ -181,7 +181,7 @@ def test_evicted_to_host_memory_and_restored_is_as_if_never_gone(tiny, dtype):
     assert engine.stats().blocks_restored >= 20
     # corrected while in host memory
     for user, history in histories.items():
-        corrected = [*history[:3], "0099", *history[4:]]
+        corrected = [*history[:3], f"{(int(history[3]) + 1) % 120:04d}", *history[4:]]
         before = engine.stats().rows_computed
         assert engine.recommend(corrected, user_id=user) == cold.recommend(corrected)
         assert engine.stats().rows_computed - before == 9
