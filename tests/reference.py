@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from speeder_engine.catalogue import Catalogue, ItemTable
 from speeder_engine.config import CompressorConfig, ModelConfig, PromptConfig
-from speeder_engine.models.decoder import decoder_config
+from speeder_engine.models.families import decoder_config
 from speeder_engine.models.recommender import Recommender, ServingModel
 from speeder_engine.parts import EngineParts
 
