@@ -96,7 +96,8 @@ def rotary_frequencies(hf: Any) -> tuple[Tensor, float]:
 
     with torch.device("cpu"):
         made = LlamaRotaryEmbedding(hf)
-    return made.inv_freq, float(made.attention_scaling)
+    # cloned: transformers marks its own as a buffer that is not saved
+    return made.inv_freq.clone(), float(made.attention_scaling)
 
 
 def fuse_weights(state: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
