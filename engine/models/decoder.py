@@ -108,7 +108,7 @@ class Decoder(nn.Module):
         Without `attend` the rows are one sequence under causal attention.
         """
         if attend is None:
-            self._check_length(hidden.shape[0])
+            self._check_length(positions)
             attend = CausalAttend(*self.rotary(positions))
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
@@ -122,10 +122,13 @@ class Decoder(nn.Module):
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos() * self.config.attention_scaling, angles.sin() * self.config.attention_scaling
 
-    def _check_length(self, num_rows: int) -> None:
+    def _check_length(self, positions: Tensor) -> None:
         most = self.config.exact_len
-        if most is not None and num_rows > most:
-            raise ConfigError(f"{num_rows} rows, but beyond {most} this backbone's {EXACT_LEN_ENDS}; send fewer")
+        if most is None:
+            return
+        reached = max([len(positions), *(positions + 1).tolist()])
+        if reached > most:
+            raise ConfigError(f"{reached} positions, but beyond {most} this backbone's {EXACT_LEN_ENDS}; send fewer")
 
     @classmethod
     def from_transformers(cls, model: nn.Module) -> "Decoder":

@@ -171,7 +171,7 @@ def test_frequencies_are_those_of_short_prompts_after_a_long_one(rope_type):
     reference(model, hidden, torch.arange(70))
     decoder = Decoder.from_transformers(model)
     torch.testing.assert_close(decoder(hidden[:64], torch.arange(64)), expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ConfigError, match=r"70 rows, but beyond 64 .* rotary frequencies change"):
+    with pytest.raises(ConfigError, match=r"70 positions, but beyond 64 .* rotary frequencies change"):
         decoder(hidden, torch.arange(70))
 
 
@@ -192,7 +192,7 @@ def test_prompts_within_a_sliding_window_are_served_and_longer_ones_refused(fami
     decoder, hidden = Decoder.from_transformers(model), torch.randn(9, 48)
     expected = reference(model, hidden[:8], torch.arange(8))
     torch.testing.assert_close(decoder(hidden[:8], torch.arange(8)), expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ConfigError, match="9 rows, but beyond 8 this backbone's attention window slides"):
+    with pytest.raises(ConfigError, match="9 positions, but beyond 8 this backbone's attention window slides"):
         decoder(hidden, torch.arange(9))
 
 
