@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from speeder_engine.errors import ConfigError
 
 MODALITIES = ("text", "image", "collaborative")
+EXACT_LEN_ENDS = "attention window slides or its rotary frequencies change (sliding_window, rope_type)"
 
 
 def check(condition: bool, message: str) -> None:
@@ -64,7 +65,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
 
 @dataclass(frozen=True)
 class DecoderConfig(Config):
-    """The shape of a Llama-family decoder, in the words of its Hugging Face config."""
+    """The shape of a decoder, in the words of its Hugging Face config; the defaults are Llama's."""
 
     vocab_size: int
     hidden_size: int
@@ -74,7 +75,13 @@ class DecoderConfig(Config):
     head_dim: int
     intermediate_size: int
     rms_norm_eps: float = 1e-6
-    attention_scaling: float = 1.0
+    attention_scaling: float = 1.0  # on the rotary cos and sin
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMS norms of single heads' q and k, before they are rotated
+    max_positions: int | None = None  # the longest prompt the backbone was made for; None: not known
+    exact_len: int | None = None  # beyond it a window would slide or the rotary frequencies change; None: never
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
@@ -158,6 +165,17 @@ class ModelConfig(Config):
     def __post_init__(self) -> None:
         wide, narrow = self.decoder.hidden_size, self.compressor.hidden_size
         check(wide == narrow, f"ModelConfig: item tokens are {narrow} wide, the decoder's embeddings {wide}")
+        self._check_length()
+
+    def _check_length(self) -> None:
+        instruction, window = len(self.prompt.instruction_ids), self.prompt.window
+        longest = instruction + window + 1
+        parts = f"instruction {instruction}, window {window}, a candidate"
+        prompt = f"ModelConfig: prompts of {longest} positions ({parts})"
+        most, exact = self.decoder.max_positions, self.decoder.exact_len
+        remedy = "; shorten the window or the instruction"
+        check(most is None or longest <= most, f"{prompt}, but the backbone was made for {most}{remedy}")
+        check(exact is None or longest <= exact, f"{prompt}, but beyond {exact} its {EXACT_LEN_ENDS}{remedy}")
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from speeder_engine.batch import Batch, pad_to_tile
 from speeder_engine.cache import KVCache
-from speeder_engine.models.decoder import CausalAttend, rotate
+from speeder_engine.models.decoder import CausalAttend, DecoderLayer, rotate
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.triton_kernels.compressed_attention import AttentionRows, compressed_attention
 
@@ -41,26 +41,26 @@ class ModelRunner:
 
 
 class PagedAttend:
-    """Rotates, stores the history rows' keys and values, then attends over the paged cache."""
+    """Norms, rotates, stores the history rows' keys and values, then attends over the paged cache."""
 
     def __init__(self, cache: KVCache, batch: Batch, cos: Tensor, sin: Tensor) -> None:
         self.cache, self.batch = cache, batch
         self.cos, self.sin = cos, sin
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+    def __call__(self, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         batch, cache = self.batch, self.cache
-        k = rotate(k, self.cos, self.sin)
-        cache.store(layer, batch.slot_mapping, k[batch.stored_rows], v[batch.stored_rows])
+        k = rotate(layer.norm_k(k), self.cos, self.sin)
+        cache.store(layer.index, batch.slot_mapping, k[batch.stored_rows], v[batch.stored_rows])
         cos, sin = (self.cos, self.sin) if rows is None else (self.cos[rows], self.sin[rows])
-        q = rotate(q, cos, sin)
+        q = rotate(layer.norm_q(q), cos, sin)
         attention, real = self._rows(rows, batch.num_rows)
         out = torch.zeros_like(q)
         out[:real] = compressed_attention(
             q[:real],
             (k if rows is None else k[rows])[:real],
             (v if rows is None else v[rows])[:real],
-            cache.keys[layer],
-            cache.values[layer],
+            cache.keys[layer.index],
+            cache.values[layer.index],
             attention,
         )
         return out
@@ -80,7 +80,7 @@ class _StoringAttend(CausalAttend):
         super().__init__(cos, sin)
         self.cache = cache
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+    def __call__(self, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         slots = torch.arange(k.shape[0], device=k.device)
-        self.cache.store(layer, slots, rotate(k, self.cos, self.sin), v)
+        self.cache.store(layer.index, slots, rotate(layer.norm_k(k), self.cos, self.sin), v)
         return super().__call__(layer, q, k, v, rows)

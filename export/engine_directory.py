@@ -5,7 +5,7 @@ from pathlib import Path
 
 from speeder_engine.catalogue import Catalogue
 from speeder_engine.checkpoint import Checkpoint
-from speeder_engine.models.decoder import decoder_config
+from speeder_engine.models.families import decoder_config
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.parts import EngineParts
 
@@ -20,8 +20,7 @@ def export_engine(checkpoint: Path, out: Path) -> EngineParts:
 def engine_parts(checkpoint: Checkpoint) -> EngineParts:
     """The same model and catalogue as an engine holds them, in fp32."""
     model = checkpoint.merged_model().float().eval()
-    scaling = model.config.decoder.attention_scaling
-    config = replace(model.config, decoder=decoder_config(model.backbone.config, scaling))
+    config = replace(model.config, decoder=decoder_config(model.backbone.config))
 
     def write_more(folder: Path) -> None:
         checkpoint.tokenizer.save_pretrained(folder / "tokenizer")

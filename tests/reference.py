@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaModel
+from transformers import AutoConfig, AutoModel
 
 from speeder_engine.catalogue import Catalogue, ItemTable
 from speeder_engine.config import CompressorConfig, ModelConfig, PromptConfig
-from speeder_engine.models.decoder import decoder_config
+from speeder_engine.models.families import decoder_config
 from speeder_engine.models.recommender import Recommender, ServingModel
 from speeder_engine.parts import EngineParts
 
@@ -38,9 +38,10 @@ class Tiny:
         return [self.item_ids[int(row)] for row in rows]
 
 
-def make_tiny(num_items=120, window=12, step=4, seed=0, instruction_len=19, scale=0.02) -> Tiny:
+def make_tiny(num_items=120, window=12, step=4, seed=0, instruction_len=19, scale=0.02, family="llama") -> Tiny:
     torch.manual_seed(seed)
-    shape = LlamaConfig(
+    shape = AutoConfig.for_model(
+        family,
         vocab_size=64,
         hidden_size=48,
         num_hidden_layers=3,
@@ -49,7 +50,7 @@ def make_tiny(num_items=120, window=12, step=4, seed=0, instruction_len=19, scal
         head_dim=8,
         intermediate_size=80,
     )
-    backbone = LlamaModel(shape).eval()
+    backbone = AutoModel.from_config(shape).eval()
     compressor = CompressorConfig({"text": 8, "image": 5}, 48, scale=scale)
     prompt = PromptConfig("instruction", tuple(range(1, instruction_len + 1)), window, step)
     model = Recommender(ModelConfig(decoder_config(shape), compressor, prompt), backbone).eval()

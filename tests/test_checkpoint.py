@@ -14,7 +14,7 @@ from speeder_engine.encoders.features import Features
 from speeder_engine.encoders.fitted_text import FittedTextEncoder
 from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.export.engine_directory import export_engine
-from speeder_engine.models.decoder import decoder_config
+from speeder_engine.models.families import decoder_config
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.training.backbone import instruction_ids, load_pretrained, small_llama, train_tokenizer
 from speeder_engine.training.config import BackboneConfig

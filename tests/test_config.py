@@ -43,11 +43,21 @@ def test_settings_survive_json():
         ({"compressor": {"modalities": {"text": 5}, "hidden_size": 9}}, "9 wide, the decoder's embeddings 8"),
         ({"decoder": {**MODEL["decoder"], "num_heads": 3, "num_kv_heads": 2}}, "multiple of num_kv_heads"),
         ({"decoder": 3}, "DecoderConfig: expected an object, got int"),
+        (
+            {"decoder": {**MODEL["decoder"], "max_positions": 52}},
+            r"prompts of 53 positions \(instruction 2, window 50, a candidate\), but the backbone was made for 52",
+        ),
+        ({"decoder": {**MODEL["decoder"], "exact_len": 52}}, "53 positions .* beyond 52 its attention window slides"),
     ],
 )
 def test_wrong_settings_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_json({**MODEL, **change})
+
+
+def test_a_prompt_may_fill_what_the_backbone_takes():
+    for name in ("max_positions", "exact_len"):
+        ModelConfig.from_json({**MODEL, "decoder": {**MODEL["decoder"], name: 53}})
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from reference import make_tiny, reference_scores
 
 from speeder_engine import ConfigError, Engine, EngineConfig, InvalidRequest, Ranking, Request, UnknownItem
 from speeder_engine.config import HeadsConfig
+from speeder_engine.models.families import FAMILIES
 
 WINDOW, STEP = 12, 4
 
@@ -54,10 +55,32 @@ def test_rank_equals_one_prompt_a_candidate(tiny, engine, length):
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_answers_as_transformers(family):
+    other, rng = make_tiny(window=WINDOW, step=STEP, family=family), np.random.default_rng(0)
+    engine = Engine(other.parts(), EngineConfig(dtype="float32", kv_budget="4MiB"))
+    cold = Engine(other.parts(), EngineConfig(dtype="float32", kv_budget="0"))
+    rows, candidates = history_rows(rng, 15), rng.permutation(120)[:9]
+    named = {"k": 9, "candidates": other.ids(candidates)}
+    for length in (0, 3, 10, 12, 15, 15):  # appended to one session, slid, the same again
+        history = other.ids(rows[:length])
+        retrieve, rank = reference_scores(other, rows[:length], candidates)
+        found = engine.recommend(history, k=120, exclude_seen=False, user_id="a")
+        scores = torch.tensor([dict(found)[item_id] for item_id in other.item_ids])
+        torch.testing.assert_close(scores, retrieve, atol=2e-5, rtol=1e-5)
+        ranked = engine.recommend(history, user_id="a", **named)
+        scores = torch.tensor([dict(ranked)[item_id] for item_id in named["candidates"]])
+        torch.testing.assert_close(scores, rank, atol=2e-5, rtol=1e-5)
+        assert cold.recommend(history, k=120, exclude_seen=False) == found
+        assert cold.recommend(history, **named) == ranked
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("budget", ["4MiB", "26KB"])
-def test_sessions_answer_bitwise_as_a_cold_engine(tiny, dtype, budget):
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # without and with norms of single heads
+def test_sessions_answer_bitwise_as_a_cold_engine(family, dtype, budget):
     """Appends, corrections, deletions, repeats, slides and evictions, one by one and packed."""
+    tiny = make_tiny(window=WINDOW, step=STEP, family=family)
     warm = Engine(tiny.parts(), EngineConfig(dtype=dtype, kv_budget=budget, max_batch_users=8))
     cold = Engine(tiny.parts(), EngineConfig(dtype=dtype, kv_budget="0"))
     rng = np.random.default_rng(0)

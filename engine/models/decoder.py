@@ -1,25 +1,29 @@
-"""The inference decoder: a Llama-family transformer that knows no cache.
+"""The inference decoder: Llama, Mistral, Qwen2 or Qwen3 (`families.py`), one transformer that knows no cache.
 
-`forward` hands every layer's raw q, k, v to `attend`, which rotates, stores and attends as it sees fit: the default is
-plain causal attention over one sequence, the engine's is paged. transformers is the judge of its numbers.
+`forward` hands every layer's raw q, k, v to `attend`, which norms, rotates, stores and attends as it sees fit, in one
+kernel if it can: the default is plain causal attention over one sequence, the engine's is paged. transformers is the
+judge of its numbers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from speeder_engine.config import DecoderConfig
+from speeder_engine.config import EXACT_LEN_ENDS, DecoderConfig
 from speeder_engine.errors import ConfigError
-
-FAMILIES = ("llama",)
+from speeder_engine.models.families import decoder_config, fuse_weights, rotary_frequencies
 
 
 class Attend(Protocol):
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
-        """q [R, H, D] for the rows named in `rows` (None: all N), k and v [N, H_kv, D], unrotated -> [R, H, D]."""
+    def __call__(self, layer: "DecoderLayer", q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+        """q [R, H, D] for the rows named in `rows` (None: all N), k and v [N, H_kv, D] -> [R, H, D].
+
+        All as the layer's projection gives them: `layer.norm_q` and `layer.norm_k` (the identity where the family has
+        none) come first, then the rotation. `layer.index` says which layer's keys and values these are.
+        """
         ...
 
 
@@ -41,21 +45,24 @@ class DecoderLayer(nn.Module):
     def __init__(self, index: int, config: DecoderConfig) -> None:
         super().__init__()
         self.index = index
+        self.config = config
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.q_size, self.kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
         hidden = config.hidden_size
         self.input_norm = RMSNorm(hidden, config.rms_norm_eps)
-        self.qkv = nn.Linear(hidden, self.q_size + 2 * self.kv_size, bias=False)
-        self.out = nn.Linear(self.q_size, hidden, bias=False)
+        self.qkv = nn.Linear(hidden, self.q_size + 2 * self.kv_size, bias=config.qkv_bias)
+        self.norm_q = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.out = nn.Linear(self.q_size, hidden, bias=config.out_bias)
         self.post_norm = RMSNorm(hidden, config.rms_norm_eps)
-        self.gate_up = nn.Linear(hidden, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, hidden, bias=False)
+        self.gate_up = nn.Linear(hidden, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.intermediate_size, hidden, bias=config.mlp_bias)
 
     def forward(self, hidden: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
         """hidden [N, d] -> [N, d], or [R, d] where only `rows` are read afterwards: keys and values for all all the
         same, since later steps read them from the cache."""
         q, k, v = self._project(self.input_norm(hidden), rows)
-        mixed = attend(self.index, q, k, v, rows)
+        mixed = attend(self, q, k, v, rows)
         hidden = (hidden if rows is None else hidden[rows]) + self.out(mixed.flatten(1))
         gate, up = self.gate_up(self.post_norm(hidden)).chunk(2, dim=-1)
         out: Tensor = hidden + self.down(F.silu(gate) * up)
@@ -65,14 +72,19 @@ class DecoderLayer(nn.Module):
         if rows is None:
             q, kv = self.qkv(normed).split([self.q_size, 2 * self.kv_size], dim=-1)
         else:
-            q = F.linear(normed[rows], self.qkv.weight[: self.q_size])
-            kv = F.linear(normed, self.qkv.weight[self.q_size :])
+            q = self._part(normed[rows], slice(None, self.q_size))
+            kv = self._part(normed, slice(self.q_size, None))
         k, v = kv.chunk(2, dim=-1)
         return (
             q.unflatten(-1, (self.heads, self.head_dim)),
             k.unflatten(-1, (self.kv_heads, self.head_dim)),
             v.unflatten(-1, (self.kv_heads, self.head_dim)),
         )
+
+    def _part(self, normed: Tensor, part: slice) -> Tensor:
+        """Some of the fused projection's outputs."""
+        bias = self.qkv.bias[part] if self.config.qkv_bias else None
+        return F.linear(normed, self.qkv.weight[part], bias)
 
 
 class Decoder(nn.Module):
@@ -95,7 +107,9 @@ class Decoder(nn.Module):
 
         Without `attend` the rows are one sequence under causal attention.
         """
-        attend = attend or CausalAttend(*self.rotary(positions))
+        if attend is None:
+            self._check_length(positions)
+            attend = CausalAttend(*self.rotary(positions))
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, attend, read_rows if index == last else None)
@@ -108,15 +122,25 @@ class Decoder(nn.Module):
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos() * self.config.attention_scaling, angles.sin() * self.config.attention_scaling
 
+    def _check_length(self, positions: Tensor) -> None:
+        most = self.config.exact_len
+        if most is None:
+            return
+        reached = max([len(positions), *(positions + 1).tolist()])
+        if reached > most:
+            raise ConfigError(f"{reached} positions, but beyond {most} this backbone's {EXACT_LEN_ENDS}; send fewer")
+
     @classmethod
     def from_transformers(cls, model: nn.Module) -> "Decoder":
-        """A decoder with the weights of a loaded transformers model (with or without its language-model head)."""
+        """A decoder with a copy of a loaded transformers model's weights, the vocabulary's aside: the body alone or
+        under a language-model head, tied or untied. Adapters must have been merged."""
         body: Any = getattr(model, "model", model)
-        decoder = cls(decoder_config(body.config, float(body.rotary_emb.attention_scaling)))
-        with torch.no_grad():
-            decoder.inv_freq.copy_(body.rotary_emb.inv_freq)
-        decoder.load_state_dict(fuse_weights(body.state_dict(), decoder.config) | {"inv_freq": decoder.inv_freq})
-        return decoder.to(next(body.parameters()).dtype).eval()
+        with torch.device("meta"):
+            decoder = cls(decoder_config(body.config))
+        weights = fuse_weights(body.state_dict(), decoder.config.num_layers)
+        weights["inv_freq"] = rotary_frequencies(body.config)[0].to(body.device)
+        decoder.load_state_dict(weights, assign=True)
+        return decoder.to(body.dtype).eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keeps the rotary frequencies in fp32 whatever the weights become: bf16 angles are wrong by whole turns."""
@@ -139,51 +163,13 @@ class CausalAttend:
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         self.cos, self.sin = cos, sin
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+    def __call__(self, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         num_rows = k.shape[0]
         read = torch.arange(num_rows, device=k.device) if rows is None else rows
-        q = rotate(q, self.cos[read], self.sin[read]).transpose(0, 1)
-        k = rotate(k, self.cos, self.sin).transpose(0, 1)
+        q = rotate(layer.norm_q(q), self.cos[read], self.sin[read]).transpose(0, 1)
+        k = rotate(layer.norm_k(k), self.cos, self.sin).transpose(0, 1)
         visible = torch.arange(num_rows, device=k.device) <= read.unsqueeze(1)
         out = F.scaled_dot_product_attention(
             q.unsqueeze(0), k.unsqueeze(0), v.transpose(0, 1).unsqueeze(0), attn_mask=visible, enable_gqa=True
         )
         return out.squeeze(0).transpose(0, 1)
-
-
-def decoder_config(hf: object, attention_scaling: float = 1.0) -> DecoderConfig:
-    """The shape of a transformers model out of its config; refuses families this decoder doesn't compute."""
-    family = getattr(hf, "model_type", "?")
-    if family not in FAMILIES:
-        raise ConfigError(f"backbone of type {family!r} can't be served yet; supported: {', '.join(FAMILIES)}")
-    if getattr(hf, "attention_bias", False) or getattr(hf, "mlp_bias", False):
-        raise ConfigError("backbone with biases in its linear layers can't be served; choose one without")
-    heads, hidden = int(hf.num_attention_heads), int(hf.hidden_size)  # type: ignore[attr-defined]
-    return DecoderConfig(
-        vocab_size=int(hf.vocab_size),  # type: ignore[attr-defined]
-        hidden_size=hidden,
-        num_layers=int(hf.num_hidden_layers),  # type: ignore[attr-defined]
-        num_heads=heads,
-        num_kv_heads=int(getattr(hf, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(hf, "head_dim", None) or hidden // heads),
-        intermediate_size=int(hf.intermediate_size),  # type: ignore[attr-defined]
-        rms_norm_eps=float(hf.rms_norm_eps),  # type: ignore[attr-defined]
-        attention_scaling=attention_scaling,
-    )
-
-
-def fuse_weights(state: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
-    """A transformers Llama body's state dict under this decoder's names, q/k/v and gate/up concatenated."""
-    fused = {"norm.weight": state["norm.weight"]}
-    for index in range(config.num_layers):
-        theirs, ours = f"layers.{index}.", f"layers.{index}."
-        attention = [state[f"{theirs}self_attn.{name}_proj.weight"] for name in ("q", "k", "v")]
-        fused[f"{ours}input_norm.weight"] = state[f"{theirs}input_layernorm.weight"]
-        fused[f"{ours}qkv.weight"] = torch.cat(attention)
-        fused[f"{ours}out.weight"] = state[f"{theirs}self_attn.o_proj.weight"]
-        fused[f"{ours}post_norm.weight"] = state[f"{theirs}post_attention_layernorm.weight"]
-        fused[f"{ours}gate_up.weight"] = torch.cat(
-            [state[f"{theirs}mlp.{name}_proj.weight"] for name in ("gate", "up")]
-        )
-        fused[f"{ours}down.weight"] = state[f"{theirs}mlp.down_proj.weight"]
-    return fused

@@ -16,7 +16,7 @@ from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.files import write_atomic
-from speeder_engine.models.decoder import decoder_config
+from speeder_engine.models.families import decoder_config
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.training.backbone import embedding_scale, instruction_ids, make_backbone
 from speeder_engine.training.batches import TrainingBatches

@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 import torch
 from counting import make_dataset
+from transformers import AutoConfig, AutoModel
 
+from speeder_engine import Engine
 from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.data.splits import leave_one_out
 from speeder_engine.errors import ArtifactError, ConfigError, DataError, SpeederError, SpeederWarning
 from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.evaluation.protocols import evaluate
+from speeder_engine.export.engine_directory import export_engine
+from speeder_engine.models.families import FAMILIES
 from speeder_engine.training import trainer as trainer_module
+from speeder_engine.training.backbone import train_tokenizer
 from speeder_engine.training.config import BackboneConfig, Stage, TrainingConfig
 from speeder_engine.training.features import read_images
 from speeder_engine.training.fit import train
@@ -152,3 +157,47 @@ def test_images_that_cannot_be_unpacked_are_counted_and_missing():
     with pytest.warns(SpeederWarning, match=r"2 of 24 images can't be read; the first: x.zip: 003.jpg"):
         images = read_images(damaged)
     assert [i for i, image in enumerate(images) if image is None] == [3, 7]
+
+
+def pretrained(family, folder, **more):
+    """A tiny model of random weights as a transformers folder."""
+    tokenizer = train_tokenizer(["some words"], 270)
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 36,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 10,
+        "intermediate_size": 37,
+    }
+    torch.manual_seed(0)
+    AutoModel.from_config(AutoConfig.for_model(family, **shape, **more)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return replace(CONFIG, backbone=BackboneConfig(source=str(folder)), stages=(Stage("S1", ("text",), 1, 5e-3),))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pretrained_backbone_of_every_family_is_tuned_and_served(split, tmp_path, family):
+    # yarn also scales the rotary cos and sin: the engine directory must say so
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    config = pretrained(family, tmp_path / "base", **({"rope_parameters": yarn} if family == "mistral" else {}))
+    checkpoint = train(split, replace(config, batch_size=64, validation_users=20), tmp_path / "c")
+    tuned = [p for name, p in checkpoint.model.named_parameters() if "lora_B" in name]
+    assert tuned and all(p.abs().max() > 0 for p in tuned)
+    checkpoint.model.eval()
+    scorer = ModelScorer(checkpoint.model, checkpoint.item_tokens(), torch.from_numpy(checkpoint.table.prior))
+    histories = [np.array(rows, np.int32) for rows in ([], [3], [5, 7, 9], range(15))]
+    with torch.no_grad():
+        expected = scorer.user_vectors(histories).numpy()
+    export_engine(tmp_path / "c", tmp_path / "e")
+    engine = Engine.load(tmp_path / "e", dtype="float32", kv_budget="1MiB")
+    for rows, vector in zip(histories, expected, strict=True):
+        np.testing.assert_allclose(engine.user_vector([f"{row:03d}" for row in rows]), vector, rtol=1e-4, atol=1e-5)
+
+
+def test_a_backbone_that_cannot_be_served_is_refused_before_training(split, tmp_path):
+    short = pretrained("mistral", tmp_path / "base", sliding_window=8)
+    with pytest.raises(ConfigError, match="beyond 8 its attention window slides"):
+        train(split, short, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
