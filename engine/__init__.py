@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         SpeederWarning,
         UnknownItem,
     )
-    from speeder_engine.request import Ranking, Request
+    from speeder_engine.request import Generation, Ranking, Request
 
 _HOMES = {
     "config": ("EngineConfig",),
@@ -36,7 +36,7 @@ _HOMES = {
         "SpeederWarning",
         "UnknownItem",
     ),
-    "request": ("Ranking", "Request"),
+    "request": ("Generation", "Ranking", "Request"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -49,6 +49,7 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "EngineStats",
+    "Generation",
     "InvalidRequest",
     "MissingDependency",
     "Ranking",

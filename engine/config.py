@@ -105,6 +105,9 @@ class PromptConfig(Config):
     instruction_ids: tuple[int, ...]
     window: int = 50
     window_step: int = 10
+    question: str = ""  # behind the history, before titles
+    question_ids: tuple[int, ...] = ()
+    end_ids: tuple[int, ...] = ()  # tokens that end a generated text, as a newline does
 
     def __post_init__(self) -> None:
         check(len(self.instruction_ids) > 0, "PromptConfig.instruction_ids: the instruction can't be empty")
@@ -120,6 +123,12 @@ class HeadsConfig(Config):
     rank: bool = True
     rank_residual: bool = True
     prior: bool = True
+    title: bool = False
+    title_score: str = "sum"  # of a title's log-probabilities, or their mean
+
+    def __post_init__(self) -> None:
+        scores = f"HeadsConfig.title_score: {self.title_score!r}; choose 'sum' or 'mean'"
+        check(self.title_score in ("sum", "mean"), scores)
 
 
 @dataclass(frozen=True)
@@ -130,8 +139,11 @@ class ModelConfig(Config):
     compressor: CompressorConfig
     prompt: PromptConfig
     heads: HeadsConfig = field(default_factory=HeadsConfig)
+    vocabulary_tied: bool = True  # one matrix embeds tokens and scores them; matters to titles alone
 
     def __post_init__(self) -> None:
+        asked = "PromptConfig.question_ids: heads.title needs a question behind the history; it can't be empty"
+        check(not self.heads.title or len(self.prompt.question_ids) > 0, asked)
         wide, narrow = self.decoder.hidden_size, self.compressor.hidden_size
         check(wide == narrow, f"ModelConfig: item tokens are {narrow} wide, the decoder's embeddings {wide}")
 

@@ -16,13 +16,16 @@ from speeder_engine.batch import Batch, make_batch
 from speeder_engine.cache import CachePlan, KVCache
 from speeder_engine.config import EngineConfig
 from speeder_engine.errors import ConfigError, InvalidRequest
+from speeder_engine.generation import TitleGenerator
 from speeder_engine.parts import EngineParts
 from speeder_engine.prompt import PromptLayout
 from speeder_engine.query import Query, resolve
-from speeder_engine.request import Head, OnUnknown, Ranking, Request
+from speeder_engine.request import Generation, Head, OnUnknown, Ranking, Request, whole_number
 from speeder_engine.runner import ModelRunner
 from speeder_engine.scheduler import cut_into_steps
 from speeder_engine.scorer import HeadScorer, Scored
+from speeder_engine.title import TitleTrie
+from speeder_engine.title_text import TitleText, answer_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,6 +57,7 @@ class Engine:
         self._cache = KVCache(self.config, parts.config.decoder, self.layout, device, dtype)
         self._runner = ModelRunner(self.model, self._cache)
         self._scorer = HeadScorer(self.model, self.catalogue)
+        self._text: TitleText | None = None
         self._lock = threading.Lock()
         self._num_requests = 0
 
@@ -119,10 +123,32 @@ class Engine:
 
     def step(self, queries: Sequence[Query]) -> list[Ranking]:
         """One forward pass over these queries; a failure leaves every session as it was."""
-        with self._forward(queries) as (last_hidden, candidate_hidden):
+        with self._forward(queries) as (last_hidden, candidate_hidden, _):
             scored = self._scorer.score(queries, last_hidden, candidate_hidden)
         self._num_requests += len(queries)
         return [self._ranking(query, result) for query, result in zip(queries, scored, strict=True)]
+
+    def generate(self, requests: Iterable[Request], max_tokens: int = 64) -> list[Generation]:
+        """What the model writes, greedily, as the next item's title: up to a newline or `max_tokens` tokens.
+
+        It is valid where it is the title of one of the request's candidates (of any item without them) that may be
+        answered; of several such items the first of the catalogue is meant. Sessions are used and extended.
+        Slower than every head and seldom better: `recommend(head="title")` scores the same titles in one pass.
+        """
+        asked, max_tokens = _requests(requests, "generate"), whole_number("max_tokens", max_tokens, 1)
+        if not self.parts.config.heads.title:
+            raise InvalidRequest("generate: this model was trained without a title head; use recommend")
+        with self._lock:
+            queries = [self._resolve(replace(request, head="retrieve")) for request in asked]
+            generator = TitleGenerator(self._runner, self._title_text())
+            titled, generations = self._rows_by_title(), list[Generation]()
+            for part in cut_into_steps([query.num_rows for query in queries], self.config):
+                lengths = [len(query.window) for query in queries[part]]
+                with self._forward(queries[part]) as (_, _, block_tables):
+                    texts = generator.generate(lengths, block_tables, max_tokens)
+                generations += [self._generation(*each, titled) for each in zip(queries[part], texts, strict=True)]
+            self._num_requests += len(queries)
+            return generations
 
     def user_vector(self, history: Sequence[str]) -> NDArray[np.float32]:
         """[d]: its dot product with an item's vector is that item's retrieve score, prior aside."""
@@ -137,7 +163,7 @@ class Engine:
             queries = [self._resolve(request) for request in plain]
             vectors = [np.zeros((0, self.catalogue.tokens.shape[1]), np.float32)]
             for part in cut_into_steps([query.num_rows for query in queries], self.config):
-                with self._forward(queries[part]) as (last_hidden, _):
+                with self._forward(queries[part]) as (last_hidden, _, _):
                     vectors.append(self._to_numpy(self._scorer.user_vectors(last_hidden)))
             return np.concatenate(vectors)
 
@@ -171,11 +197,22 @@ class Engine:
         self._cache.manager.check_integrity()
 
     def _resolve(self, request: Request) -> Query:
-        return resolve(request, self.catalogue, self.layout, self.parts.config.heads)
+        query = resolve(request, self.catalogue, self.layout, self.parts.config.heads)
+        if query.head != "title" or query.candidates is None:
+            return query
+        answers = self._title_text().answers([self.catalogue.table.titles[row] for row in query.candidates])
+        return replace(query, trie=TitleTrie.build(self.parts.config.prompt.question_ids, answers))
+
+    def _title_text(self) -> TitleText:
+        """Read when a title is first asked for: an engine without a title head needs no tokenizer."""
+        if self._text is None:
+            self._text = self.parts.title_text()
+        return self._text
 
     @contextmanager
-    def _forward(self, queries: Sequence[Query]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Plans and runs a step; yields h(last) [B, d] and each query's candidates' hidden states [C, d].
+    def _forward(self, queries: Sequence[Query]) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
+        """Plans and runs a step; yields h(last) [B, d], what each query's head of candidates reads (hidden states
+        [C, d]), and the blocks [B, blocks] that hold the histories.
 
         The step is a transaction: sessions take it over when the body ends well, and are as they were if it raises.
         """
@@ -186,7 +223,8 @@ class Engine:
             self._cache.copy_blocks(plan.copies)
             hidden = self._runner.forward(batch, self.catalogue.tokens)
             last_hidden = self._last_hidden(queries, plan, batch, hidden)
-            yield last_hidden, [hidden[part] for part in batch.candidate_reads]
+            reads = [hidden[part] for part in batch.candidate_reads]
+            yield last_hidden, reads, batch.attention.block_tables
         except BaseException:
             self._cache.release(plan)
             raise
@@ -208,6 +246,18 @@ class Engine:
     def _ranking(self, query: Query, scored: Scored) -> Ranking:
         rows, scores = scored
         return Ranking(tuple(self.catalogue.item_ids[row] for row in rows), tuple(scores), query.unknown)
+
+    def _generation(self, query: Query, text: str, titled: dict[str, list[int]]) -> Generation:
+        mask, candidates = self._scorer.mask(query), query.candidates
+        named = None if candidates is None else set(candidates.tolist())
+        rows = [row for row in titled.get(text, ()) if not mask[row] and (named is None or row in named)]
+        return Generation(text, self.catalogue.item_ids[rows[0]] if rows else None, bool(rows))
+
+    def _rows_by_title(self) -> dict[str, list[int]]:
+        titled: dict[str, list[int]] = {}
+        for row, title in enumerate(self.catalogue.table.titles):
+            titled.setdefault(answer_text(title), []).append(row)
+        return titled
 
     @staticmethod
     def _to_numpy(tensor: Tensor) -> NDArray[Any]:
