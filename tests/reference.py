@@ -65,7 +65,7 @@ def make_tiny(num_items=120, window=12, step=4, seed=0, instruction_len=19, scal
     return Tiny(model, torch.randn(num_items, 48) * scale, torch.randn(num_items), item_ids, window, step, titles)
 
 
-WORDS = "the old man and sea of a rings Ünïcode 日本 café lord two towers return king ☕ 2nd part".split()
+WORDS = ["the", "old", "man", "and", "sea", "of", "a", "Ünïcode", "日本", "café", "lord", "two", "king", "☕", "2nd"]
 QUESTION = "Its title:"
 END_ID = 2
 
@@ -91,7 +91,8 @@ def make_titled(num_items=120, window=12, step=4, seed=0, tied=False, title_scor
         for parameter in lm.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
         if model.vocabulary_head is not None:
-            lm.lm_head.weight.mul_(4)  # a head whose first choice is clear
+            lm.lm_head.weight.mul_(4)  # a head whose first choice is clear, and that comes to an end
+            lm.lm_head.weight[[END_ID, *tokenizer.encode("\n").ids]] *= 2.5
             model.vocabulary_head.copy_(lm.lm_head.weight)
     return Tiny(model, tiny.tokens, tiny.prior, tiny.item_ids, window, step, titles, tokenizer, lm)
 

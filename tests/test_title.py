@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from reference import END_ID, make_titled, make_tiny, reference_generation, reference_title_scores
+from reference import END_ID, make_tiny, make_titled, reference_generation, reference_title_scores
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
