@@ -25,7 +25,7 @@ from speeder_engine.runner import ModelRunner
 from speeder_engine.scheduler import cut_into_steps
 from speeder_engine.scorer import HeadScorer, Scored
 from speeder_engine.title import TitleTrie
-from speeder_engine.title_text import TitleText, answer_text
+from speeder_engine.title_text import TitleText, rows_by_answer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -133,7 +133,7 @@ class Engine:
 
         It is valid where it is the title of one of the request's candidates (of any item without them) that may be
         answered; of several such items the first of the catalogue is meant. Sessions are used and extended.
-        Slower than every head and seldom better: `recommend(head="title")` scores the same titles in one pass.
+        Here to compare with: `recommend(head="title")` scores candidates' titles in one pass and is always valid.
         """
         asked, max_tokens = _requests(requests, "generate"), whole_number("max_tokens", max_tokens, 1)
         if not self.parts.config.heads.title:
@@ -141,7 +141,7 @@ class Engine:
         with self._lock:
             queries = [self._resolve(replace(request, head="retrieve")) for request in asked]
             generator = TitleGenerator(self._runner, self._title_text())
-            titled, generations = self._rows_by_title(), list[Generation]()
+            titled, generations = rows_by_answer(self.catalogue.table.titles), list[Generation]()
             for part in cut_into_steps([query.num_rows for query in queries], self.config):
                 lengths = [len(query.window) for query in queries[part]]
                 with self._forward(queries[part]) as (_, _, block_tables):
@@ -252,12 +252,6 @@ class Engine:
         named = None if candidates is None else set(candidates.tolist())
         rows = [row for row in titled.get(text, ()) if not mask[row] and (named is None or row in named)]
         return Generation(text, self.catalogue.item_ids[rows[0]] if rows else None, bool(rows))
-
-    def _rows_by_title(self) -> dict[str, list[int]]:
-        titled: dict[str, list[int]] = {}
-        for row, title in enumerate(self.catalogue.table.titles):
-            titled.setdefault(answer_text(title), []).append(row)
-        return titled
 
     @staticmethod
     def _to_numpy(tensor: Tensor) -> NDArray[Any]:

@@ -13,6 +13,14 @@ def answer_text(title: str) -> str:
     return " ".join(title.split())
 
 
+def rows_by_answer(titles: Sequence[str]) -> dict[str, list[int]]:
+    """Which rows an answer may mean, in order."""
+    rows: dict[str, list[int]] = {}
+    for row, title in enumerate(titles):
+        rows.setdefault(answer_text(title), []).append(row)
+    return rows
+
+
 class TitleText:
     """Over a `tokenizers.Tokenizer`; ids are remembered by title."""
 

@@ -197,6 +197,18 @@ def test_a_failed_generation_leaves_sessions_as_they_were(titled, engine, cold, 
     assert engine.stats().rows_computed == before
 
 
+def test_two_requests_of_one_user_in_one_batch(titled, engine, cold):
+    ids = titled.ids(range(10))
+    requests = [Request(ids[:5], user_id="a"), Request(ids[:7], user_id="a"), Request(ids[3:9], user_id="a")]
+    asked = [replace(request, candidates=ids, head="title") for request in requests]
+    expected = [cold.recommend_many([replace(request, user_id=None)])[0] for request in asked]
+    written = [cold.generate([replace(request, user_id=None)])[0] for request in requests]
+    for _ in range(2):
+        assert engine.recommend_many(asked) == expected
+        assert engine.generate(requests) == written
+    engine.check_integrity()
+
+
 def test_edges(titled, engine):
     assert engine.generate([]) == []
     assert engine.recommend(["0001"], candidates=["nope"], head="title", on_unknown="skip").items == ()
