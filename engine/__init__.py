@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         UnknownItem,
     )
     from speeder_engine.item import Item
-    from speeder_engine.request import Ranking, Request
+    from speeder_engine.request import Generation, Ranking, Request
     from speeder_engine.serving import EngineStats
     from speeder_engine.session import Session
 
@@ -48,7 +48,7 @@ _HOMES = {
         "UnknownItem",
     ),
     "item": ("Item",),
-    "request": ("Ranking", "Request"),
+    "request": ("Generation", "Ranking", "Request"),
     "serving": ("EngineStats",),
     "session": ("Session",),
 }
@@ -66,6 +66,7 @@ __all__ = [
     "EngineConfig",
     "EngineClosed",
     "EngineStats",
+    "Generation",
     "InvalidRequest",
     "Item",
     "MissingDependency",

@@ -1,10 +1,10 @@
-"""Plans -> flat tensors: the rows of one forward pass, sequence after sequence, history before candidates.
+"""Plans -> flat tensors: the rows of one forward pass, sequence after sequence, history before candidates, text last.
 
 Every sequence is laid out as the rows its plan leaves to compute: new history positions, then ranked candidates.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from speeder_engine.cache import CachePlan
 from speeder_engine.prompt import PromptLayout
 from speeder_engine.query import Query
+from speeder_engine.text_rows import TextRows, make_text_rows
 from speeder_engine.triton_kernels.compressed_attention import AttentionRows
 
 ROW_TILE = 16  # rows are padded to it: a row's arithmetic must not depend on how many stand beside it
@@ -22,21 +23,45 @@ ROW_TILE = 16  # rows are padded to it: a row's arithmetic must not depend on ho
 
 @dataclass(frozen=True)
 class Batch:
-    """N rows of B sequences on the device."""
+    """N rows of B sequences on the device: first I of items, then text."""
 
-    item_rows: Tensor  # int64 [N]
-    slots: Tensor  # int64 [N]
+    item_rows: Tensor  # int64 [I]
+    slots: Tensor  # int64 [I]
     positions: Tensor  # int64 [N]
     attention: AttentionRows
     stored_rows: Tensor  # int64 [M] which rows are history: their keys are written
     slot_mapping: Tensor  # int64 [M] where
     read_rows: Tensor  # int64 [R] whose final hidden state is read
     last_read: NDArray[np.int64]  # [B] index into the reads of h(last), -1 where no history row is new
-    candidate_reads: tuple[slice, ...]  # [B] the candidates' reads, empty where none are ranked
+    candidate_reads: tuple[slice, ...]  # [B] what the head of candidates reads, empty where there is none
+    text: TextRows | None = None
 
     @property
     def num_rows(self) -> int:
+        return self.positions.shape[0]
+
+    @property
+    def num_item_rows(self) -> int:
         return self.item_rows.shape[0]
+
+    @property
+    def num_item_reads(self) -> int:
+        return self.read_rows.shape[0] - (0 if self.text is None else self.text.read_rows.shape[0])
+
+    def with_text(self, text: TextRows) -> "Batch":
+        """The same rows with those of `text` behind them."""
+        read = self.num_item_reads
+        reads = zip(self.candidate_reads, text.reads, strict=True)
+        return replace(
+            self,
+            positions=torch.cat([self.positions, text.positions]),
+            read_rows=torch.cat([self.read_rows, self.num_item_rows + text.read_rows]),
+            candidate_reads=tuple(
+                slice(read + theirs.start, read + theirs.stop) if theirs.stop > theirs.start else ours
+                for ours, theirs in reads
+            ),
+            text=text,
+        )
 
     def __str__(self) -> str:
         stored, read = self.stored_rows.shape[0], self.read_rows.shape[0]
@@ -58,7 +83,7 @@ def make_batch(
 ) -> Batch:
     extend = plan.extend_len.astype(np.int64)
     cached = plan.cached_len.astype(np.int64)
-    ranked = np.array([query.num_rows - len(query.window) for query in queries], dtype=np.int64)
+    ranked = np.array([query.num_ranked for query in queries], dtype=np.int64)
     counts = extend + ranked
     starts = np.cumsum(counts) - counts
     sequence = np.repeat(np.arange(len(queries)), counts)
@@ -80,7 +105,7 @@ def make_batch(
         shared_blocks=shared_blocks,
         shared_len=layout.instruction_len,
     )
-    return Batch(
+    items = Batch(
         item_rows=_tensor(_item_rows(queries, plan), device),
         slots=_tensor(slots, device),
         positions=_tensor(slots + layout.instruction_len, device),
@@ -91,6 +116,8 @@ def make_batch(
         last_read=last_read,
         candidate_reads=tuple(slice(int(a), int(a + n)) for a, n in zip(first_candidate, ranked, strict=True)),
     )
+    text = make_text_rows(queries, plan, layout, shared_blocks, device)
+    return items if text is None else items.with_text(text)
 
 
 def _item_rows(queries: Sequence[Query], plan: CachePlan) -> NDArray[np.int32]:

@@ -144,6 +144,11 @@ class Catalogue:
     def title(self, item_id: str) -> str:
         return self._titles[int(self.rows([item_id], "title")[0])]
 
+    @property
+    def titles(self) -> Sequence[str]:
+        """In row order, removed items included."""
+        return self._titles
+
     def row_title(self, row: int) -> str:
         return self._titles[row]
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from speeder_engine.errors import ConfigError
 
 MODALITIES = ("text", "image", "collaborative")
+MAX_TITLE_TOKENS = 64  # of a generated answer
 EXACT_LEN_ENDS = "attention window slides or its rotary frequencies change (sliding_window, rope_type)"
 
 
@@ -135,7 +136,10 @@ class PromptConfig(Config):
     instruction_ids: tuple[int, ...]
     window: int = 50
     window_step: int = 10
-    calendar: CalendarConfig | None = None
+    question: str = ""  # behind the history, before titles
+    question_ids: tuple[int, ...] = ()
+    end_ids: tuple[int, ...] = ()  # tokens that end a generated text, as a newline does
+    calendar: CalendarConfig | None = None  # of interaction times; none: they are not read
 
     def __post_init__(self) -> None:
         check(len(self.instruction_ids) > 0, "PromptConfig.instruction_ids: the instruction can't be empty")
@@ -151,6 +155,12 @@ class HeadsConfig(Config):
     rank: bool = True
     rank_residual: bool = True
     prior: bool = True
+    title: bool = False
+    title_score: str = "sum"  # of a title's log-probabilities, or their mean
+
+    def __post_init__(self) -> None:
+        scores = f"HeadsConfig.title_score: {self.title_score!r}; choose 'sum' or 'mean'"
+        check(self.title_score in ("sum", "mean"), scores)
 
 
 @dataclass(frozen=True)
@@ -161,16 +171,20 @@ class ModelConfig(Config):
     compressor: CompressorConfig
     prompt: PromptConfig
     heads: HeadsConfig = field(default_factory=HeadsConfig)
+    vocabulary_tied: bool = True  # one matrix embeds tokens and scores them; matters to titles alone
 
     def __post_init__(self) -> None:
+        asked = "PromptConfig.question_ids: heads.title needs a question behind the history; it can't be empty"
+        check(not self.heads.title or len(self.prompt.question_ids) > 0, asked)
         wide, narrow = self.decoder.hidden_size, self.compressor.hidden_size
         check(wide == narrow, f"ModelConfig: item tokens are {narrow} wide, the decoder's embeddings {wide}")
         self._check_length()
 
     def _check_length(self) -> None:
         instruction, window = len(self.prompt.instruction_ids), self.prompt.window
-        longest = instruction + window + 1
-        parts = f"instruction {instruction}, window {window}, a candidate"
+        tail = len(self.prompt.question_ids) + MAX_TITLE_TOKENS if self.heads.title else 1
+        longest = instruction + window + tail
+        parts = f"instruction {instruction}, window {window}, {'question and title' if tail > 1 else 'a candidate'}"
         prompt = f"ModelConfig: prompts of {longest} positions ({parts})"
         most, exact = self.decoder.max_positions, self.decoder.exact_len
         remedy = "; shorten the window or the instruction"

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speeder_engine.catalogue import Catalogue, ItemUpdate
-from speeder_engine.config import EngineConfig
+from speeder_engine.config import MAX_TITLE_TOKENS, EngineConfig
 from speeder_engine.device import pick_device, pick_dtype
 from speeder_engine.errors import ConfigError, DataError, EngineClosed, InvalidRequest
 from speeder_engine.item import Item
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.parts import EngineParts
-from speeder_engine.request import Head, OnUnknown, Ranking, Request, check_user, item_ids
+from speeder_engine.request import Generation, Head, OnUnknown, Ranking, Request, check_user, item_ids, whole_number
 from speeder_engine.scheduler import Scheduler, Waiting, deadline_error
 from speeder_engine.serving import EngineStats, Serving
 from speeder_engine.session import Session
@@ -157,6 +157,23 @@ class Engine:
         except asyncio.CancelledError:
             waiting.future.cancel()
             raise
+
+    def generate(self, requests: Iterable[Request], max_tokens: int = MAX_TITLE_TOKENS) -> list[Generation]:
+        """What the model writes, greedily, as the next item's title: up to a newline or `max_tokens` tokens.
+
+        It is valid where it is the title of one of the request's candidates (of any item without them) that may be
+        answered; of several such items the first of the catalogue is meant. Sessions are used and extended.
+        Here to compare with: `recommend(head="title")` scores candidates' titles in one pass and is always valid.
+        """
+        asked, max_tokens = _requests(requests, "generate"), whole_number("max_tokens", max_tokens, 1)
+        serving = self._now()
+        if not serving.parts.config.heads.title:
+            raise InvalidRequest("generate: this model was trained without a title head; use recommend")
+        generations: list[Generation] = []
+        for queries in serving.steps([serving.resolve(replace(request, head="retrieve")) for request in asked]):
+            with serving.lock:
+                generations += serving.generate(queries, max_tokens)
+        return generations
 
     def user_vector(self, history: Sequence[str]) -> NDArray[np.float32]:
         """[d]: its dot product with an item's vector is that item's retrieve score, prior aside."""

@@ -25,9 +25,11 @@ from speeder_engine.encoders.base import Encoder, load_encoder
 from speeder_engine.errors import ArtifactError, ConfigError, DataError
 from speeder_engine.files import sha256_file
 from speeder_engine.models.recommender import ServingModel
+from speeder_engine.title_text import TitleText
 
 WEIGHTS_FILE = "weights.safetensors"
 COMPRESSOR_FILE = "compressor.safetensors"
+TOKENIZER_FILE = "tokenizer/tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class EngineParts:
     model: ServingModel
     catalogue: Catalogue
     compressor: dict[str, Tensor]
+    tokenizer: Any | None = None  # a `tokenizers.Tokenizer`; none: the directory's, read when it is asked for
     write_more: Callable[[Path], None] | None = None
     artifact: Artifact | None = None
     encoders: Mapping[str, Encoder] = field(default_factory=dict)  # of parts that were not read from a directory
@@ -60,6 +63,9 @@ class EngineParts:
         save_file({name: value.contiguous() for name, value in self.model.state_dict().items()}, folder / WEIGHTS_FILE)
         save_file({name: value.contiguous() for name, value in self.compressor.items()}, folder / COMPRESSOR_FILE)
         self.catalogue.save(folder)
+        if self.tokenizer is not None:
+            (folder / TOKENIZER_FILE).parent.mkdir()
+            self.tokenizer.save(str(folder / TOKENIZER_FILE))
         if self.write_more is not None:
             self.write_more(folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -75,6 +81,12 @@ class EngineParts:
             },
         }
 
+    def title_text(self) -> TitleText:
+        """Titles as this model's tokens. Raises ArtifactError where the directory holds no tokenizer."""
+        if self.tokenizer is None and self.artifact is None:
+            raise ConfigError("tokenizer: a model with a title head needs one; give EngineParts(tokenizer=...)")
+        return TitleText(self.tokenizer if self.artifact is None else load_tokenizer(self.artifact))
+
     @classmethod
     def load(cls, path: Path) -> "EngineParts":
         """Raises ArtifactError, naming the file, for anything but a whole engine directory of this format."""
@@ -86,6 +98,20 @@ class EngineParts:
         catalogue = load_catalogue(artifact, config)
         compressor = _tensors(artifact, COMPRESSOR_FILE)
         return cls(config, load_model(artifact, config), catalogue, compressor, artifact=artifact)
+
+
+def load_tokenizer(artifact: Artifact) -> Any:
+    """The `tokenizers.Tokenizer` of a directory, without the cutting and padding a training run may have set."""
+    from tokenizers import Tokenizer
+
+    path = artifact.file(TOKENIZER_FILE)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # what the native reader raises is no narrower
+        raise ArtifactError(f"{path}: not a tokenizer that can be read here ({error}); export again") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def load_model(artifact: Artifact, config: ModelConfig) -> ServingModel:

@@ -1,8 +1,9 @@
 """PromptLayout: which rows, in which order, at which positions. Training, evaluation, engine and export all ask here.
 
     [instruction]  [z_1 + p_1] ... [z_n + p_n]  [candidates: z_c + p_{n+1} + role]
+                                                [question] [titles]
 
-Slots count oldest first from 0, so that adding an interaction changes no earlier row.
+Slots count oldest first from 0, so that adding an interaction changes no earlier row. Text has no position prompts.
 """
 
 from dataclasses import dataclass

@@ -11,6 +11,7 @@ from speeder_engine.config import HeadsConfig, ModelConfig
 from speeder_engine.errors import InvalidRequest, UnknownItem
 from speeder_engine.prompt import PromptLayout
 from speeder_engine.request import Head, Request
+from speeder_engine.title import TitleTrie
 
 Rows = NDArray[np.int32]
 
@@ -27,11 +28,17 @@ class Query:
     excluded: Rows  # never answered: seen, denied
     allowed: Rows | None  # None: all
     unknown: tuple[str, ...]
+    trie: TitleTrie | None = None  # of the candidates, where their titles are scored
+
+    @property
+    def num_ranked(self) -> int:
+        """Candidates that are rows of their own."""
+        return len(self.candidates) if self.head == "rank" and self.candidates is not None else 0
 
     @property
     def num_rows(self) -> int:
         """Rows of the forward pass when nothing is cached."""
-        return len(self.window) + (len(self.candidates) if self.head == "rank" and self.candidates is not None else 0)
+        return len(self.window) + self.num_ranked + (self.trie.num_rows if self.trie is not None else 0)
 
 
 def resolve(request: Request, catalogue: Catalogue, layout: PromptLayout, config: ModelConfig) -> Query:
@@ -79,6 +86,8 @@ def _buckets(request: Request, unknown: Sequence[str], layout: PromptLayout, win
 def _head(request: Request, heads: HeadsConfig) -> Head:
     if request.head == "rank" and not heads.rank:
         raise InvalidRequest("head: this model was trained without a rank head; use 'retrieve' for candidates too")
+    if request.head == "title" and not heads.title:
+        raise InvalidRequest("head: this model was trained without a title head; use 'rank' or 'retrieve'")
     return request.head or ("rank" if request.candidates is not None and heads.rank else "retrieve")
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from speeder_engine.errors import InvalidRequest, name_some
 
-Head = Literal["retrieve", "rank"]
+Head = Literal["retrieve", "rank", "title"]
 OnUnknown = Literal["error", "skip"]
 
 
@@ -18,7 +18,8 @@ class Request:
 
     history: item ids, oldest first; may be empty. user_id: names a session, whose keys and values are reused as far as
     they were computed from this very history. candidates: rank these (even if seen) instead of the whole catalogue.
-    head: "retrieve" without candidates, "rank" with, unless said otherwise. exclude_seen: the history is not
+    head: "retrieve" without candidates, "rank" with, unless said otherwise ("title": the likelihood of the candidates'
+    titles). exclude_seen: the history is not
     recommended again. allow, deny: only these, none of these. history_offset: how many older interactions the caller
     left out. on_unknown: "error", or "skip" ids that are not in the catalogue (the ranking lists them).
     """
@@ -36,8 +37,8 @@ class Request:
     on_unknown: OnUnknown = field(default="error", kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", _whole_number("k", self.k, 1))
-        object.__setattr__(self, "history_offset", _whole_number("history_offset", self.history_offset, 0))
+        object.__setattr__(self, "k", whole_number("k", self.k, 1))
+        object.__setattr__(self, "history_offset", whole_number("history_offset", self.history_offset, 0))
         object.__setattr__(self, "history", item_ids(self.history, "history"))
         for name in ("candidates", "allow", "deny"):
             if getattr(self, name) is not None:
@@ -47,10 +48,10 @@ class Request:
             object.__setattr__(self, "times", _finite(self.times, len(self.history)))
         if self.user_id is not None:
             check_user(self.user_id)
-        if self.head not in (None, "retrieve", "rank"):
-            raise InvalidRequest(f"head: {self.head!r} is no head of this engine; choose 'retrieve' or 'rank'")
-        if self.head == "rank" and self.candidates is None:
-            raise InvalidRequest("head: 'rank' scores named candidates; pass candidates, or use 'retrieve'")
+        if self.head not in (None, "retrieve", "rank", "title"):
+            raise InvalidRequest(f"head: {self.head!r} is no head of this engine; choose 'retrieve', 'rank' or 'title'")
+        if self.head in ("rank", "title") and self.candidates is None:
+            raise InvalidRequest(f"head: {self.head!r} scores named candidates; pass candidates, or use 'retrieve'")
         if self.on_unknown not in ("error", "skip"):
             raise InvalidRequest(f"on_unknown: {self.on_unknown!r}; choose 'error' or 'skip'")
 
@@ -80,6 +81,15 @@ class Ranking:
         return iter(zip(self.items, self.scores, strict=True))
 
 
+@dataclass(frozen=True)
+class Generation:
+    """What a model wrote as the next item's title; `valid` where it is the title of an item that may be answered."""
+
+    text: str
+    item_id: str | None
+    valid: bool
+
+
 def item_ids(value: object, where: str) -> tuple[str, ...]:
     """Any iterable of strings as a tuple; a bare string, which iterates over its letters, is refused."""
     if isinstance(value, str | bytes):
@@ -96,7 +106,7 @@ def item_ids(value: object, where: str) -> tuple[str, ...]:
     return ids  # type: ignore[return-value]
 
 
-def _whole_number(name: str, value: Any, least: int) -> int:
+def whole_number(name: str, value: Any, least: int) -> int:
     """Any integer type but bool, numpy's too."""
     number = operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else None
     if number is None or number < least:

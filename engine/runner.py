@@ -8,6 +8,7 @@ from speeder_engine.cache import KVCache
 from speeder_engine.models.decoder import CausalAttend, DecoderLayer, rotate
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.triton_kernels.compressed_attention import AttentionRows, compressed_attention
+from speeder_engine.triton_kernels.tree_attention import tree_attention
 
 
 class ModelRunner:
@@ -26,6 +27,8 @@ class ModelRunner:
             return self.instruction_hidden[:0]
         self.rows_computed += batch.num_rows
         embedded = self.model.embed(item_tokens[batch.item_rows], batch.slots, batch.attention.candidate)
+        if batch.text is not None:
+            embedded = torch.cat([embedded, self.model.embed_text(batch.text.tokens)])
         positions = pad_to_tile(batch.positions)
         attend = PagedAttend(self.cache, batch, *self.model.decoder.rotary(positions))
         hidden: Tensor = self.model.decoder(pad_to_tile(embedded), positions, attend, pad_to_tile(batch.read_rows))
@@ -53,7 +56,7 @@ class PagedAttend:
         cache.store(layer.index, batch.slot_mapping, k[batch.stored_rows], v[batch.stored_rows])
         cos, sin = (self.cos, self.sin) if rows is None else (self.cos[rows], self.sin[rows])
         q = rotate(layer.norm_q(q), cos, sin)
-        attention, real = self._rows(rows, batch.num_rows)
+        attention, real = self._rows(rows, batch.num_item_rows)
         out = torch.zeros_like(q)
         out[:real] = compressed_attention(
             q[:real],
@@ -63,13 +66,20 @@ class PagedAttend:
             cache.values[layer.index],
             attention,
         )
+        if batch.text is not None:
+            text = slice(batch.num_item_rows, batch.num_rows)
+            tree = batch.text.tree if rows is None else batch.text.tree.select(batch.text.read_rows)
+            behind = slice(real, real + tree.paths.shape[0])
+            out[behind] = tree_attention(
+                q[behind], k[text], v[text], cache.keys[layer.index], cache.values[layer.index], tree
+            )
         return out
 
     def _rows(self, rows: Tensor | None, num_rows: int) -> tuple[AttentionRows, int]:
         """The rows that attend, padding left out."""
         if rows is None:
             return self.batch.attention, num_rows
-        real = self.batch.read_rows.shape[0]
+        real = self.batch.num_item_reads
         return self.batch.attention.select(rows[:real]), real
 
 

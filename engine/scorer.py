@@ -11,6 +11,7 @@ from speeder_engine.batch import pad_to_tile
 from speeder_engine.catalogue import Catalogue
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.query import Query, Rows
+from speeder_engine.title_scorer import title_scores
 from speeder_engine.triton_kernels.top_scores import stable_top, top_scores
 
 Scored = tuple[Rows, list[float]]  # rows, best first, and their scores
@@ -25,10 +26,15 @@ class HeadScorer:
 
     @torch.inference_mode()
     def score(self, queries: Sequence[Query], last_hidden: Tensor, candidate_hidden: Sequence[Tensor]) -> list[Scored]:
-        """last_hidden [B, d] is h(last) of every query; candidate_hidden[b] [C, d] for those that rank."""
+        """last_hidden [B, d] is h(last) of every query; candidate_hidden[b] what its head reads besides: [C, d] of the
+        candidates where they are ranked, [R, d] of the trie's rows from `first_read` on where titles are scored."""
         vectors = self.user_vectors(last_hidden)
         searches = [b for b, query in enumerate(queries) if query.candidates is None]
         found = dict(zip(searches, self._search([queries[b] for b in searches], vectors[searches]), strict=True))
+        titled = [b for b, query in enumerate(queries) if query.trie is not None]
+        tries = [query.trie for query in queries if query.trie is not None]
+        likelihoods = title_scores(self.model, tries, [candidate_hidden[b] for b in titled])
+        found |= {b: self._titles(queries[b], scores) for b, scores in zip(titled, likelihoods, strict=True)}
         return [
             found[b] if b in found else self._candidates(query, vectors[b], candidate_hidden[b])
             for b, query in enumerate(queries)
@@ -44,7 +50,7 @@ class HeadScorer:
     def similar(self, query: Query) -> Scored:
         """The items nearest by cosine to the one item of the query's history."""
         tokens = F.normalize(self.catalogue.tokens.float(), dim=1)
-        scores = (tokens @ tokens[int(query.window[0])]).masked_fill(self._mask(query), float("-inf"))
+        scores = (tokens @ tokens[int(query.window[0])]).masked_fill(self.mask(query), float("-inf"))
         values, rows = stable_top(scores[None], min(query.request.k, len(scores)))
         return self._cut(query, values[0], rows[0])
 
@@ -52,13 +58,13 @@ class HeadScorer:
         """The best of the whole catalogue."""
         if not queries:
             return []
-        mask = pad_to_tile(torch.stack([self._mask(query) for query in queries]))
+        mask = pad_to_tile(torch.stack([self.mask(query) for query in queries]))
         prior = self.model.retrieve.beta * self.catalogue.prior
         deepest = max(query.request.k for query in queries)
         scores, rows = top_scores(pad_to_tile(vectors), self.catalogue.tokens, prior, mask, deepest)
         return [self._cut(query, scores[b], rows[b]) for b, query in enumerate(queries)]
 
-    def _mask(self, query: Query) -> Tensor:
+    def mask(self, query: Query) -> Tensor:
         """bool [I]: true for items that are not answered."""
         mask = ~self.catalogue.available
         if query.allowed is not None:
@@ -76,8 +82,15 @@ class HeadScorer:
         retrieved = (vector * self.catalogue.tokens[rows]).sum(dim=-1)
         head = self.model.rank if query.head == "rank" else self.model.retrieve
         scores = self.model.rank(hidden, retrieved) if query.head == "rank" else retrieved
-        scores = scores.float() + head.beta.float() * self.catalogue.prior[rows].float()
-        scores = scores.masked_fill(self._mask(query)[rows], float("-inf"))
+        return self._best(query, rows, scores.float() + head.beta.float() * self.catalogue.prior[rows].float())
+
+    def _titles(self, query: Query, scores: Tensor) -> Scored:
+        """The named candidates by their titles' likelihood: no prior, which is learned with the other heads."""
+        assert query.candidates is not None
+        return self._best(query, torch.from_numpy(query.candidates.astype(np.int64)).to(scores.device), scores)
+
+    def _best(self, query: Query, rows: Tensor, scores: Tensor) -> Scored:
+        scores = scores.masked_fill(self.mask(query)[rows], float("-inf"))
         values, order = stable_top(scores[None], len(rows))
         return self._cut(query, values[0], rows[order[0]])
 

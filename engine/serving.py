@@ -6,7 +6,7 @@ It knows no threads and no queue: whoever calls holds `lock`.
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,13 +17,16 @@ from speeder_engine.batch import Batch, make_batch
 from speeder_engine.cache import CachePlan, KVCache
 from speeder_engine.config import EngineConfig
 from speeder_engine.embedder import ItemEmbedder
+from speeder_engine.generation import TitleGenerator
 from speeder_engine.parts import EngineParts
 from speeder_engine.prompt import PromptLayout
 from speeder_engine.query import Query, resolve
-from speeder_engine.request import Ranking, Request
+from speeder_engine.request import Generation, Ranking, Request
 from speeder_engine.runner import ModelRunner
 from speeder_engine.scheduler import cut_into_steps
 from speeder_engine.scorer import HeadScorer, Scored
+from speeder_engine.title import TitleTrie
+from speeder_engine.title_text import TitleText, rows_by_answer
 
 Floats = NDArray[np.float32]
 
@@ -62,11 +65,23 @@ class Serving:
         self.runner = ModelRunner(self.model, self.cache)
         self.scorer = HeadScorer(self.model, self.catalogue)
         self.embedder = ItemEmbedder(parts.config.compressor, parts.compressor, parts.find_encoder, device)
+        self._title_text: TitleText | None = None
         self.num_requests = 0
         self.num_steps = 0
 
     def resolve(self, request: Request) -> Query:
-        return resolve(request, self.catalogue, self.layout, self.parts.config)
+        query = resolve(request, self.catalogue, self.layout, self.parts.config)
+        if query.head != "title" or query.candidates is None:
+            return query
+        answers = self.title_text.answers([self.catalogue.row_title(row) for row in query.candidates.tolist()])
+        return replace(query, trie=TitleTrie.build(self.layout.config.question_ids, answers))
+
+    @property
+    def title_text(self) -> TitleText:
+        """Read when a title is first asked for: an engine without a title head needs no tokenizer."""
+        if self._title_text is None:
+            self._title_text = self.parts.title_text()
+        return self._title_text
 
     def num_rows(self, queries: Sequence[Query]) -> list[int]:
         """Rows of the forward pass each query would need now, its session counted in."""
@@ -85,14 +100,23 @@ class Serving:
 
     def step(self, queries: Sequence[Query]) -> list[Ranking]:
         """One forward pass over these queries; a failure leaves every session as it was."""
-        with self.forward(queries) as (last_hidden, candidate_hidden):
+        with self.forward(queries) as (last_hidden, candidate_hidden, _):
             scored = self.scorer.score(queries, last_hidden, candidate_hidden)
         self.num_requests += len(queries)
         return [self.ranking(query, result) for query, result in zip(queries, scored, strict=True)]
 
+    def generate(self, queries: Sequence[Query], max_tokens: int) -> list[Generation]:
+        """Greedily written titles, one step and a decode loop behind it."""
+        generator = TitleGenerator(self.runner, self.title_text)
+        with self.forward(queries) as (_, _, block_tables):
+            texts = generator.generate([len(query.window) for query in queries], block_tables, max_tokens)
+        self.num_requests += len(queries)
+        titled = rows_by_answer(self.catalogue.titles)
+        return [self._generation(query, text, titled) for query, text in zip(queries, texts, strict=True)]
+
     def user_vectors(self, queries: Sequence[Query]) -> Floats:
         """[B, d], one step."""
-        with self.forward(queries) as (last_hidden, _):
+        with self.forward(queries) as (last_hidden, _, _):
             return to_numpy(self.scorer.user_vectors(last_hidden))
 
     def item_vectors(self, ids: Sequence[str]) -> Floats:
@@ -100,8 +124,9 @@ class Serving:
         return to_numpy(self.catalogue.tokens[rows.to(self.device)])
 
     @contextmanager
-    def forward(self, queries: Sequence[Query]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Plans and runs a step; yields h(last) [B, d] and each query's candidates' hidden states [C, d].
+    def forward(self, queries: Sequence[Query]) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
+        """Plans and runs a step; yields h(last) [B, d], what each query's head of candidates reads (hidden states
+        [C, d]), and the blocks [B, blocks] that hold the histories.
 
         The step is a transaction: sessions take it over when the body ends well, and are as they were if it raises.
         """
@@ -111,7 +136,8 @@ class Serving:
             self.cache.prepare(plan)
             hidden = self.runner.forward(batch, self.catalogue.tokens)
             last_hidden = self._last_hidden(queries, plan, batch, hidden)
-            yield last_hidden, [hidden[part] for part in batch.candidate_reads]
+            reads = [hidden[part] for part in batch.candidate_reads]
+            yield last_hidden, reads, batch.attention.block_tables
             self.cache.keep_last_hidden(plan, last_hidden)
         except BaseException:
             self.cache.release(plan)
@@ -137,6 +163,12 @@ class Serving:
     def ranking(self, query: Query, scored: Scored) -> Ranking:
         rows, scores = scored
         return Ranking(self.catalogue.ids(rows.tolist()), tuple(scores), query.unknown)
+
+    def _generation(self, query: Query, text: str, titled: dict[str, list[int]]) -> Generation:
+        mask, candidates = self.scorer.mask(query), query.candidates
+        named = None if candidates is None else set(candidates.tolist())
+        rows = [row for row in titled.get(text, ()) if not mask[row] and (named is None or row in named)]
+        return Generation(text, self.catalogue.ids(rows)[0] if rows else None, bool(rows))
 
     def stats(self, num_waiting: int) -> EngineStats:
         counts, size = self.cache.manager.stats(), self.cache.size

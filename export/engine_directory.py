@@ -31,6 +31,7 @@ def engine_parts(checkpoint: Checkpoint) -> EngineParts:
         config=config,
         model=ServingModel.from_recommender(model),
         catalogue=Catalogue(checkpoint.table, checkpoint.item_tokens()),
+        tokenizer=checkpoint.tokenizer.backend_tokenizer if config.heads.title else None,
         compressor={name: value.clone() for name, value in model.compressor.state_dict().items()},
         write_more=write_more,
     )

@@ -3,14 +3,15 @@
 Nothing here is shared with the engine but the weights and the layout's numbers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
 from speeder_engine.catalogue import Catalogue, ItemTable
-from speeder_engine.config import CompressorConfig, ModelConfig, PromptConfig
+from speeder_engine.config import CompressorConfig, HeadsConfig, ModelConfig, PromptConfig
 from speeder_engine.models.families import decoder_config
 from speeder_engine.models.recommender import Recommender, ServingModel
 from speeder_engine.parts import EngineParts
@@ -26,13 +27,16 @@ class Tiny:
     item_ids: list[str]
     window: int
     step: int
+    titles: list[str] = field(default_factory=list)
+    tokenizer: Tokenizer | None = None
+    lm: LlamaForCausalLM | None = None  # the backbone with its vocabulary head
 
     def parts(self) -> EngineParts:
         """Fresh each time: an engine moves the tensors it is given."""
-        table = ItemTable.fresh(self.item_ids, [f"Title {i}" for i in self.item_ids], self.prior.numpy())
+        table = ItemTable.fresh(self.item_ids, self.titles, self.prior.numpy())
         served = ServingModel.from_recommender(self.model)
         compressor = {name: value.clone() for name, value in self.model.compressor.state_dict().items()}
-        return EngineParts(self.model.config, served, Catalogue(table, self.tokens.clone()), compressor)
+        return EngineParts(self.model.config, served, Catalogue(table, self.tokens.clone()), compressor, self.tokenizer)
 
     def ids(self, rows) -> list[str]:
         return [self.item_ids[int(row)] for row in rows]
@@ -58,7 +62,53 @@ def make_tiny(num_items=120, window=12, step=4, seed=0, instruction_len=19, scal
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     item_ids = [f"{i:04d}" for i in range(num_items)]
-    return Tiny(model, torch.randn(num_items, 48) * scale, torch.randn(num_items), item_ids, window, step)
+    titles = [f"Title {i}" for i in item_ids]
+    return Tiny(model, torch.randn(num_items, 48) * scale, torch.randn(num_items), item_ids, window, step, titles)
+
+
+WORDS = ["the", "old", "man", "and", "sea", "of", "a", "Ünïcode", "日本", "café", "lord", "two", "king", "☕", "2nd"]
+QUESTION = "Its title:"
+END_ID = 2
+
+
+def make_titled(num_items=120, window=12, step=4, seed=0, tied=False, title_score="sum") -> Tiny:
+    """The same with a title head: a causal LM whose words are the titles'. Some titles are nested, equal or empty."""
+    rng = np.random.default_rng(seed)
+    titles = [" ".join(rng.choice(WORDS, rng.integers(1, 7))) for _ in range(num_items)]
+    titles[10:16] = ["the old", "the old man", "the old man and the sea", "the old man", "", "the old\nman"]
+    tokenizer = make_tokenizer(titles)
+    tiny = make_tiny(num_items, window, step, seed)
+    torch.manual_seed(seed)
+    shape = LlamaConfig(**{**tiny.model.backbone.config.to_dict(), "vocab_size": 400, "tie_word_embeddings": tied})
+    lm = LlamaForCausalLM(shape).eval()
+    old = tiny.model.config
+    question_ids = tuple(tokenizer.encode(QUESTION).ids)
+    prompt = PromptConfig("i", old.prompt.instruction_ids, window, step, QUESTION, question_ids, (END_ID,))
+    heads = HeadsConfig(title=True, title_score=title_score)
+    config = ModelConfig(decoder_config(shape), old.compressor, prompt, heads, vocabulary_tied=tied)
+    model = Recommender(config, lm.model).eval()
+    model.load_state_dict(tiny.model.own_state(), strict=False)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        if model.vocabulary_head is not None:
+            lm.lm_head.weight.mul_(4)  # a head whose first choice is clear, and that comes to an end
+            lm.lm_head.weight[[END_ID, *tokenizer.encode("\n").ids]] *= 2.5
+            model.vocabulary_head.copy_(lm.lm_head.weight)
+    return Tiny(model, tiny.tokens, tiny.prior, tiny.item_ids, window, step, titles, tokenizer, lm)
+
+
+def make_tokenizer(texts) -> Tokenizer:
+    """Byte-level BPE with an unknown, a beginning and an end."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
 def reference_start(length: int, window: int, step: int) -> int:
@@ -90,3 +140,40 @@ def reference_scores(tiny: Tiny, rows, candidates=None):
         score = last @ model.rank.weight + model.rank.bias + model.rank.alpha * (tiny.tokens[row] @ vector)
         ranked.append(score + model.rank.beta * tiny.prior[row])
     return retrieve, torch.stack(ranked)
+
+
+def reference_prompt(tiny: Tiny, rows) -> torch.Tensor:
+    """Instruction, history and question [T, d]."""
+    model, prompt = tiny.model, tiny.model.config.prompt
+    rows = np.asarray(rows, dtype=np.int64)
+    rows = rows[reference_start(len(rows), tiny.window, tiny.step) :]
+    instruction, question = (
+        model.backbone.embed_tokens(torch.tensor(ids)) for ids in (prompt.instruction_ids, prompt.question_ids)
+    )
+    return torch.cat([instruction, tiny.tokens[torch.from_numpy(rows)] + model.prompts.weight[: len(rows)], question])
+
+
+@torch.no_grad()
+def reference_title_scores(tiny: Tiny, rows, candidates, mean=False) -> torch.Tensor:
+    """Log-likelihood [C] of each candidate's title, by one full prompt each."""
+    prompt, scores = reference_prompt(tiny, rows), []
+    for row in candidates:
+        ids = torch.tensor(tiny.tokenizer.encode(" ".join(tiny.titles[row].split()) + "\n").ids)
+        inputs = torch.cat([prompt, tiny.model.backbone.embed_tokens(ids)])[None]
+        logits = tiny.lm(inputs_embeds=inputs).logits[0, len(prompt) - 1 : -1]
+        found = logits.log_softmax(-1)[torch.arange(len(ids)), ids]
+        scores.append(found.mean() if mean else found.sum())
+    return torch.stack(scores)
+
+
+@torch.no_grad()
+def reference_generation(tiny: Tiny, rows, max_tokens=64) -> str:
+    """transformers' own greedy decoding, cut at the newline."""
+    ids = tiny.lm.generate(
+        inputs_embeds=reference_prompt(tiny, rows)[None],
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        eos_token_id=END_ID,
+        pad_token_id=END_ID,
+    )
+    return tiny.tokenizer.decode(ids[0].tolist(), skip_special_tokens=True).split("\n")[0].strip()

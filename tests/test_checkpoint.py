@@ -1,10 +1,13 @@
 """Checkpoints round-trip; adapters are merged; what training doesn't change is not written twice."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from speeder_engine import ArtifactError, Engine, EngineConfig
 from speeder_engine.catalogue import ItemTable
@@ -13,7 +16,7 @@ from speeder_engine.config import CompressorConfig, HeadsConfig, ModelConfig, Pr
 from speeder_engine.encoders.features import Features
 from speeder_engine.encoders.fitted_text import FittedTextEncoder
 from speeder_engine.evaluation.model_scorer import ModelScorer
-from speeder_engine.export.engine_directory import export_engine
+from speeder_engine.export.engine_directory import engine_parts, export_engine
 from speeder_engine.models.families import decoder_config
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.training.backbone import instruction_ids, load_pretrained, small_llama, train_tokenizer
@@ -164,3 +167,33 @@ def test_what_is_not_ours_is_never_replaced(checkpoint, tmp_path, already):
     with pytest.raises(ArtifactError, match=r"out: (is not empty and no checkpoint|also holds 'precious.txt')"):
         checkpoint.save(out)
     assert (out / "precious.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_title_head_goes_with_the_checkpoint_into_the_engine(tmp_path, tied):
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(TEXTS, SMALL.vocab_size)
+    shape = small_llama(SMALL, len(tokenizer)).config
+    lm = LlamaForCausalLM(LlamaConfig(**{**shape.to_dict(), "tie_word_embeddings": tied}))
+    checkpoint = make_checkpoint(lm.model, tokenizer)
+    config = checkpoint.model.config
+    prompt = replace(config.prompt, question="Title:", question_ids=tuple(tokenizer("Title:")["input_ids"]))
+    config = replace(config, heads=HeadsConfig(title=True), prompt=prompt, vocabulary_tied=tied)
+    checkpoint.model = Recommender(config, lm.model).eval()
+    if checkpoint.model.vocabulary_head is not None:
+        with torch.no_grad():
+            checkpoint.model.vocabulary_head.copy_(lm.lm_head.weight)
+    checkpoint.save(tmp_path / "c")
+    assert ("vocabulary_head" in load_file(tmp_path / "c" / "recommender.safetensors")) is not tied
+    export_engine(tmp_path / "c", tmp_path / "e")
+    vocabulary = Engine.load(tmp_path / "e").model.vocabulary
+    hidden = torch.randn(3, 32)
+    torch.testing.assert_close(vocabulary.logits(hidden), lm.lm_head(hidden))
+    candidates = [f"{i:03d}" for i in range(30)]
+    in_memory = Engine(engine_parts(checkpoint), EngineConfig(dtype="float32"))
+    loaded = Engine.load(tmp_path / "e", dtype="float32")
+    for engine in (in_memory, loaded):
+        assert len(engine.recommend(["003"], 30, candidates=candidates, head="title")) == 30
+    assert loaded.recommend([], candidates=candidates, head="title") == in_memory.recommend(
+        [], candidates=candidates, head="title"
+    )

@@ -120,6 +120,7 @@ def test_recipes_that_are_none(tmp_path):
         ({"stages": []}, "stages: at least one"),
         ({"rank_weight": 0.0}, "heads.rank and rank_weight"),
         ({"heads": {"rank": False}}, "heads.rank and rank_weight"),
+        ({"heads": {"title": True}}, "heads.title: a title head can't be trained yet"),
     ],
 )
 def test_nonsense_in_a_recipe_is_found_before_training(settings, message):

@@ -220,7 +220,9 @@ def test_a_bad_item_is_refused_in_one_line_and_nothing_is_changed(tiny, item, me
 
 
 def test_an_engine_without_encoders_says_what_to_pass(tiny):
-    with pytest.raises(DataError, match=r"'x': this engine holds no text encoder; pass vectors=\{'text': \[...\]\} of 8"):
+    with pytest.raises(
+        DataError, match=r"'x': this engine holds no text encoder; pass vectors=\{'text': \[...\]\} of 8"
+    ):
         made(tiny).upsert([Item("x", text="words")])
 
 
@@ -260,8 +262,8 @@ def test_two_engines_side_by_side_know_nothing_of_each_other(tiny):
 
 
 def test_a_hundred_thousand_upserts_beside_requests_and_no_wrong_answer(tiny):
-    """Each call replaces the same hundred items by one of eight sets of vectors: an answer that mixes two sets, or reads
-    a session's keys of another set, is none of the eight answers of a cold engine."""
+    """Each call replaces the same hundred items by one of eight sets of vectors: an answer that mixes two sets, or
+    reads a session's keys of another set, is none of the eight answers of a cold engine."""
     rng, num_sets = np.random.default_rng(6), 8
     sets = [[Item(f"{i:04d}", vectors=vectors(rng)) for i in range(100)] for _ in range(num_sets)]
     histories = [tiny.ids(rng.integers(0, 100, n)) for n in (3, 9, 12, 20)]

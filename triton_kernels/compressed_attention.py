@@ -65,20 +65,20 @@ def compressed_attention_ref(
     _, num_heads, head_dim = q.shape
     kv_heads = k.shape[1]
     group = num_heads // kv_heads
-    queries = _scatter(q.to(dtype) / math.sqrt(head_dim), rows)  # [B, R, H, D]
+    queries = scatter_rows(q.to(dtype) / math.sqrt(head_dim), rows)  # [B, R, H, D]
     batch, length = queries.shape[:2]
     queries = queries.view(batch, length, kv_heads, group, head_dim).permute(0, 2, 1, 3, 4)
     queries = queries.reshape(batch, kv_heads, length * group, head_dim)
 
-    keys, values = (_gather(cache, rows.block_tables, dtype) for cache in (k_cache, v_cache))  # [B, H_kv, S, D]
+    keys, values = (gather_blocks(cache, rows.block_tables, dtype) for cache in (k_cache, v_cache))  # [B, H_kv, S, D]
     shared_keys, shared_values = (
-        _gather(cache, rows.shared_blocks[None], dtype)[:, :, : rows.shared_len] for cache in (k_cache, v_cache)
+        gather_blocks(cache, rows.shared_blocks[None], dtype)[:, :, : rows.shared_len] for cache in (k_cache, v_cache)
     )
-    own_keys = _scatter(k.to(dtype), rows).permute(0, 2, 1, 3).repeat_interleave(group, dim=2)
-    own_values = _scatter(v.to(dtype), rows).permute(0, 2, 1, 3).repeat_interleave(group, dim=2)
+    own_keys = scatter_rows(k.to(dtype), rows).permute(0, 2, 1, 3).repeat_interleave(group, dim=2)
+    own_values = scatter_rows(v.to(dtype), rows).permute(0, 2, 1, 3).repeat_interleave(group, dim=2)
     own = (queries * own_keys).sum(-1, keepdim=True)
-    visible = _scatter(rows.visible, rows).repeat_interleave(group, dim=1)[:, None, :, None]  # [B, 1, R * G, 1]
-    folded = _scatter(rows.candidate, rows).repeat_interleave(group, dim=1)[:, None, :, None]
+    visible = scatter_rows(rows.visible, rows).repeat_interleave(group, dim=1)[:, None, :, None]  # [B, 1, R * G, 1]
+    folded = scatter_rows(rows.candidate, rows).repeat_interleave(group, dim=1)[:, None, :, None]
 
     hidden = torch.arange(keys.shape[2], device=q.device) >= visible
     history = (queries @ keys.transpose(2, 3)).masked_fill(hidden, float("-inf"))
@@ -88,23 +88,23 @@ def compressed_attention_ref(
     history, shared, own = (history - top).exp(), (shared - top).exp(), (own - top).exp()
 
     # a column of ones sums the weights inside the same product
-    total = history @ _with_ones(values) + shared @ _with_ones(shared_values)
+    total = history @ with_ones(values) + shared @ with_ones(shared_values)
     out = (total[..., :-1] + own * own_values) / (total[..., -1:] + own)
     out = out.view(batch, kv_heads, length, group, head_dim).permute(0, 2, 1, 3, 4)
     return out.reshape(batch, length, num_heads, head_dim)[rows.sequence, rows.local].to(q.dtype)
 
 
-def _scatter(flat: Tensor, rows: AttentionRows) -> Tensor:
+def scatter_rows(flat: Tensor, rows: AttentionRows) -> Tensor:
     """[N, ...] -> [B, R, ...], zero where a sequence has fewer rows."""
     padded = flat.new_zeros(rows.block_tables.shape[0], rows.rows_per_sequence, *flat.shape[1:])
     padded[rows.sequence, rows.local] = flat
     return padded
 
 
-def _gather(cache: Tensor, tables: Tensor, dtype: torch.dtype) -> Tensor:
+def gather_blocks(cache: Tensor, tables: Tensor, dtype: torch.dtype) -> Tensor:
     """Blocks [blocks, block_size, H_kv, D] by tables [B, n] -> [B, H_kv, n * block_size, D]."""
     return cache[tables].flatten(1, 2).permute(0, 2, 1, 3).to(dtype)
 
 
-def _with_ones(values: Tensor) -> Tensor:
+def with_ones(values: Tensor) -> Tensor:
     return torch.cat([values, values.new_ones(*values.shape[:-1], 1)], dim=-1)

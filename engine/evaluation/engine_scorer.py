@@ -6,35 +6,41 @@ from numpy.typing import NDArray
 from speeder_engine.data.splits import Queries
 from speeder_engine.engine import Engine
 from speeder_engine.errors import DataError, name_some
-from speeder_engine.request import Request
+from speeder_engine.request import Head, Request
 
 
 class EngineScorer:
-    """The `Scorer` of an engine on a dataset whose items, in row order, are `item_ids`."""
+    """The `Scorer` of an engine on a dataset whose items, in row order, are `item_ids`.
+
+    head: what scores candidates, "title" for instance; none: what the engine takes by itself.
+    """
 
     uses_time = False
 
-    def __init__(self, engine: Engine, item_ids: tuple[str, ...], name: str = "speeder") -> None:
+    def __init__(
+        self, engine: Engine, item_ids: tuple[str, ...], name: str = "speeder", head: Head | None = None
+    ) -> None:
         missing = [item_id for item_id in item_ids if item_id not in engine.catalogue]
         if missing:
             raise DataError(f"evaluation: the engine doesn't know {name_some(missing)}; evaluate on the data it serves")
         self.name = name
         self.engine = engine
+        self.head = head
         self.item_ids = item_ids
         self.vectors = engine.item_vectors(item_ids)
         beta = float(engine.model.retrieve.beta)
         self.prior = np.float32(beta) * engine.catalogue.priors(item_ids)
 
     def scores(self, queries: Queries) -> NDArray[np.float32]:
-        vectors = self.engine.user_vectors(Request(self._ids(queries.history(q))) for q in range(len(queries)))
+        vectors = self.engine.user_vectors(Request(self.ids(queries.history(q))) for q in range(len(queries)))
         scores: NDArray[np.float32] = (vectors @ self.vectors.T + self.prior).astype(np.float32)
         return scores
 
     def candidate_scores(self, queries: Queries, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
-        """By the engine's `rank`; an item it doesn't rank has -inf."""
+        """By the engine's head for candidates; an item it doesn't rank has -inf."""
         count = candidates.shape[1]
         requests = [
-            Request(self._ids(queries.history(q)), count, candidates=self._ids(candidates[q]))
+            Request(self.ids(queries.history(q)), count, candidates=self.ids(candidates[q]), head=self.head)
             for q in range(len(queries))
         ]
         scores = np.full(candidates.shape, -np.inf, np.float32)
@@ -43,5 +49,5 @@ class EngineScorer:
             scores[q] = [found.get(item_id, -np.inf) for item_id in requests[q].candidates or ()]
         return scores
 
-    def _ids(self, rows: NDArray[np.int32]) -> list[str]:
+    def ids(self, rows: NDArray[np.int32]) -> list[str]:
         return [self.item_ids[row] for row in rows]

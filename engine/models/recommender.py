@@ -11,6 +11,7 @@ from speeder_engine.models.compressor import Compressor
 from speeder_engine.models.decoder import Decoder
 from speeder_engine.models.heads import RankHead, RetrieveHead
 from speeder_engine.models.position import OrderHead, PositionPrompts
+from speeder_engine.models.vocabulary import Vocabulary
 
 
 class Recommender(nn.Module):
@@ -28,6 +29,11 @@ class Recommender(nn.Module):
         self.retrieve = RetrieveHead(hidden_size, scale)
         self.rank = RankHead(hidden_size, scale, config.heads)
         self.order = OrderHead(hidden_size, scale)
+        self.vocabulary_head: nn.Parameter | None = None
+        if config.heads.title and not config.vocabulary_tied:
+            # as pretrained: it is not trained
+            head = torch.zeros(config.decoder.vocab_size, hidden_size)
+            self.vocabulary_head = nn.Parameter(head, requires_grad=False)
         self.register_buffer("instruction_ids", torch.tensor(config.prompt.instruction_ids), persistent=False)
 
     def instruction(self, batch_size: int) -> Tensor:
@@ -35,6 +41,10 @@ class Recommender(nn.Module):
         embed = self.backbone.get_input_embeddings()  # type: ignore[operator]
         rows: Tensor = embed(self.instruction_ids)
         return rows.unsqueeze(0).expand(batch_size, -1, -1)
+
+    def vocabulary(self) -> Vocabulary:
+        """The token embeddings and the vocabulary head, shared with this model."""
+        return Vocabulary(self.backbone.get_input_embeddings().weight, self.vocabulary_head)  # type: ignore[operator]
 
     def forward(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         """Final hidden states [B, T, d] of embeddings [B, T, d] at positions [B, T].
@@ -51,7 +61,7 @@ class Recommender(nn.Module):
 
 
 class ServingModel(nn.Module):
-    """What the engine needs of a trained model: decoder, instruction embeddings, position prompts, two heads."""
+    """What the engine needs of a trained model: decoder, instruction embeddings, position prompts, heads."""
 
     instruction: Tensor
 
@@ -64,6 +74,9 @@ class ServingModel(nn.Module):
         self.prompts = PositionPrompts(config.prompt.window + 1, hidden_size, scale)
         self.retrieve = RetrieveHead(hidden_size, scale)
         self.rank = RankHead(hidden_size, scale, config.heads)
+        self.vocabulary: Vocabulary | None = None
+        if config.heads.title:
+            self.vocabulary = Vocabulary.empty(config.decoder.vocab_size, hidden_size, config.vocabulary_tied)
 
     @classmethod
     @torch.no_grad()
@@ -74,9 +87,23 @@ class ServingModel(nn.Module):
         served.instruction.copy_(model.instruction(1)[0])
         for part in ("prompts", "retrieve", "rank"):
             getattr(served, part).load_state_dict(getattr(model, part).state_dict())
+        if served.vocabulary is not None:
+            served.vocabulary.load_state_dict(model.vocabulary().state_dict())
         return served.requires_grad_(False).eval()
 
     def embed(self, tokens: Tensor, slots: Tensor, candidate: Tensor) -> Tensor:
         """Item tokens [N, d] + the prompts of their slots [N] + the candidate role where `candidate` [N] is true."""
         embedded: Tensor = tokens + self.prompts(slots) + candidate.unsqueeze(-1) * self.rank.role
         return embedded
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """Token ids [N] -> rows [N, d], without position prompts: those are of items."""
+        return self._vocabulary().embed(ids)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [N, d] -> the next token's logits [N, V]; for titles only."""
+        return self._vocabulary().logits(hidden)
+
+    def _vocabulary(self) -> Vocabulary:
+        assert self.vocabulary is not None, "a model without a title head has no words"
+        return self.vocabulary

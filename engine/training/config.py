@@ -117,6 +117,7 @@ class TrainingConfig(Config):
             check(0 <= getattr(self, name) < 1, f"{name} must be within 0..1, is {getattr(self, name)}")
         both = "heads.rank and rank_weight: give the head a weight, or leave it out (rank: false, rank_weight: 0)"
         check(self.heads.rank == (self.rank_weight > 0), both)
+        check(not self.heads.title, "heads.title: a title head can't be trained yet; leave it out of the recipe")
         for name in ("rank_weight", "order_weight", "weight_decay"):
             check(getattr(self, name) >= 0, f"{name} can't be negative, is {getattr(self, name)}")
 

@@ -1,0 +1,318 @@
+"""The title head against plain transformers, one prompt a candidate; generation against transformers' own."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from reference import END_ID, make_tiny, make_titled, reference_generation, reference_title_scores
+from tokenizers import Tokenizer
+from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
+
+from speeder_engine import ArtifactError, ConfigError, Engine, EngineConfig, Generation, InvalidRequest, Request
+from speeder_engine.config import HeadsConfig, ModelConfig
+from speeder_engine.models.vocabulary import Vocabulary
+from speeder_engine.parts import EngineParts
+from speeder_engine.title import TitleTrie
+from speeder_engine.title_text import MOST_ANSWER_IDS, TitleText, answer_text
+
+ODD = [10, 11, 12, 13, 14, 15]  # nested, equal, empty, two lines
+
+
+@pytest.fixture(scope="module")
+def titled():
+    return make_titled()
+
+
+@pytest.fixture
+def engine(titled):
+    return Engine(titled.parts(), EngineConfig(dtype="float32", kv_budget="4MiB"))
+
+
+@pytest.fixture
+def cold(titled):
+    return Engine(titled.parts(), EngineConfig(dtype="float32", kv_budget="0"))
+
+
+def title_scores(engine, history, candidates, user_id=None):
+    ranking = engine.recommend(history, len(candidates), candidates=candidates, head="title", user_id=user_id)
+    return dict(ranking)
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 12, 13, 30])
+@pytest.mark.parametrize(("tied", "how"), [(False, "sum"), (True, "mean")])
+def test_scores_equal_one_prompt_a_candidate(length, tied, how):
+    titled = make_titled(tied=tied, title_score=how, seed=length)
+    engine = Engine(titled.parts(), EngineConfig(dtype="float32", kv_budget="4MiB"))
+    rng = np.random.default_rng(length)
+    rows, candidates = rng.integers(0, 120, length), np.array([*ODD, *rng.permutation(np.arange(16, 120))[:20]])
+    expected = reference_title_scores(titled, rows, candidates, mean=how == "mean")
+    engine.recommend(titled.ids(rows[: length // 2]), user_id="b")
+    for user in (None, "a", "a", "b", "b"):  # cold, cold into a session, the same again, after an append
+        scores = title_scores(engine, titled.ids(rows), titled.ids(candidates), user)
+        found = torch.tensor([scores[item_id] for item_id in titled.ids(candidates)])
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-6)
+    engine.check_integrity()
+
+
+def test_equal_titles_score_equal_and_keep_the_catalogues_order(titled, engine):
+    ranking = engine.recommend(["0001"], candidates=["0013", "0011", "0015", "0040"], head="title")
+    alike = [(item_id, score) for item_id, score in ranking if item_id != "0040"]
+    assert [item_id for item_id, _ in alike] == ["0011", "0013", "0015"]
+    assert len({score for _, score in alike}) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bitwise_whatever_stands_beside(titled, dtype):
+    """Order and subset of candidates, sessions, and packing with requests of all heads."""
+    warm = Engine(titled.parts(), EngineConfig(dtype=dtype, kv_budget="64KiB", max_batch_users=8))
+    cold = Engine(titled.parts(), EngineConfig(dtype=dtype, kv_budget="0"))
+    rng = np.random.default_rng(0)
+    histories = {f"user {u}": [] for u in range(6)}
+    asked, answered = [], []
+    for turn in range(60):
+        user = f"user {rng.integers(6)}"
+        histories[user] += titled.ids(rng.integers(0, 120, rng.integers(0, 4)))
+        candidates = titled.ids(rng.permutation(120)[: rng.integers(1, 21)])
+        head = ("title", "rank", "retrieve", "title")[turn % 4]
+        request = Request(tuple(histories[user]), 20, candidates=candidates, head=head)
+        if turn % 8 == 2:
+            request = Request(tuple(histories[user]), 20)
+        answer = warm.recommend_many([replace(request, user_id=user)])[0]
+        assert answer == cold.recommend_many([request])[0]
+        if head == "title":
+            few = candidates[::-1][: rng.integers(1, len(candidates) + 1)]
+            whole = dict(answer)
+            assert title_scores(cold, request.history, few) == {item_id: whole[item_id] for item_id in few}
+        warm.check_integrity()
+        asked.append(request)
+        answered.append(answer)
+    assert cold.recommend_many(asked) == answered
+    assert warm.recommend_many(asked[::-1]) == answered[::-1]
+
+
+def test_nothing_of_the_text_is_kept(titled, engine):
+    ids = titled.ids(range(8))
+    plain = Engine(titled.parts(), EngineConfig(dtype="float32", kv_budget="4MiB"))
+    expected = [plain.recommend(ids[:n], user_id="a") for n in (8, 8)]
+    title_scores(engine, ids, ids, "a")
+    engine.generate([Request(ids, user_id="a")])
+    before = engine.stats().rows_computed
+    assert [engine.recommend(ids, user_id="a") for _ in range(2)] == expected
+    assert engine.stats().rows_computed == before
+
+
+def test_one_pass_computes_every_shared_beginning_once(titled, engine):
+    engine.recommend(["0001"], user_id="a")
+    text, before = TitleText(titled.tokenizer), engine.stats().rows_computed
+    title_scores(engine, ["0001"], ["0010", "0011", "0012", "0013"], "a")
+    inner = {ids[:n] for ids in text.answers(titled.titles[10:14]) for n in range(1, len(ids))}
+    assert engine.stats().rows_computed - before == len(titled.model.config.prompt.question_ids) + len(inner)
+
+
+def test_the_vocabulary_is_scored_for_titles_alone(titled, engine, monkeypatch):
+    calls = []
+    logits = Vocabulary.logits
+    monkeypatch.setattr(Vocabulary, "logits", lambda self, hidden: calls.append(len(hidden)) or logits(self, hidden))
+    ids = titled.ids(range(6))
+    engine.recommend(ids, user_id="a")
+    engine.recommend(ids, candidates=ids)
+    engine.recommend(ids, candidates=ids, head="retrieve")
+    engine.user_vector(ids)
+    engine.similar_items("0001")
+    assert calls == []
+    title_scores(engine, ids, ids)
+    assert len(calls) == 1
+    engine.generate([Request(ids)], max_tokens=3)
+    assert 1 < len(calls) <= 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_generation_equals_transformers(seed):
+    titled = make_titled(seed=seed, tied=seed == 3)
+    engine = Engine(titled.parts(), EngineConfig(dtype="float32", kv_budget="4MiB"))
+    rng = np.random.default_rng(seed)
+    histories = [rng.integers(0, 120, length) for length in (0, 1, 5, 12, 13, 30)]
+    expected = [reference_generation(titled, rows) for rows in histories]
+    assert len(set(expected)) > 1
+    requests = [Request(titled.ids(rows), user_id=f"{i}") for i, rows in enumerate(histories)]
+    for _ in range(2):  # cold, and from sessions
+        assert [answer.text for answer in engine.generate(requests)] == expected
+    assert [engine.generate([request])[0].text for request in requests] == expected
+    assert engine.generate(requests, max_tokens=2)[0].text == reference_generation(titled, histories[0], 2)
+    engine.check_integrity()
+
+
+def writes(monkeypatch, titled, text):
+    """Makes the model write `text`, whatever it was asked."""
+    ids = iter(titled.tokenizer.encode(text).ids + [END_ID] * 9)
+
+    def logits(self, hidden):
+        out = hidden.new_zeros(hidden.shape[0], 400)
+        out[:, next(ids)] = 1
+        return out
+
+    monkeypatch.setattr(Vocabulary, "logits", logits)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "expected"),
+    [
+        ("the old man\nand more", {}, "0011"),
+        (" the old man \n", {"candidates": ["0012", "0013", "0011"]}, "0011"),
+        ("the old man\n", {"candidates": ["0013", "0012"]}, "0013"),
+        ("the old man", {"deny": ["0011"]}, "0013"),
+        ("the old man", {"deny": ["0011", "0013", "0015"]}, None),
+        ("the old man", {"candidates": ["0012"]}, None),
+        ("The old man\n", {}, None),
+        ("\nthe old man", {}, "0014"),
+    ],
+)
+def test_what_was_written_names_an_item_or_none(titled, engine, monkeypatch, text, options, expected):
+    writes(monkeypatch, titled, text)
+    (found,) = engine.generate([Request(["0001"], **options)])
+    assert found == Generation(text.split("\n")[0].strip(), expected, expected is not None)
+
+
+def test_a_failed_generation_leaves_sessions_as_they_were(titled, engine, cold, monkeypatch):
+    ids = titled.ids(range(9))
+    engine.recommend(ids[:6], user_id="a")
+    free = engine._now().cache.manager.stats()["num_free_blocks"]
+    calls = []
+
+    def fail(self, hidden):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("injected")
+        return hidden.new_zeros(hidden.shape[0], 400)
+
+    monkeypatch.setattr(Vocabulary, "logits", fail)
+    with pytest.raises(RuntimeError, match="injected"):
+        engine.generate([Request([*ids[:3], ids[8]], user_id="a")])
+    monkeypatch.undo()
+    engine.check_integrity()
+    assert engine._now().cache.manager.stats()["num_free_blocks"] == free
+    before = engine.stats().rows_computed
+    assert engine.recommend(ids[:6], user_id="a") == cold.recommend(ids[:6])
+    assert engine.stats().rows_computed == before
+
+
+def test_two_requests_of_one_user_in_one_batch(titled, engine, cold):
+    ids = titled.ids(range(10))
+    requests = [Request(ids[:5], user_id="a"), Request(ids[:7], user_id="a"), Request(ids[3:9], user_id="a")]
+    asked = [replace(request, candidates=ids, head="title") for request in requests]
+    expected = [cold.recommend_many([replace(request, user_id=None)])[0] for request in asked]
+    written = [cold.generate([replace(request, user_id=None)])[0] for request in requests]
+    for _ in range(2):
+        assert engine.recommend_many(asked) == expected
+        assert engine.generate(requests) == written
+    engine.check_integrity()
+
+
+def test_edges(titled, engine):
+    assert engine.generate([]) == []
+    assert engine.recommend(["0001"], candidates=["nope"], head="title", on_unknown="skip").items == ()
+    engine.catalogue.available[11] = False
+    assert engine.recommend([], candidates=["0011", "0010"], head="title").items == ("0010",)
+    assert len(engine.recommend([], 2, candidates=titled.item_ids, head="title")) == 2
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda engine: engine.recommend([], candidates=["0001"], head="title"), "without a title head; use 'rank'"),
+        (lambda engine: engine.recommend([], head="title"), "'title' scores named candidates; pass candidates"),
+        (lambda engine: engine.generate([Request([])]), "generate: this model was trained without a title head"),
+        (lambda engine: engine.generate([Request([])], max_tokens=0), "max_tokens: expected a whole number"),
+        (lambda engine: engine.generate(Request([])), "generate: expected a list"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(ask, message):
+    engine = Engine(make_tiny().parts(), EngineConfig(dtype="float32"))
+    with pytest.raises(InvalidRequest, match=message):
+        ask(engine)
+    assert engine.stats().rows_computed == 0
+
+
+def test_an_engine_directory_carries_words_and_tokenizer(titled, engine, tmp_path):
+    titled.parts().save(tmp_path / "e")
+    loaded = Engine.load(tmp_path / "e", dtype="float32")
+    ids = titled.ids(range(20))
+    assert title_scores(loaded, ids[:4], ids) == title_scores(engine, ids[:4], ids)
+    assert loaded.generate([Request(ids[:4])]) == engine.generate([Request(ids[:4])])
+
+
+def test_a_missing_tokenizer_is_missed_when_titles_are_asked_for(titled, tmp_path):
+    parts = replace(titled.parts(), tokenizer=None)
+    with pytest.raises(ConfigError, match="tokenizer: a model with a title head needs one"):
+        Engine(parts).recommend([], candidates=["0001"], head="title")
+    parts.save(tmp_path / "e")
+    engine = Engine.load(tmp_path / "e")
+    assert len(engine.recommend([])) == 10
+    with pytest.raises(ArtifactError, match=r"holds no tokenizer/tokenizer\.json"):
+        engine.recommend([], candidates=["0001"], head="title")
+
+
+def test_tied_weights_are_stored_once():
+    names = {tied: set(make_titled(tied=tied).parts().model.state_dict()) for tied in (False, True)}
+    assert names[False] - names[True] == {"vocabulary.head"}
+    assert "vocabulary.embedding" in names[True]
+    assert not [name for name in make_tiny().parts().model.state_dict() if "vocabulary" in name]
+
+
+def test_the_vocabulary_of_a_transformers_model(titled):
+    shape = titled.lm.config
+    body, untied = LlamaModel(shape), LlamaForCausalLM(shape)
+    tied = make_titled(tied=True).lm
+    assert Vocabulary.from_transformers(body).head is None
+    assert Vocabulary.from_transformers(tied).head is None
+    hidden = torch.randn(3, 48)
+    for model in (untied, tied):
+        torch.testing.assert_close(Vocabulary.from_transformers(model).logits(hidden), model.lm_head(hidden))
+    assert torch.equal(Vocabulary.from_transformers(body).embed(torch.tensor([5])), body.embed_tokens.weight[5:6])
+
+
+def test_ids_equal_those_of_transformers(titled, tmp_path):
+    fast = PreTrainedTokenizerFast(tokenizer_object=titled.tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(tmp_path)
+    text = TitleText(Tokenizer.from_file(str(tmp_path / "tokenizer.json")))
+    expected = [fast(f"{answer_text(t)}\n", add_special_tokens=False)["input_ids"] for t in titled.titles]
+    assert [list(ids) for ids in text.answers(titled.titles)] == expected
+    assert [text.decode(ids) for ids in text.answers(titled.titles)] == [f"{answer_text(t)}\n" for t in titled.titles]
+
+
+def test_long_titles_are_cut_and_tokenizers_without_newline_refused(titled):
+    (ids,) = TitleText(titled.tokenizer).answers(["sea " * 500])
+    assert len(ids) == MOST_ANSWER_IDS
+    deaf = Tokenizer.from_str(titled.tokenizer.to_str())
+    from tokenizers import normalizers
+
+    deaf.normalizer = normalizers.Strip()
+    with pytest.raises(ConfigError, match="drops newlines"):
+        TitleText(deaf)
+
+
+def test_a_trie_shares_beginnings_and_gives_leaves_no_row():
+    trie = TitleTrie.build([7, 8], [(1, 2, 9), (1, 3, 9), (1, 2, 4, 9), (5,), (1, 2, 9), (1, 2)])
+    assert trie.tokens.tolist() == [7, 8, 1, 2, 3, 4]
+    assert trie.parents.tolist() == [-1, 0, 1, 2, 2, 3]
+    assert trie.depths.tolist() == [0, 1, 2, 3, 3, 4]
+    spelt = [[trie.edge_tokens[e] for e in path if e >= 0] for path in trie.answers]
+    assert spelt == [[1, 2, 9], [1, 3, 9], [1, 2, 4, 9], [5], [1, 2, 9], [1, 2]]
+    assert trie.paths()[5].tolist() == [0, 1, 2, 3, 5]
+    assert trie.paths()[4].tolist() == [0, 1, 2, 4, -1]
+    assert trie.edge_rows.min() >= trie.first_read == 1
+    assert TitleTrie.build([7, 8], []).num_rows == 2
+
+
+def test_settings_that_do_not_fit(titled):
+    config = titled.model.config
+    with pytest.raises(ConfigError, match="title_score: 'max'; choose"):
+        HeadsConfig(title=True, title_score="max")
+    with pytest.raises(ConfigError, match="needs a question"):
+        replace(config, prompt=replace(config.prompt, question_ids=()))
+    old = config.to_json()
+    del old["vocabulary_tied"], old["heads"]["title"], old["heads"]["title_score"]
+    del old["prompt"]["question"], old["prompt"]["question_ids"], old["prompt"]["end_ids"]
+    assert ModelConfig.from_json(old).heads == HeadsConfig()
+    assert EngineParts.__dataclass_fields__["tokenizer"].default is None
