@@ -83,9 +83,11 @@ class EngineParts:
 
     def title_text(self) -> TitleText:
         """Titles as this model's tokens. Raises ArtifactError where the directory holds no tokenizer."""
-        if self.tokenizer is None and self.artifact is None:
+        if self.tokenizer is not None:
+            return TitleText(self.tokenizer)
+        if self.artifact is None:
             raise ConfigError("tokenizer: a model with a title head needs one; give EngineParts(tokenizer=...)")
-        return TitleText(self.tokenizer if self.artifact is None else load_tokenizer(self.artifact))
+        return TitleText(load_tokenizer(self.artifact))
 
     @classmethod
     def load(cls, path: Path) -> "EngineParts":

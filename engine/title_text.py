@@ -14,10 +14,11 @@ def answer_text(title: str) -> str:
 
 
 def rows_by_answer(titles: Sequence[str]) -> dict[str, list[int]]:
-    """Which rows an answer may mean, in order."""
+    """Which rows an answer may mean, in order; an empty one means none, untitled items though there may be."""
     rows: dict[str, list[int]] = {}
     for row, title in enumerate(titles):
         rows.setdefault(answer_text(title), []).append(row)
+    rows.pop("", None)
     return rows
 
 
