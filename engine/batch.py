@@ -27,6 +27,7 @@ class Batch:
 
     item_rows: Tensor  # int64 [I]
     slots: Tensor  # int64 [I]
+    buckets: Tensor  # int64 [I] calendar buckets, 0 for candidates and where none are known
     positions: Tensor  # int64 [N]
     attention: AttentionRows
     stored_rows: Tensor  # int64 [M] which rows are history: their keys are written
@@ -105,9 +106,11 @@ def make_batch(
         shared_blocks=shared_blocks,
         shared_len=layout.instruction_len,
     )
+    item_rows, buckets = _item_rows(queries, plan)
     items = Batch(
-        item_rows=_tensor(_item_rows(queries, plan), device),
+        item_rows=_tensor(item_rows, device),
         slots=_tensor(slots, device),
+        buckets=_tensor(buckets, device),
         positions=_tensor(slots + layout.instruction_len, device),
         attention=attention,
         stored_rows=_tensor(np.flatnonzero(~candidate), device),
@@ -120,13 +123,19 @@ def make_batch(
     return items if text is None else items.with_text(text)
 
 
-def _item_rows(queries: Sequence[Query], plan: CachePlan) -> NDArray[np.int32]:
-    parts = [np.empty(0, np.int32)]
+def _item_rows(queries: Sequence[Query], plan: CachePlan) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Rows of the catalogue and calendar buckets: each sequence's new history, then its ranked candidates."""
+    nothing = np.empty(0, np.int32)
+    rows, buckets = [nothing], [nothing]
     for query, cached in zip(queries, plan.cached_len.tolist(), strict=True):
-        parts.append(query.window[cached:])
-        if query.head == "rank" and query.candidates is not None:
-            parts.append(query.candidates)
-    return np.concatenate(parts)
+        new = query.window[cached:]
+        rows.append(new)
+        buckets.append(np.zeros(len(new), np.int32) if query.buckets is None else query.buckets[cached:])
+        if query.num_ranked:
+            assert query.candidates is not None
+            rows.append(query.candidates)
+            buckets.append(np.zeros(query.num_ranked, np.int32))
+    return np.concatenate(rows), np.concatenate(buckets)
 
 
 def _tensor(array: NDArray[np.integer[Any]], device: torch.device) -> Tensor:

@@ -124,9 +124,7 @@ def _finite(times: Any, count: int) -> tuple[float, ...]:
     if len(found) != count:
         raise InvalidRequest(f"times: {len(found)} for {count} interactions; give one for each")
     if not all(math.isfinite(time) for time in found):
-        raise InvalidRequest(
-            "times: they must be finite; leave an interaction without a known time out, or give all none"
-        )
+        raise InvalidRequest("times: they must be finite; leave `times` out where they are not known")
     return found
 
 

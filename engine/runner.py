@@ -26,7 +26,8 @@ class ModelRunner:
         if batch.num_rows == 0:
             return self.instruction_hidden[:0]
         self.rows_computed += batch.num_rows
-        embedded = self.model.embed(item_tokens[batch.item_rows], batch.slots, batch.attention.candidate)
+        tokens, candidate = item_tokens[batch.item_rows], batch.attention.candidate
+        embedded = self.model.embed(tokens, batch.slots, batch.buckets, candidate)
         if batch.text is not None:
             embedded = torch.cat([embedded, self.model.embed_text(batch.text.tokens)])
         positions = pad_to_tile(batch.positions)

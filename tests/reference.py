@@ -42,7 +42,9 @@ class Tiny:
         return [self.item_ids[int(row)] for row in rows]
 
 
-def make_tiny(num_items=120, window=12, step=4, seed=0, instruction_len=19, scale=0.02, family="llama") -> Tiny:
+def make_tiny(
+    num_items=120, window=12, step=4, seed=0, instruction_len=19, scale=0.02, family="llama", calendar=None
+) -> Tiny:
     torch.manual_seed(seed)
     shape = AutoConfig.for_model(
         family,
@@ -56,7 +58,7 @@ def make_tiny(num_items=120, window=12, step=4, seed=0, instruction_len=19, scal
     )
     backbone = AutoModel.from_config(shape).eval()
     compressor = CompressorConfig({"text": 8, "image": 5}, 48, scale=scale)
-    prompt = PromptConfig("instruction", tuple(range(1, instruction_len + 1)), window, step)
+    prompt = PromptConfig("instruction", tuple(range(1, instruction_len + 1)), window, step, calendar=calendar)
     model = Recommender(ModelConfig(decoder_config(shape), compressor, prompt), backbone).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -120,13 +122,19 @@ def reference_start(length: int, window: int, step: int) -> int:
 
 
 @torch.no_grad()
-def reference_scores(tiny: Tiny, rows, candidates=None):
-    """(retrieve scores [I], rank scores [C] or None) of one history by one full forward pass each."""
+def reference_scores(tiny: Tiny, rows, candidates=None, buckets=None):
+    """(retrieve scores [I], rank scores [C] or None) of one history by one full forward pass each.
+
+    buckets: the calendar bucket of every interaction, for a model that reads times.
+    """
     model, prompt = tiny.model, tiny.model.config.prompt
     rows = np.asarray(rows, dtype=np.int64)
-    rows = rows[reference_start(len(rows), tiny.window, tiny.step) :]
+    start = reference_start(len(rows), tiny.window, tiny.step)
+    rows = rows[start:]
     instruction = model.backbone.embed_tokens(torch.tensor(prompt.instruction_ids))
     history = tiny.tokens[torch.from_numpy(rows)] + model.prompts.weight[: len(rows)]
+    if buckets is not None:
+        history = history + model.times.weight[torch.tensor(buckets[start:])]
     prefix = torch.cat([instruction, history])
     hidden = model.backbone(inputs_embeds=prefix[None]).last_hidden_state[0]
     vector = model.retrieve.project(hidden[-1]) / (model.config.compressor.scale * 48**0.5)

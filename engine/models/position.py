@@ -1,7 +1,7 @@
 """SPAE, Sequential Position Awareness Enhancement: where in the history an item stands (Speeder, arXiv 2511.05885).
 
-Absolute: a position prompt per slot, added to the item's token. Relative: `OrderHead`, a proxy task of training: two
-items of a history in random order, which came first?
+Absolute: a position prompt per slot, added to the item's token, and so for the calendar bucket of its time.
+Relative: `OrderHead`, a proxy task of training: two items of a history in random order, which came first?
 """
 
 import torch

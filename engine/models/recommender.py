@@ -26,6 +26,7 @@ class Recommender(nn.Module):
         self.backbone = backbone
         self.compressor = Compressor(config.compressor)
         self.prompts = PositionPrompts(config.prompt.window + 1, hidden_size, scale)
+        self.times = _time_prompts(config)
         self.retrieve = RetrieveHead(hidden_size, scale)
         self.rank = RankHead(hidden_size, scale, config.heads)
         self.order = OrderHead(hidden_size, scale)
@@ -72,6 +73,7 @@ class ServingModel(nn.Module):
         self.decoder = Decoder(config.decoder)
         self.register_buffer("instruction", torch.zeros(len(config.prompt.instruction_ids), hidden_size))
         self.prompts = PositionPrompts(config.prompt.window + 1, hidden_size, scale)
+        self.times = _time_prompts(config)
         self.retrieve = RetrieveHead(hidden_size, scale)
         self.rank = RankHead(hidden_size, scale, config.heads)
         self.vocabulary: Vocabulary | None = None
@@ -87,13 +89,18 @@ class ServingModel(nn.Module):
         served.instruction.copy_(model.instruction(1)[0])
         for part in ("prompts", "retrieve", "rank"):
             getattr(served, part).load_state_dict(getattr(model, part).state_dict())
+        if served.times is not None and model.times is not None:
+            served.times.load_state_dict(model.times.state_dict())
         if served.vocabulary is not None:
             served.vocabulary.load_state_dict(model.vocabulary().state_dict())
         return served.requires_grad_(False).eval()
 
-    def embed(self, tokens: Tensor, slots: Tensor, candidate: Tensor) -> Tensor:
-        """Item tokens [N, d] + the prompts of their slots [N] + the candidate role where `candidate` [N] is true."""
+    def embed(self, tokens: Tensor, slots: Tensor, buckets: Tensor, candidate: Tensor) -> Tensor:
+        """Item tokens [N, d] + the prompts of their slots [N] + the candidate role where `candidate` [N] is true, the
+        prompt of the calendar bucket [N] where it is not and the model reads times."""
         embedded: Tensor = tokens + self.prompts(slots) + candidate.unsqueeze(-1) * self.rank.role
+        if self.times is not None:
+            embedded = embedded + ~candidate.unsqueeze(-1) * self.times(buckets)
         return embedded
 
     def embed_text(self, ids: Tensor) -> Tensor:
@@ -107,3 +114,11 @@ class ServingModel(nn.Module):
     def _vocabulary(self) -> Vocabulary:
         assert self.vocabulary is not None, "a model without a title head has no words"
         return self.vocabulary
+
+
+def _time_prompts(config: ModelConfig) -> PositionPrompts | None:
+    """One for each calendar bucket, and one for a time that is not known."""
+    calendar = config.prompt.calendar
+    if calendar is None:
+        return None
+    return PositionPrompts(calendar.num_buckets + 1, config.compressor.hidden_size, config.compressor.scale)
