@@ -44,7 +44,8 @@ def _work(scheduler: Scheduler, current: Callable[[], Serving | None]) -> None:
             return
         try:
             with serving.lock:
-                answer(serving, scheduler.take(_refresher(serving), serving.num_rows))
+                if current() is serving:  # it may have been replaced while its last step ran
+                    answer(serving, scheduler.take(_refresher(serving), serving.num_rows))
         except Exception:
             # nothing a request does gets here; a bug must not leave everybody waiting for good
             log.exception("the engine's worker failed and stops")

@@ -1,0 +1,161 @@
+"""Another engine directory under a running engine: all of it or none of it, and nothing of the old one read."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+from reference import make_tiny
+
+from speeder_engine import ArtifactError, ConfigError, DataError, Engine, EngineConfig, Item, Request, UnknownItem
+
+
+@pytest.fixture(scope="module")
+def old():
+    return make_tiny(window=12, step=4)
+
+
+@pytest.fixture(scope="module")
+def new():
+    return make_tiny(window=9, step=3, num_items=90, seed=7)
+
+
+@pytest.fixture
+def directories(old, new, tmp_path):
+    for name, tiny in (("old", old), ("new", new)):
+        tiny.parts().save(tmp_path / name)
+    return tmp_path
+
+
+def loaded(path, **settings):
+    return Engine.load(path, dtype="float32", **{"kv_budget": "4MiB", "debug": True} | settings)
+
+
+def test_a_reload_serves_the_other_directory_and_forgets_what_it_computed(old, directories):
+    engine, cold = loaded(directories / "old"), loaded(directories / "new", kv_budget="0")
+    ids = old.ids(range(8))
+    before = engine.recommend(ids, user_id="a")
+    engine.session("b").append(*ids[:3])
+    revision = engine.revision
+    assert engine.reload(directories / "new") == engine.revision == cold.revision != revision
+    assert engine.stats().num_sessions == engine.stats().rows_computed == 0
+    assert engine.recommend(ids, user_id="a") == cold.recommend(ids) != before
+    assert engine.session("b").recommend() == cold.recommend(ids[:3])
+    with pytest.raises(UnknownItem):
+        engine.recommend(["0100"])
+    engine.reload(directories / "old")
+    assert engine.recommend(ids, user_id="a") == before
+
+
+@pytest.mark.parametrize("broken", ["absent", "truncated", "altered", "missing weights", "no path"])
+def test_a_directory_that_does_not_load_changes_nothing(old, directories, broken):
+    engine, ids = loaded(directories / "old"), old.ids(range(8))
+    engine.upsert([Item("0003", title="renamed")])
+    before = engine.recommend(ids, user_id="a")
+    path = directories / "new"
+    tokens = path / "item_tokens.safetensors"
+    if broken == "absent":
+        path = directories / "nowhere"
+    elif broken == "truncated":
+        tokens.write_bytes(tokens.read_bytes()[:-8])
+    elif broken == "altered":
+        content = bytearray(tokens.read_bytes())
+        content[-1] ^= 1
+        tokens.write_bytes(content)
+    elif broken == "missing weights":
+        (path / "weights.safetensors").unlink()
+    error = ConfigError if broken == "no path" else ArtifactError
+    with pytest.raises(error) as caught:
+        engine.reload(None if broken == "no path" else path)
+    assert "\n" not in str(caught.value)
+    rows = engine.stats().rows_computed
+    assert engine.recommend(ids, user_id="a") == before
+    assert engine.stats().rows_computed == rows
+    assert engine.catalogue.title("0003") == "renamed"
+
+
+def test_what_was_set_at_run_time_ends_with_what_it_was_set_on(old, directories):
+    engine = loaded(directories / "old")
+    before = engine.recommend(["0001"])
+    engine.upsert([Item("x", vectors={"text": np.ones(8)})])
+    engine.remove([before.items[0]])
+    engine.set_prior({"0050": 9.0})
+    assert engine.recommend(["0001"]) != before
+    engine.reload(directories / "old")
+    assert engine.recommend(["0001"]) == before
+    assert "x" not in engine.catalogue
+
+
+def test_items_encoded_for_the_old_model_are_not_put_into_the_new_one(directories, monkeypatch):
+    engine = loaded(directories / "old")
+    tokens = engine._now().embedder.tokens
+
+    def slow(items):
+        made = tokens(items)
+        engine.reload(directories / "new")
+        return made
+
+    monkeypatch.setattr(engine._now().embedder, "tokens", slow)
+    with pytest.raises(DataError, match="reloaded while the items were encoded; upsert them again"):
+        engine.upsert([Item("x", vectors={"text": np.ones(8)})])
+    assert "x" not in engine.catalogue
+    assert engine.upsert([Item("x", vectors={"text": np.ones(8)})]) == 1
+
+
+def test_requests_that_wait_are_answered_by_what_serves_when_their_turn_comes(old, directories):
+    engine, cold = loaded(directories / "old"), loaded(directories / "new", kv_budget="0")
+    ids = old.ids(range(8))
+
+    async def ask():
+        lock = engine._now().lock
+        with lock:
+            tasks = [asyncio.ensure_future(engine.submit(Request(ids[:n], user_id=f"u{n}"))) for n in range(4)]
+            gone = asyncio.ensure_future(engine.submit(Request(["0100"])))
+            await asyncio.sleep(0.05)
+            await asyncio.to_thread(engine.reload, directories / "new")
+        return await asyncio.gather(*tasks, gone, return_exceptions=True)
+
+    *answers, gone = asyncio.run(ask())
+    assert answers == [cold.recommend(ids[:n]) for n in range(4)]
+    assert isinstance(gone, UnknownItem)
+    engine.close()
+
+
+def test_reloads_beside_requests_mix_nothing(old, directories):
+    """Every answer is the old directory's or the new one's, whatever was cached when."""
+    histories = [old.ids(np.random.default_rng(i).integers(0, 90, 7)) for i in range(6)]
+    allowed = [set() for _ in histories]
+    for name in ("old", "new"):
+        cold = loaded(directories / name, kv_budget="0")
+        for right, history in zip(allowed, histories, strict=True):
+            right.add(cold.recommend(history))
+    engine, wrong, done = loaded(directories / "old"), [], threading.Event()
+
+    def ask(first):
+        at = first
+        while not done.is_set():
+            which = at % len(histories)
+            if engine.recommend(histories[which], user_id=f"u{which}") not in allowed[which]:
+                wrong.append(which)
+            at += 1
+
+    threads = [threading.Thread(target=ask, args=(first,)) for first in range(2)]
+    for thread in threads:
+        thread.start()
+    for turn in range(8):
+        engine.reload(directories / ("new" if turn % 2 == 0 else "old"))
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_settings_are_taken_by_load(directories):
+    engine = Engine.load(directories / "old", dtype="float32", max_waiting=3, catalogue_capacity=500)
+    assert (engine.config.max_waiting, engine.catalogue.capacity) == (3, 500)
+    with pytest.raises(ConfigError, match=r"unknown keys \['max_wait'\]"):
+        Engine.load(directories / "old", max_wait=3)
+    with pytest.raises(ConfigError, match="catalogue_capacity: 7 is less than the 120 items"):
+        Engine.load(directories / "old", catalogue_capacity=7)
+    with pytest.raises(ConfigError, match="host_budget: 'much' is no size"):
+        Engine(engine.parts, EngineConfig(host_budget="much"))
