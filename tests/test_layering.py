@@ -22,7 +22,7 @@ ORDER = [
     "worker",
     "engine",
     "inspection bulk",
-    "tables synthetic",
+    "tables synthetic random_engine",
     "data",
     "evaluation",
     "training export",
