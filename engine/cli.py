@@ -83,6 +83,10 @@ def evaluate(
     candidates: Annotated[
         Path | None, typer.Option(help="Frozen candidate lists: read if there, else drawn and written.")
     ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(help="How engines answer the candidate lists: retrieve, rank, title, or generate (free text)."),
+    ] = None,
     min_interactions: Annotated[int, typer.Option(help="k of the k-core.")] = 5,
     column: Column = None,
     as_json: AsJson = False,
@@ -91,7 +95,7 @@ def evaluate(
     from speeder_engine.data.columns import Columns
     from speeder_engine.evaluation.compare import compare, print_reports
 
-    reports = compare(systems, data, part, candidates, min_interactions, Columns.parse(column or []))
+    reports = compare(systems, data, part, candidates, min_interactions, Columns.parse(column or []), head)
     if as_json:
         typer.echo(json.dumps([report.to_json() for report in reports]))
     else:
@@ -121,6 +125,9 @@ def recommend(
         list[str] | None, typer.Option("--history", help="Item ids, oldest first; repeat, or separate by commas.")
     ] = None,
     candidates: Annotated[list[str] | None, typer.Option(help="Rank these instead of the whole catalogue.")] = None,
+    head: Annotated[
+        str | None, typer.Option(help="retrieve; with candidates also rank (the default then) or title.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
     source: Annotated[Path | None, typer.Option("--input", help="Parquet file with a column `history`.")] = None,
     target: Annotated[Path | None, typer.Option("--output", help="Parquet file to write.")] = None,
@@ -133,8 +140,8 @@ def recommend(
 
     if (source is None) != (target is None):
         raise ConfigError("recommend: --input and --output go together")
-    if source is not None and (history or candidates):
-        raise ConfigError("recommend: give either --history or --input, not both")
+    if source is not None and (history or candidates or head):
+        raise ConfigError("recommend: --input takes neither --history nor --candidates nor --head")
     # one-off answers need no session cache
     loaded = Engine.load(engine, device=device, kv_budget="0")
     on_unknown = "skip" if skip_unknown else "error"
@@ -148,6 +155,7 @@ def recommend(
         _ids(history),
         k,
         candidates=_ids(candidates) if candidates else None,
+        head=head,  # type: ignore[arg-type]
         on_unknown=on_unknown,  # type: ignore[arg-type]
     )
     if as_json:

@@ -10,7 +10,7 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from reference import make_tiny
+from reference import make_tiny, make_titled
 
 from speeder_engine import Engine
 from speeder_engine.synthetic import write_synthetic_dataset
@@ -51,6 +51,15 @@ def test_recommend_one_history(engine_dir):
     assert answer["scores"] == pytest.approx(expected.scores)
     for_people = speeder("recommend", engine_dir, "--history", "0001", "-k", 2, "--candidates", "0005,0006").stdout
     assert "Title 0005" in for_people and "Title 0006" in for_people
+
+
+def test_recommend_by_titles(tmp_path):
+    make_titled().parts().save(tmp_path / "engine")
+    named = ["--history", "0001", "--candidates", "0010,0011,0012", "--head", "title", "--json"]
+    done = speeder("recommend", tmp_path / "engine", *named)
+    assert done.returncode == 0, done.stderr
+    expected = Engine.load(tmp_path / "engine").recommend(["0001"], candidates=["0010", "0011", "0012"], head="title")
+    assert json.loads(done.stdout)["items"] == list(expected.items)
 
 
 def test_recommend_for_a_file(engine_dir, tmp_path):
@@ -94,6 +103,9 @@ def test_inspect(engine_dir):
         (["recommend", "{engine}", "--input", "x.parquet"], "--input and --output go together"),
         (["recommend", "{engine}", "--input", "{tmp}/x.parquet", "--output", "{tmp}/y.parquet"], "no such file"),
         (["recommend", "{engine}", "--device", "tpu"], "device: 'tpu'"),
+        (["recommend", "{engine}", "--history", "0001", "--head", "rank"], "pass candidates, or use 'retrieve'"),
+        (["recommend", "{engine}", "--history", "0001", "--candidates", "0002", "--head", "title"], "title head"),
+        (["evaluate", "popularity", "--data", "{tmp}", "--head", "best"], "head: 'best' is no way to answer"),
         (["recommend"], "Missing argument"),
         (["recommend", "--bogus"], "No such option"),
         (["frobnicate"], "No such command"),

@@ -2,12 +2,18 @@
 
 import csv
 import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from speeder_engine import Engine
+from speeder_engine import Engine, Item
 from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.data.candidates import draw_candidates
 from speeder_engine.data.dataset import Dataset, load_dataset
@@ -58,6 +64,46 @@ def run(dataset: Dataset, out):
     return engine, {system.name: evaluate(system, queries, lists) for system in systems}
 
 
+def check_upserts(engine, dataset, checkpoint):
+    """Raw text and image through the engine's own encoders give the token that training and export gave."""
+    items, exported = dataset.items, engine.item_vectors(dataset.item_ids)
+    collaborative = checkpoint.features["collaborative"].values
+    again = [
+        Item(
+            items.item_ids[row],
+            text=items.texts[row],
+            image=items.images.read(items.item_ids[row]),
+            vectors={"collaborative": collaborative[row]},
+        )
+        for row in range(20)
+    ]
+    assert engine.upsert(again) == 0
+    np.testing.assert_allclose(engine.item_vectors(dataset.item_ids), exported, atol=1e-4 * np.abs(exported).max())
+    # a new item that reads and looks like a known one is recommended where that one is, without any click
+    twin = Item("twin", text=items.texts[3], image=items.images.read(items.item_ids[3]))
+    assert engine.upsert([twin]) == 1
+    similar = engine.similar_items("twin", 30).items
+    assert items.item_ids[3] in similar
+
+
+def check_documents(folder):
+    """The Python of README and docs/engine.md runs as it stands, one block after the other."""
+    (folder / "demo").mkdir()
+    (folder / "another").mkdir()
+    for place in ("demo", "another"):
+        shutil.copytree(folder / "engine", folder / place / "engine")
+    cover = folder / "poster.jpg"
+    Image.new("RGB", (40, 60), "red").save(cover)
+    root = Path(__file__).resolve().parent.parent
+    for name in ("README.md", "docs/engine.md"):
+        blocks = re.findall(r"```python\n(.*?)```", (root / name).read_text(), flags=re.DOTALL)
+        assert blocks
+        script = folder / "document.py"
+        script.write_text("\n".join(blocks))
+        run = subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True)
+        assert run.returncode == 0, f"{name}: {run.stderr}"
+
+
 @pytest.mark.slow
 def test_made_catalogue(tmp_path):
     folder = write_synthetic_dataset(tmp_path / "data", num_users=400, num_items=150)
@@ -73,6 +119,8 @@ def test_made_catalogue(tmp_path):
     again = compare(["popularity"], folder, candidates=tmp_path / "lists")[0]
     assert again.metrics == compared[2].metrics
     assert json.loads((tmp_path / "engine" / "engine.json").read_text())["limits"]["num_items"] == len(engine.catalogue)
+    check_upserts(engine, load_dataset(folder), Checkpoint.load(tmp_path / "checkpoint"))
+    check_documents(tmp_path)
 
 
 @pytest.mark.slow

@@ -17,10 +17,14 @@ from speeder_engine.engine import Engine
 from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.evaluation.baselines import BASELINES
 from speeder_engine.evaluation.engine_scorer import EngineScorer
+from speeder_engine.evaluation.generation_scorer import GenerationScorer
 from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.evaluation.report import Report, report_table
 from speeder_engine.evaluation.scorer import Scorer
+
+GENERATE = "generate"  # the literature's way: a title is written, and the candidate that has it is the answer
+HEADS = ("retrieve", "rank", "title", GENERATE)
 
 
 def compare(
@@ -30,12 +34,16 @@ def compare(
     candidates: Path | None = None,
     min_interactions: int = 5,
     columns: Columns | None = None,
+    head: str | None = None,
 ) -> list[Report]:
     """One report a system, all on the same queries and candidate lists.
 
     candidates: a file of frozen lists, drawn and written if it isn't there; None draws the same lists without keeping
-    them. Raises ConfigError for a system that is neither a folder of ours nor a baseline.
+    them. head: how engine directories answer those lists, one of `HEADS`; None leaves it to the engine. Raises
+    ConfigError for a system that is neither a folder of ours nor a baseline.
     """
+    if head is not None and head not in HEADS:
+        raise ConfigError(f"head: {head!r} is no way to answer; choose one of {', '.join(HEADS)}")
     if part not in FROM_END:
         raise ConfigError(f"part: {part!r}; choose {' or '.join(FROM_END)}")
     for system in systems:
@@ -45,13 +53,13 @@ def compare(
     lists = draw_candidates(split.dataset, queries)
     if candidates is not None:
         lists = frozen_candidates(candidates, split.dataset, queries)
-    return [evaluate(scorer, queries, lists) for scorer in scorers(systems, split)]
+    return [evaluate(scorer, queries, lists) for scorer in scorers(systems, split, head)]
 
 
-def scorers(systems: Sequence[str], split: Split) -> Iterator[Scorer]:
+def scorers(systems: Sequence[str], split: Split, head: str | None = None) -> Iterator[Scorer]:
     """Loaded or fitted one after another, so that only one model is in memory at a time."""
     for system in systems:
-        yield _scorer(system, split)
+        yield _scorer(system, split, head)
 
 
 def print_reports(reports: Sequence[Report]) -> None:
@@ -65,12 +73,15 @@ def _check_system(system: str) -> None:
         raise ConfigError(f"{system}: neither a checkpoint nor an engine directory nor a baseline ({known})")
 
 
-def _scorer(system: str, split: Split) -> Scorer:
+def _scorer(system: str, split: Split, head: str | None) -> Scorer:
     dataset, path = split.dataset, Path(system)
     if system in BASELINES:
         return BASELINES[system](split.train, dataset.num_items)
     if (path / ENGINE_MANIFEST).is_file():
-        return EngineScorer(Engine.load(path, kv_budget="0"), dataset.item_ids, name=system)
+        engine = Engine.load(path, kv_budget="0")
+        if head == GENERATE:
+            return GenerationScorer(engine, dataset.item_ids, name=system)
+        return EngineScorer(engine, dataset.item_ids, name=system, head=head)  # type: ignore[arg-type]
     checkpoint = Checkpoint.load(path)
     if checkpoint.table.item_ids != dataset.item_ids:
         raise DataError(f"{path}: was trained on other items than {dataset.name} has; evaluate on its own data")
