@@ -116,7 +116,7 @@ private:
         std::vector<BlockId> blocks;
     };
     struct Step {
-        std::int64_t id = 0;    // 0: at rest
+        std::int64_t id = 0;     // 0: at rest
         bool half_open = false;  // committed, sessions of tier kMoving wait for `finish`
         std::size_t size = 0;
         std::vector<Sequence> sequences;  // the first `size` count; the rest keep their memory for later steps

@@ -402,6 +402,13 @@ def test_max_sessions_takes_from_the_host_tier_first() -> None:
     assert manager.stats()["offloads"] == 4
 
 
+def test_sessions_dropped_for_their_number_are_not_moved_first() -> None:
+    manager = made(2, max_sessions=1, num_host_blocks=4)
+    run(manager, ann=history(1, 2, 3, 4, 5))
+    assert run(manager, bob=history(1, 2, 3, 4, 5)).offloads == []
+    assert alive(manager, "ann", "bob") == ["bob"]
+
+
 def test_blocks_run_out_without_a_trace() -> None:
     manager = made(4, num_blocks=2 + 8)
     histories = {"ann": history(1, 2, 3, 4, 5), "bob": history(4, 5)}

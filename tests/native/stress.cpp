@@ -38,14 +38,14 @@ namespace {
 using namespace speeder;
 using Ints = std::vector<std::int32_t>;
 
-constexpr CacheConfig kConfig{.num_blocks = 46,
+constexpr CacheConfig kConfig{.num_blocks = 56,
                               .block_size = 3,
                               .shared_len = 4,
                               .max_seq_len = 20,
                               .key_width = 2,
                               .budget_blocks = 18,
                               .max_sessions = 7,
-                              .num_slots = 12,
+                              .num_slots = 14,
                               .max_blocks_per_user = 5,
                               .num_host_blocks = 12,
                               .track_freed = true};
@@ -238,7 +238,7 @@ private:
     void operate() {
         const unsigned kind = draw_() % 16;
         failing_ = alone_ && draw_() % 8 == 0;
-        if (kind < 7 && open_.size() < 3) {
+        if (kind < 7 && open_.size() < (alone_ ? 3 : 2)) {
             plan();
         } else if (kind < 11 && !open_.empty()) {
             commit();
@@ -252,7 +252,7 @@ private:
     }
 
     void plan() {
-        Batch batch(draw_, draw_() % 4);
+        Batch batch(draw_, draw_() % 5);
         const CacheStats before = engine_.manager.stats();
         try {
             batch.plan(engine_, failing_, alone_);
