@@ -255,6 +255,15 @@ class Machine(RuleBasedStateMachine):
     def come_back(self, batch: list[tuple[str, list[int]]], rows: int) -> None:
         self.plan([(user, self.edited(user, ("append", 0, items))) for user, items in batch], rows)
 
+    @precondition(lambda self: self.hosted())
+    @rule(which=st.integers(0, 9), edit=edits, rows=max_offloads)
+    def come_back_from_host(self, which: int, edit: tuple[str, int, list[int]], rows: int) -> None:
+        user = self.hosted()[which % len(self.hosted())]
+        self.plan([(user, self.edited(user, edit))], rows)
+
+    def hosted(self) -> list[str]:
+        return sorted(user for user, each in self.model.sessions.items() if each.tier == "host")
+
     @rule(batch=st.lists(st.tuples(anyone, edits), max_size=4), rows=max_offloads)
     def follow_up(self, batch: list[tuple[str | None, tuple[str, int, list[int]]]], rows: int) -> None:
         self.plan([(user, self.edited(user, edit)) for user, edit in batch], rows)
@@ -282,8 +291,8 @@ class Machine(RuleBasedStateMachine):
         assert slots <= self.free_slots()
         assert [each.cached_len for each in step.sequences] == expected
         assert {i for i, each in enumerate(step.sequences) if each.user is not None} == set(writing)
-        hosts = {user for user, each in self.model.sessions.items() if each.tier == "host"}
-        restored = [self.model.blocks((0,) * expected[i]) for i, user in writing.items() if user in hosts]
+        hosted = self.hosted()
+        restored = [self.model.blocks((0,) * expected[i]) for i, user in writing.items() if user in hosted]
         assert step.num_restores == sum(restored)
         for user in writing.values():
             self.model.sessions.setdefault(user, Known()).step = step.step
