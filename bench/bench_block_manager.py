@@ -14,25 +14,31 @@ import pytest
 
 from speeder_engine import _C
 
-BLOCK_SIZE, HISTORY, WINDOW = 16, 30, 256
+BLOCK_SIZE, HISTORY, WINDOW, KEY_WIDTH = 16, 30, 256, 3
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
 
 class Batch:
     """`num_users` warm sessions of HISTORY items, and the arguments of the step that adds one item to each."""
 
-    def __init__(self, num_users: int, num_cold_sessions: int = 0) -> None:
+    def __init__(self, num_users: int, num_cold_sessions: int = 0, **settings: int) -> None:
         self.manager = _C.BlockManager(
             num_blocks=4 * (num_users + num_cold_sessions) + 40,
             block_size=BLOCK_SIZE,
             shared_len=40,
             max_seq_len=WINDOW,
+            key_width=KEY_WIDTH,
+            budget_blocks=2 * num_users + 3 * num_cold_sessions,
+            num_slots=3 * num_users + num_cold_sessions,
+            **settings,
         )
         rng = np.random.default_rng(0)
-        self.keys = rng.integers(0, 1 << 20, (num_users, HISTORY + 1, 2), dtype=np.int32)
+        self.keys = rng.integers(0, 1 << 20, (num_users, HISTORY + 1, KEY_WIDTH), dtype=np.int32)
         out = [np.empty(num_users, np.int32), np.empty(num_users, np.int32)]
         out.append(np.empty((num_users, self.manager.max_blocks_per_seq), np.int32))
         self.out = (*out, np.empty(num_users * WINDOW, np.int32), np.empty((num_users, 3), np.int32))
+        self.out += (np.empty((out[-1].size, 2), np.int32),)
+        self.offloads = np.empty((0, 2), np.int32)
         for start in range(0, num_cold_sessions, num_users):
             self.run(self.arguments([f"cold-{start + i}" for i in range(num_users)], HISTORY))
         self.users = [f"user-{i}" for i in range(num_users)]
@@ -40,10 +46,10 @@ class Batch:
 
     def arguments(self, users: list[str], length: int) -> tuple[Any, ...]:
         offsets = np.arange(len(users) + 1, dtype=np.int32) * np.int32(length)
-        return (users, offsets, np.ascontiguousarray(self.keys[:, :length]).reshape(-1, 2), *self.out)
+        return (users, offsets, np.ascontiguousarray(self.keys[:, :length]).reshape(-1, KEY_WIDTH), *self.out)
 
     def run(self, arguments: tuple[Any, ...]) -> None:
-        self.manager.commit(self.manager.plan(*arguments)[0])
+        self.manager.commit(self.manager.plan(*arguments)[0], self.offloads)
 
 
 def measure_plan(benchmark: Any, batch: Batch) -> None:
@@ -76,16 +82,41 @@ def test_plan_among_many_sessions(benchmark: Any) -> None:
 
 
 @pytest.mark.parametrize("num_users", [1, 64])
+def test_peek(benchmark: Any, num_users: int) -> None:
+    batch = Batch(num_users)
+    arguments = batch.arguments(batch.users, HISTORY + 1)[:4]
+    benchmark.pedantic(batch.manager.peek, args=arguments, rounds=2000, warmup_rounds=50)
+    assert batch.out[0].tolist() == [HISTORY] * num_users
+
+
+@pytest.mark.parametrize("num_users", [1, 64])
 def test_commit(benchmark: Any, num_users: int) -> None:
     """Each round commits an append or, every other time, the cut that undoes it."""
     batch = Batch(num_users)
     arguments = [batch.arguments(batch.users, HISTORY + extra) for extra in (1, 0)]
 
-    def plan() -> tuple[tuple[int], dict[str, Any]]:
+    def plan() -> tuple[tuple[int, np.ndarray], dict[str, Any]]:
         arguments.reverse()
-        return (batch.manager.plan(*arguments[1])[0],), {}
+        return (batch.manager.plan(*arguments[1])[0], batch.offloads), {}
 
     benchmark.pedantic(batch.manager.commit, setup=plan, rounds=2000)
+
+
+def test_swap_with_the_host_tier(benchmark: Any) -> None:
+    """Each round plans, commits and finishes a step of 64 users of the host tier, in whose place 64 others go there."""
+    batch = Batch(64, num_host_blocks=2 * 64)
+    others = [f"other-{i}" for i in range(64)]
+    offloads = np.empty((2 * 64, 2), np.int32)
+    arguments = [batch.arguments(users, HISTORY) for users in (others, batch.users)]
+
+    def swap() -> None:
+        arguments.reverse()
+        step = batch.manager.plan(*arguments[1])[0]
+        assert batch.manager.commit(step, offloads) == len(offloads)
+        batch.manager.finish(step, True)
+
+    benchmark.pedantic(swap, rounds=2000)
+    assert batch.out[0].tolist() == [HISTORY] * 64
 
 
 def test_block_pool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,7 +85,7 @@ public:
 
     // The step's keys and values are written: its sessions take them over, then the budgets are enforced. Writes
     // (device block, host block) pairs to `offloads` [n, 2] and returns their number; if there are any, the step stays
-    // half open, with the blocks and sessions concerned, until `finish`. Throws std::invalid_argument as `finish` and `release`.
+    // half open, with the blocks and sessions concerned, until `finish`. Throws std::invalid_argument, as they all do.
     std::int32_t commit(std::int64_t step, std::span<std::int32_t> offloads);
     // The offloads of a half-open step were carried out, or, `moved` false, failed: its sessions are lost.
     void finish(std::int64_t step, bool moved);
@@ -116,7 +116,7 @@ private:
         std::vector<BlockId> blocks;
     };
     struct Step {
-        std::int64_t id = 0;    // 0: at rest
+        std::int64_t id = 0;     // 0: at rest
         bool half_open = false;  // committed, sessions of tier kMoving wait for `finish`
         std::size_t size = 0;
         std::vector<Sequence> sequences;  // the first `size` count; the rest keep their memory for later steps

@@ -101,15 +101,16 @@ void BlockManager::check_tier(const Session& session) const {
 void BlockManager::check_writer(SessionId id) const {
     const Session& session = sessions_[id];
     const bool moves = !session.blocks.empty() && !session.host_blocks.empty();
-    std::ptrdiff_t num_steps = 0;
+    std::int32_t num_steps = 0;
+    bool holds = true;
     for (const auto& step : steps_) {
         const auto writes = [&](const Sequence& sequence) { return sequence.session == id; };
         const auto num_writers = std::ranges::count_if(step->live(), writes);
         const bool here = step->id != 0 && step->id == session.step;
         num_steps += here;
-        if (num_writers != (here && !moves) || (here && step->half_open != moves)) num_steps = -1000;
+        holds = holds && num_writers == (here && !moves) && !(here && step->half_open != moves);
     }
-    if (num_steps != (session.step != 0)) {
+    if (!holds || num_steps != (session.step != 0)) {
         throw std::logic_error(message("session '", *session.user, "' is not where step ", session.step, " left it"));
     }
 }

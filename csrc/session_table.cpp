@@ -115,7 +115,7 @@ std::int32_t SessionTable::num_pinned() const noexcept {
 
 void SessionTable::check() const {
     check_index();
-    for (int tier = 1; tier < 5; ++tier) {
+    for (int tier = static_cast<int>(Tier::kDevice); tier < kNumTiers; ++tier) {
         for (const bool pinned : {false, true}) check_order(static_cast<Tier>(tier), pinned);
     }
 }

@@ -22,6 +22,7 @@ enum class Tier : std::uint8_t {
     kMoving,   // in device blocks that are being copied to its host blocks: locked
     kClosing,  // forgotten by its user; goes when its step ends
 };
+inline constexpr int kNumTiers = 5;
 inline constexpr Tier kCommittedTiers[] = {Tier::kDevice, Tier::kHost, Tier::kMoving};
 
 struct Session {
@@ -97,7 +98,7 @@ private:
     std::unordered_map<std::string, SessionId, Hash, std::equal_to<>> index_;
     std::vector<Session> records_;
     SessionId free_record_ = kNone;  // a chain through `older`
-    Order orders_[5][2];             // by tier and pinned; kNew has none
+    Order orders_[kNumTiers][2];     // by tier and pinned; kNew has none
 };
 
 }  // namespace speeder

@@ -38,7 +38,8 @@ class BlockManager:
         - `key_width`: int32 a position.
         - `budget_blocks`: device blocks that sessions may keep between steps; 0: every sequence is anonymous.
         - `max_sessions`: committed sessions of both tiers.
-        - `num_slots`: slots of h(last), at least 1; max_sessions plus the sequences of all open steps never run out.
+        - `num_slots`: slots of h(last), at least 1. max_sessions plus the sequences of all open steps suffice, plus one
+          for each session that is closed while its step is open.
         - `max_blocks_per_user`: leading blocks that a session may keep, 0 for no limit.
         - `num_host_blocks`: the host tier, 0 for none.
         - `track_freed`: remember which device blocks are freed, for `take_freed`.
@@ -142,8 +143,8 @@ class BlockManager:
         those on their way to the host), host_blocks_used, num_host_blocks.
 
         Since the start: steps_planned, steps_committed, steps_released, positions_reused, positions_planned, copies,
-        evictions (sessions dropped to make room), offloads and restores (blocks), truncations (sessions cut to
-        max_blocks_per_user).
+        evictions (sessions dropped to make room, or because their move failed), offloads (blocks moved) and restores
+        (blocks planned), truncations (sessions cut to max_blocks_per_user).
         """
 
     def check_integrity(self) -> None:
