@@ -60,13 +60,18 @@ class CacheSize:
         position = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
         block_bytes = (position * config.block_size + decoder.hidden_size) * itemsize
         per_sequence = -(-layout.config.window // config.block_size)
+        budget = _whole_blocks(config.kv_budget, "kv_budget", block_bytes)
+        quota = _whole_blocks(config.user_quota or "0", "user_quota", block_bytes)
+        if 0 < budget < per_sequence:
+            # a session that can't fit as a whole would drive out all others and then leave itself
+            quota = min(quota or budget, budget)
         return cls(
             block_bytes=block_bytes,
             num_shared=-(-layout.instruction_len // config.block_size),
-            budget=_whole_blocks(config.kv_budget, "kv_budget", block_bytes),
+            budget=budget,
             working=config.max_batch_users * per_sequence,
             host=_whole_blocks(config.host_budget, "host_budget", block_bytes),
-            quota=_whole_blocks(config.user_quota or "0", "user_quota", block_bytes),
+            quota=quota,
             blocks_per_sequence=per_sequence,
             max_sessions=config.max_sessions,
             max_users=config.max_batch_users,

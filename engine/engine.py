@@ -48,7 +48,7 @@ class Engine:
 
     @classmethod
     def load(
-        cls, path: str | Path, device: str = "auto", dtype: str = "auto", kv_budget: str = "1GiB", **more: object
+        cls, path: str | Path, device: str = "auto", dtype: str = "auto", kv_budget: str | int = "1GiB", **more: object
     ) -> "Engine":
         """Reads and verifies an engine directory.
 
@@ -57,7 +57,13 @@ class Engine:
         more: any other field of `EngineConfig`.
         Raises ArtifactError for a path that is no whole engine directory, ConfigError for settings that can't be.
         """
-        config = EngineConfig.from_json({"device": device, "dtype": dtype, "kv_budget": kv_budget, **more})
+        settings = {"device": device, "dtype": dtype, "kv_budget": kv_budget, **more}
+        sizes = {
+            name: str(settings[name])
+            for name in ("kv_budget", "host_budget", "user_quota")
+            if settings.get(name) is not None
+        }
+        config = EngineConfig.from_json(settings | sizes)
         return cls(EngineParts.load(_path(path, "Engine.load")), config)
 
     def __enter__(self) -> "Engine":

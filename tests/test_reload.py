@@ -151,7 +151,7 @@ def test_reloads_beside_requests_mix_nothing(old, directories):
 
 
 def test_settings_are_taken_by_load(directories):
-    engine = Engine.load(directories / "old", dtype="float32", max_waiting=3, catalogue_capacity=500)
+    engine = Engine.load(directories / "old", dtype="float32", kv_budget=0, max_waiting=3, catalogue_capacity=500)
     assert (engine.config.max_waiting, engine.catalogue.capacity) == (3, 500)
     with pytest.raises(ConfigError, match=r"unknown keys \['max_wait'\]"):
         Engine.load(directories / "old", max_wait=3)

@@ -158,6 +158,15 @@ def test_a_users_quota_keeps_the_oldest_part(tiny):
     assert rows_of(engine, lambda: engine.recommend(ids[:7], user_id="bob")) == 0
 
 
+def test_a_budget_of_less_than_a_window_keeps_the_oldest_part_of_one(tiny):
+    block = made(tiny, block_size=4)._now().cache.size.block_bytes
+    engine, cold = made(tiny, block_size=4, kv_budget=str(2 * block)), made(tiny, kv_budget="0", block_size=4)
+    ids = tiny.ids(range(12))
+    engine.recommend(ids, user_id="ada")
+    assert rows_of(engine, lambda: engine.recommend(ids, user_id="ada")) == 4
+    assert engine.recommend(ids, user_id="ada") == cold.recommend(ids)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_evicted_to_host_memory_and_restored_is_as_if_never_gone(tiny, dtype):
     engine = made(tiny, kv_budget="26KB", host_budget="1MiB", dtype=dtype)
