@@ -494,7 +494,7 @@ def test_whatever_happens_every_answer_is_a_cold_engines(dtype, folder) -> None:
     run_state_machine_as_test(
         lambda: EngineMachine(dtype, folder),
         settings=settings(
-            max_examples=25,
+            max_examples=20,
             stateful_step_count=25,
             deadline=None,
             suppress_health_check=list(HealthCheck),

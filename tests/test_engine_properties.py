@@ -19,7 +19,7 @@ WINDOW, STEP, NUM_ITEMS = 40, 8, 60
 HEADS = ("retrieve", "rank", "title")
 
 by_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-quick = settings(deadline=None, max_examples=25, database=None)
+quick = settings(deadline=None, max_examples=20, database=None)
 rows = st.integers(0, NUM_ITEMS - 1)
 histories = st.lists(rows, max_size=60)
 some_rows = st.lists(rows, min_size=1, max_size=20, unique=True)

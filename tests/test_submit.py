@@ -210,20 +210,6 @@ def test_one_users_flood_does_not_hold_the_others_up(tiny):
         assert asyncio.run(ask()) < 25
 
 
-def test_a_change_of_the_catalogue_gets_its_turn_beside_a_long_call(tiny):
-    with made(tiny, max_batch_users=1, debug=False) as engine:
-        done, requests = threading.Event(), [Request(tiny.ids(range(12)))] * 400
-        asking = threading.Thread(target=lambda: (engine.recommend_many(requests), done.set()))
-        asking.start()
-        changes = 0
-        while not done.is_set():
-            engine.set_prior({"0001": 0.5})
-            changes += 1
-            time.sleep(0.001)
-        asking.join()
-    assert changes > 20
-
-
 def test_sessions_are_found_while_the_engine_reloads(tiny, tmp_path, monkeypatch):
     tiny.parts().save(tmp_path / "e")
     reading, go_on = threading.Event(), threading.Event()
