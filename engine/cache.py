@@ -7,6 +7,8 @@ a corrected history or a re-embedded item can't read stale keys.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from speeder_engine import _C
 from speeder_engine.config import DecoderConfig, EngineConfig, check, parse_bytes
-from speeder_engine.errors import CacheExhausted
+from speeder_engine.errors import CacheExhausted, ConfigError
 from speeder_engine.prompt import PromptLayout
 
 KEY_WIDTH = 3  # (row, version, time bucket)
@@ -95,6 +97,15 @@ def _whole_blocks(size: str, where: str, block_bytes: int) -> int:
     return num_bytes // block_bytes
 
 
+def _zeros(what: str, *shape: int, **options: Any) -> Tensor:
+    try:
+        return torch.zeros(*shape, **options)
+    except (RuntimeError, MemoryError):
+        num_bytes = prod(shape) * options["dtype"].itemsize
+        where = options.get("device", "the host")
+        raise ConfigError(f"{what} would take {num_bytes:,} bytes, which {where} can't give; lower it") from None
+
+
 class KVCache:
     """Keys and values [layers, blocks, block_size, H_kv, D], h(last) of every session, and their host tier."""
 
@@ -110,13 +121,13 @@ class KVCache:
         self.size = size = CacheSize.of(config, decoder, layout, dtype.itemsize)
         self.num_bytes = size.num_blocks * size.block_bytes
         shape = (self.block_size, decoder.num_kv_heads, decoder.head_dim)
-        self.keys = torch.zeros(decoder.num_layers, size.num_blocks, *shape, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
+        wanted = "kv_budget, max_batch_users: keys and values"
+        self.keys = _zeros(wanted, decoder.num_layers, size.num_blocks, *shape, device=device, dtype=dtype)
+        self.values = _zeros(wanted, *self.keys.shape, device=device, dtype=dtype)
         self.last_hidden = torch.zeros(size.num_slots, decoder.hidden_size, device=device, dtype=dtype)
         # block-major: one block is one contiguous copy
-        self.host = torch.zeros(
-            size.host, 2, decoder.num_layers, *shape, dtype=dtype, pin_memory=device.type == "cuda" and size.host > 0
-        )
+        pinned = device.type == "cuda" and size.host > 0
+        self.host = _zeros("host_budget: it", size.host, 2, decoder.num_layers, *shape, dtype=dtype, pin_memory=pinned)
         self.manager = _C.BlockManager(
             num_blocks=size.num_blocks,
             block_size=self.block_size,
@@ -139,6 +150,7 @@ class KVCache:
 
         Reserves blocks until `commit` or `release`, evicts nobody. Raises CacheExhausted with the cache as it was.
         """
+        self._end_interrupted()
         buffers, size = self._buffers, len(users)
         lengths = buffers.fill(keys)
         try:
@@ -232,8 +244,21 @@ class KVCache:
 
     def release(self, plan: CachePlan) -> None:
         """Gives the step's blocks back; every session is as it was."""
-        self.manager.release(plan.step)
-        self._check()
+        if plan.step == self.manager.stats()["steps_planned"]:  # else a later step has begun, and ended this one
+            self.manager.release(plan.step)
+            self._check()
+
+    def _end_interrupted(self) -> None:
+        """Ends what a KeyboardInterrupt left open, beside the native calls. There is one step at a time: an open one is
+        nobody's any more."""
+        counts = self.manager.stats()
+        if counts["num_open_steps"]:
+            step = counts["steps_planned"]  # they are numbered from 1
+            try:
+                self.manager.release(step)
+            except ValueError:  # committed, and what was to leave for the host tier has not been copied
+                self.manager.finish(step, False)
+            self._check()
 
     def _check(self) -> None:
         """With `debug`: freed blocks turn to junk, so that whoever still reads one is found out; books are checked."""

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speeder_engine.errors import ArtifactError, CatalogueFull, DataError, UnknownItem, name_some
+from speeder_engine.errors import ArtifactError, CatalogueFull, DataError, UnknownItem, name_some, shown
 
 ITEMS_FILE = "items.parquet"
 TOKENS_FILE = "item_tokens.safetensors"
+MOST_PRIOR = 1e30  # times a learned beta it is still a number of fp32
 Rows = NDArray[np.int32]
 
 
@@ -123,14 +124,18 @@ class Catalogue:
         self._titles = list(table.titles)
         self._row_of = {item_id: row for row, item_id in enumerate(self._ids)}
         self._removed: set[str] = set()
-        self._listed: tuple[str, ...] | None = table.item_ids
+        self._changes = 0
+        self._listed = 0, table.item_ids  # after how many changes
 
     @property
     def item_ids(self) -> tuple[str, ...]:
         """In row order."""
-        if self._listed is None:
-            self._listed = tuple(item_id for item_id in self._ids if item_id not in self._removed)
-        return self._listed
+        changes, listed = self._listed
+        if changes != self._changes:
+            changes = self._changes  # read before the ids: a list that a change has overtaken is made again
+            listed = tuple(item_id for item_id in self._ids.copy() if item_id not in self._removed)
+            self._listed = changes, listed
+        return listed
 
     def __len__(self) -> int:
         return self.num_rows - len(self._removed)
@@ -247,14 +252,14 @@ class Catalogue:
         _assign(self.available, available)
         _assign(self.prior, priors)
         self.num_rows = len(self._ids)
-        self._listed = None
+        self._changes += 1
 
     def remove(self, item_ids: Sequence[str]) -> None:
         """Tombstones: never recommended again, still readable in old histories. Raises UnknownItem, nothing changed."""
         rows = self.rows(item_ids, "remove")
         _assign(self.available, dict.fromkeys(rows.tolist(), False))
         self._removed.update(item_ids)
-        self._listed = None
+        self._changes += 1
 
     def set_available(self, item_ids: Sequence[str], available: bool) -> None:
         """Raises UnknownItem for unknown and removed ids, nothing changed."""
@@ -265,7 +270,7 @@ class Catalogue:
         """Raises UnknownItem for unknown and removed ids, DataError for a prior that is not finite; nothing changed."""
         self._check_live(priors, "set_prior")
         for item_id, prior in priors.items():
-            _check_prior(item_id, prior)
+            _check_prior(item_id, float("nan") if prior is None else prior)
         rows = self.rows(priors, "set_prior").tolist()
         _assign(self.prior, dict(zip(rows, map(float, priors.values()), strict=True)))
 
@@ -308,6 +313,9 @@ def _assign(target: Tensor, values: Mapping[int, float]) -> None:
 
 
 def _check_prior(item_id: str, prior: object) -> None:
-    number = isinstance(prior, int | float | np.number) and not isinstance(prior, bool)
-    if prior is not None and not (number and np.isfinite(prior)):  # type: ignore[call-overload]
-        raise DataError(f"prior of item {item_id!r}: expected a finite number, got {prior!r}")
+    if prior is None:
+        return
+    number = isinstance(prior, int | float | np.integer | np.floating) and not isinstance(prior, bool)
+    if not (number and abs(prior) <= MOST_PRIOR):  # type: ignore[arg-type]
+        wanted = f"expected a number within {MOST_PRIOR:g} of 0"
+        raise DataError(f"prior of item {item_id!r}: {wanted}, got {shown(prior)}")

@@ -14,6 +14,7 @@ from speeder_engine.errors import ConfigError
 
 MODALITIES = ("text", "image", "collaborative")
 MAX_TITLE_TOKENS = 64  # of a generated answer
+MOST_INT32 = 2**31 - 1
 EXACT_LEN_ENDS = "attention window slides or its rotary frequencies change (sliding_window, rope_type)"
 
 
@@ -229,7 +230,9 @@ class EngineConfig(Config):
         dtypes = ("auto", "float32", "bfloat16", "float16")
         check(self.dtype in dtypes, f"EngineConfig.dtype: {self.dtype!r} is not one of {', '.join(dtypes)}")
         for name in ("max_sessions", "block_size", "max_batch_users", "max_batch_rows", "max_waiting"):
-            check(getattr(self, name) > 0, f"EngineConfig.{name} must be positive, is {getattr(self, name)}")
+            value = getattr(self, name)
+            whole = isinstance(value, int) and 0 < value <= MOST_INT32
+            check(whole, f"EngineConfig.{name} must be a whole number within 1..{MOST_INT32}, is {value!r}")
         check(self.batch_wait_ms >= 0, f"EngineConfig.batch_wait_ms can't be negative, is {self.batch_wait_ms}")
 
     def capacity_for(self, num_items: int) -> int:

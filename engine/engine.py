@@ -1,6 +1,7 @@
 """Engine: what users hold: one serving at work, the queue before it, histories of sessions, changes between steps."""
 
 import asyncio
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,11 +16,21 @@ from numpy.typing import NDArray
 from speeder_engine.catalogue import Catalogue, ItemUpdate
 from speeder_engine.config import MAX_TITLE_TOKENS, EngineConfig
 from speeder_engine.device import pick_device, pick_dtype
-from speeder_engine.errors import ConfigError, DataError, EngineClosed, InvalidRequest
+from speeder_engine.errors import ConfigError, DataError, EngineClosed, InvalidRequest, shown
 from speeder_engine.item import Item
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.parts import EngineParts
-from speeder_engine.request import Generation, Head, OnUnknown, Ranking, Request, check_user, item_ids, whole_number
+from speeder_engine.request import (
+    Generation,
+    Head,
+    OnUnknown,
+    Ranking,
+    Request,
+    check_user,
+    item_ids,
+    true_or_false,
+    whole_number,
+)
 from speeder_engine.scheduler import Scheduler, Waiting, deadline_error
 from speeder_engine.serving import EngineStats, Serving
 from speeder_engine.session import Session
@@ -152,6 +163,7 @@ class Engine:
         DeadlineExceeded when the time is up, EngineClosed if the engine is closed first. A cancelled task takes its
         request out of the queue.
         """
+        timeout_ms = None if timeout_ms is None else _milliseconds(timeout_ms)
         waiting = self._enqueue(request, timeout_ms)
         answer = asyncio.wrap_future(waiting.future)
         try:
@@ -213,8 +225,8 @@ class Engine:
         """The user's history as this engine holds it, empty at first; the same object for the same user."""
         self._now()
         check_user(user_id)
-        with self._changing:
-            return self._sessions.setdefault(user_id, Session(self, user_id))
+        # one atomic call and no lock: a reload takes seconds
+        return self._sessions.setdefault(user_id, Session(self, user_id))
 
     def warm(
         self,
@@ -245,17 +257,23 @@ class Engine:
     def pin_session(self, user_id: str, pinned: bool = True) -> bool:
         """Keeps (or, with False, stops keeping) a user's session while there are others to evict. False if there is no
         session, or if pinned ones would exceed the KV budget."""
-        return bool(self._now().cache.manager.pin(user_id, pinned))
+        check_user(user_id)
+        return bool(self._now().cache.manager.pin(user_id, true_or_false("pinned", pinned)))
 
     def close_session(self, user_id: str) -> bool:
         """Forgets a user's history, keys and values; true if there were any."""
-        with self._changing:
-            held = self._sessions.pop(user_id, None)
-        return bool(self._now().cache.manager.close(user_id)) or held is not None
+        check_user(user_id)
+        serving = self._now()
+        held = self._sessions.pop(user_id, None)
+        return bool(serving.cache.manager.close(user_id)) or held is not None
 
-    def check_items(self, ids: Sequence[str], where: str) -> None:
-        """Raises UnknownItem, `where` in its message, for ids that are not in the catalogue."""
-        self._now().catalogue.rows(ids, where)
+    def check_items(self, ids: Sequence[str], where: str, timed: bool = False) -> None:
+        """Raises UnknownItem, `where` in its message, for ids that are not in the catalogue; InvalidRequest for times
+        that the model does not read."""
+        serving = self._now()
+        if timed and serving.layout.config.calendar is None:
+            raise InvalidRequest(f"{where}: times: this model was trained without; leave them out")
+        serving.catalogue.rows(ids, where)
 
     def upsert(self, items: Iterable[Item]) -> int:
         """Adds new items and replaces known ones; returns how many were new. Removed ones come back.
@@ -285,6 +303,7 @@ class Engine:
 
     def set_available(self, ids: Sequence[str], available: bool = True) -> None:
         """Whether these items may be recommended. Raises UnknownItem, none changed."""
+        available = true_or_false("available", available)
         with self._change() as catalogue:
             catalogue.set_available(item_ids(ids, "set_available"), available)
 
@@ -334,8 +353,6 @@ class Engine:
 
     def _enqueue(self, request: Request, timeout_ms: float | None) -> Waiting:
         [asked] = _requests([request], "submit")
-        if timeout_ms is not None and not (isinstance(timeout_ms, int | float) and timeout_ms > 0):
-            raise InvalidRequest(f"timeout_ms: expected a positive number of milliseconds, got {timeout_ms!r}")
         serving = self._now()
         waiting = self._scheduler.put(serving.resolve(asked), serving, timeout_ms)
         self._worker.start()
@@ -350,6 +367,16 @@ def _serving_of(engine: "weakref.ref[Engine]") -> Callable[[], Serving | None]:
         return held._serving if held is not None else None
 
     return current
+
+
+def _milliseconds(timeout_ms: object) -> float:
+    number = isinstance(timeout_ms, int | float | np.integer | np.floating) and not isinstance(timeout_ms, bool)
+    if not (number and timeout_ms > 0):  # type: ignore[operator]
+        raise InvalidRequest(f"timeout_ms: expected a positive number of milliseconds, got {shown(timeout_ms)}")
+    try:
+        return float(timeout_ms)  # type: ignore[arg-type]
+    except OverflowError:
+        return math.inf
 
 
 def _path(path: object, where: str) -> Path:

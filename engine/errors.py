@@ -62,6 +62,12 @@ class SpeederWarning(UserWarning):
     """Something was skipped, replaced or counted; the message gives the number and an example."""
 
 
+def shown(value: object, longest: int = 100) -> str:
+    """A stranger's `repr` for a message: in one line, and no longer than that."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
 def name_some(ids: Iterable[str], limit: int = 5) -> str:
     """`'a', 'b', 'c' (and 7 more)`: ids for a message."""
     named = [repr(item_id) for item_id in ids]

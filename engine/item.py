@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speeder_engine.config import MODALITIES
-from speeder_engine.errors import DataError
+from speeder_engine.errors import DataError, shown
 
 Vector = NDArray[np.float32]
 
@@ -34,27 +34,34 @@ class Item:
 
     def __post_init__(self) -> None:
         if not isinstance(self.item_id, str) or not self.item_id:
-            raise DataError(f"item: ids are strings that are not empty, got {self.item_id!r}")
-        for name in ("title", "text"):
-            if not isinstance(getattr(self, name), str | None):
-                raise DataError(f"item {self.item_id!r}: {name} is no string, but {getattr(self, name)!r}")
+            raise DataError(f"item: ids are strings that are not empty, got {shown(self.item_id)}")
+        for name in ("item_id", "title", "text"):
+            self._check_text(name, getattr(self, name))
         if not isinstance(self.image, bytes | str | Path | None):
             raise DataError(f"item {self.item_id!r}: image must be bytes or a path, got {type(self.image).__name__}")
         if not isinstance(self.available, bool | None):
-            raise DataError(f"item {self.item_id!r}: available must be true or false, got {self.available!r}")
+            raise DataError(f"item {self.item_id!r}: available must be true or false, got {shown(self.available)}")
         if not isinstance(self.vectors, Mapping):
-            raise DataError(f"item {self.item_id!r}: vectors maps modalities to vectors, got {self.vectors!r}")
+            raise DataError(f"item {self.item_id!r}: vectors maps modalities to vectors, got {shown(self.vectors)}")
         object.__setattr__(self, "vectors", {name: self._vector(name) for name in self.vectors})
         for name, raw in (("text", self.text), ("image", self.image)):
             if raw is not None and name in self.vectors:
                 raise DataError(f"item {self.item_id!r}: has {name} and a {name} vector; give one of them")
+
+    def _check_text(self, name: str, text: object) -> None:
+        if not isinstance(text, str | None):
+            raise DataError(f"item {self.item_id!r}: {name} is no string, but {shown(text)}")
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError:
+            raise DataError(f"item {self.item_id!r}: {name} is no valid Unicode text; mend {shown(text)}") from None
 
     def _vector(self, modality: str) -> Vector:
         if modality not in MODALITIES:
             raise DataError(f"item {self.item_id!r}: unknown modality {modality!r}; known are {', '.join(MODALITIES)}")
         try:
             vector = np.asarray(self.vectors[modality], np.float32)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):  # the last: a tensor with a gradient
             raise DataError(f"item {self.item_id!r}: the {modality} vector holds something but numbers") from None
         if vector.ndim != 1 or not np.isfinite(vector).all():
             raise DataError(f"item {self.item_id!r}: the {modality} vector must be one row of finite numbers")

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from speeder_engine.errors import InvalidRequest, name_some
+import numpy as np
+
+from speeder_engine.errors import InvalidRequest, name_some, shown
 
 Head = Literal["retrieve", "rank", "title"]
 OnUnknown = Literal["error", "skip"]
@@ -45,15 +47,17 @@ class Request:
                 object.__setattr__(self, name, item_ids(getattr(self, name), name))
         self._check_candidates()
         if self.times is not None:
-            object.__setattr__(self, "times", _finite(self.times, len(self.history)))
+            object.__setattr__(self, "times", finite_times(self.times, len(self.history), "times"))
         if self.user_id is not None:
             check_user(self.user_id)
-        if self.head not in (None, "retrieve", "rank", "title"):
-            raise InvalidRequest(f"head: {self.head!r} is no head of this engine; choose 'retrieve', 'rank' or 'title'")
+        object.__setattr__(self, "exclude_seen", true_or_false("exclude_seen", self.exclude_seen))
+        if not isinstance(self.head, str | None) or self.head not in (None, "retrieve", "rank", "title"):
+            choice = "choose 'retrieve', 'rank' or 'title'"
+            raise InvalidRequest(f"head: {shown(self.head)} is no head of this engine; {choice}")
         if self.head in ("rank", "title") and self.candidates is None:
             raise InvalidRequest(f"head: {self.head!r} scores named candidates; pass candidates, or use 'retrieve'")
-        if self.on_unknown not in ("error", "skip"):
-            raise InvalidRequest(f"on_unknown: {self.on_unknown!r}; choose 'error' or 'skip'")
+        if not isinstance(self.on_unknown, str) or self.on_unknown not in ("error", "skip"):
+            raise InvalidRequest(f"on_unknown: {shown(self.on_unknown)}; choose 'error' or 'skip'")
 
     def _check_candidates(self) -> None:
         if self.candidates is None:
@@ -93,44 +97,56 @@ class Generation:
 def item_ids(value: object, where: str) -> tuple[str, ...]:
     """Any iterable of strings as a tuple; a bare string, which iterates over its letters, is refused."""
     if isinstance(value, str | bytes):
-        raise InvalidRequest(f"{where}: expected a list of item ids, got the string {value!r}; write [{value!r}]")
+        text = shown(value)
+        raise InvalidRequest(f"{where}: expected a list of item ids, got the string {text}; write [{text}]")
     if where == "history" and isinstance(value, Set | Mapping):
         raise InvalidRequest(f"history: a {type(value).__name__} has no order; pass a list, oldest first")
     try:
         ids: tuple[object, ...] = tuple(value)  # type: ignore[arg-type]
     except TypeError:
-        raise InvalidRequest(f"{where}: expected a list of item ids, got {value!r}") from None
+        raise InvalidRequest(f"{where}: expected a list of item ids, got {shown(value)}") from None
     for item_id in ids:
         if not isinstance(item_id, str):
-            raise InvalidRequest(f"{where}: item ids are strings, got {item_id!r} ({type(item_id).__name__})")
+            raise InvalidRequest(f"{where}: item ids are strings, got {shown(item_id)} ({type(item_id).__name__})")
     return ids  # type: ignore[return-value]
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
     """Any integer type but bool, numpy's too."""
-    number = operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else None
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:  # arrays have an __index__ that refuses
+        number = None
     if number is None or number < least:
-        raise InvalidRequest(f"{name}: expected a whole number of at least {least}, got {value!r}")
+        raise InvalidRequest(f"{name}: expected a whole number of at least {least}, got {shown(value)}")
     return number
 
 
-def _finite(times: Any, count: int) -> tuple[float, ...]:
+def true_or_false(name: str, value: object) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise InvalidRequest(f"{name}: expected true or false, got {shown(value)}")
+    return bool(value)
+
+
+def finite_times(times: Any, count: int, where: str) -> tuple[float, ...]:
+    """Unix seconds, any iterable of numbers, as floats: one for each of `count` interactions."""
     try:
-        found = tuple(float(time) for time in times)
-    except (TypeError, ValueError):
-        raise InvalidRequest(
-            f"times: expected Unix seconds, one for each of {count} interactions, got {times!r}"
-        ) from None
+        found = None if isinstance(times, str | bytes) else tuple(float(time) for time in times)
+    except (TypeError, ValueError, OverflowError):
+        found = None
+    if found is None:
+        wanted = f"expected Unix seconds, one for each of {count} interactions"
+        raise InvalidRequest(f"{where}: {wanted}, got {shown(times)}")
     if len(found) != count:
-        raise InvalidRequest(f"times: {len(found)} for {count} interactions; give one for each")
+        raise InvalidRequest(f"{where}: {len(found)} for {count} interactions; give one for each")
     if not all(math.isfinite(time) for time in found):
-        raise InvalidRequest("times: they must be finite; leave `times` out where they are not known")
+        raise InvalidRequest(f"{where}: they must be finite; leave `times` out where they are not known")
     return found
 
 
 def check_user(user_id: object) -> None:
     if not isinstance(user_id, str):
-        raise InvalidRequest(f"user_id: expected a string, got {user_id!r}")
+        raise InvalidRequest(f"user_id: expected a string, got {shown(user_id)}")
     try:
         user_id.encode()
     except UnicodeEncodeError:

@@ -118,18 +118,19 @@ class Scheduler:
             return taken
 
     def _admit(self, count_rows: Callable[[Sequence[Query]], list[int]]) -> list[Waiting]:
-        """Looks no further than twice a step, so that one user's many requests can't make it long."""
-        users: set[str] = set()
-        candidates: list[Waiting] = []
-        for waiting in islice(self._waiting, 2 * self.config.max_batch_users):
-            user = waiting.query.request.user_id
-            if user is None or user not in users:
-                candidates.append(waiting)
-            if user is not None:
-                users.add(user)
+        candidates = list(islice(self._first_of_each_user(), self.config.max_batch_users))
         counts = count_rows([each.query for each in candidates])
         first = next(cut_into_steps(counts, self.config), slice(0, 0))
         return candidates[first]
+
+    def _first_of_each_user(self) -> Iterator[Waiting]:
+        users: set[str] = set()
+        for waiting in self._waiting:
+            user = waiting.query.request.user_id
+            if user is None or user not in users:
+                yield waiting
+            if user is not None:
+                users.add(user)
 
     def close(self) -> None:
         """Whoever waits gets EngineClosed; `wait` ends. A second time is harmless."""

@@ -58,7 +58,7 @@ class HeadScorer:
         """The best of the whole catalogue."""
         if not queries:
             return []
-        mask = pad_to_tile(torch.stack([self.mask(query) for query in queries]))
+        mask = torch.stack([self.mask(query) for query in queries])
         prior = self.model.retrieve.beta * self.catalogue.prior
         deepest = max(query.request.k for query in queries)
         scores, rows = top_scores(pad_to_tile(vectors), self.catalogue.tokens, prior, mask, deepest)
@@ -96,5 +96,5 @@ class HeadScorer:
 
     @staticmethod
     def _cut(query: Query, scores: Tensor, rows: Tensor) -> Scored:
-        kept = min(query.request.k, int(torch.isfinite(scores).sum()))
+        kept = min(query.request.k, int((scores > float("-inf")).sum()))
         return rows[:kept].cpu().numpy().astype(np.int32), scores[:kept].tolist()

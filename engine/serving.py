@@ -4,6 +4,7 @@ It knows no threads and no queue: whoever calls holds `lock`.
 """
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -96,7 +97,11 @@ class Serving:
         """Consecutive parts of the queries, each one step."""
         with self.lock:
             counts = self.num_rows(queries)
-        return (queries[part] for part in cut_into_steps(counts, self.config))
+        for part in cut_into_steps(counts, self.config):
+            yield queries[part]
+            time.sleep(
+                0
+            )  # the lock is free: whoever waits for it, a change of the catalogue or the queue, may go first
 
     def step(self, queries: Sequence[Query]) -> list[Ranking]:
         """One forward pass over these queries; a failure leaves every session as it was."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from speeder_engine.errors import InvalidRequest
-from speeder_engine.request import Ranking, Request, item_ids
+from speeder_engine.request import Ranking, Request, finite_times, item_ids
 
 
 class Serves(Protocol):
@@ -15,7 +15,7 @@ class Serves(Protocol):
 
     def warm(self, user_id: str, history: Sequence[str], *, times: Sequence[float] | None = None) -> int: ...
 
-    def check_items(self, ids: Sequence[str], where: str) -> None: ...
+    def check_items(self, ids: Sequence[str], where: str, timed: bool = False) -> None: ...
 
     def close_session(self, user_id: str) -> bool: ...
 
@@ -47,27 +47,29 @@ class Session:
 
         times: Unix seconds of each, for models that were trained with them: then with every append, or never.
         """
-        checked = item_ids(ids, "append")
-        self._engine.check_items(checked, "append")
-        if times is not None and len(times) != len(checked):
-            raise InvalidRequest(f"append: {len(times)} times for {len(checked)} items; give one for each")
+        items, seconds = self._checked(ids, times, "append")
         with self._lock:
-            timed = times is not None
-            if checked and self._ids and timed != bool(self._times):
+            if items and self._ids and bool(seconds) != bool(self._times):
                 raise InvalidRequest("append: give times with every append of a session, or with none")
-            self._ids.extend(checked)
-            self._times.extend(times or ())
+            self._ids.extend(items)
+            self._times.extend(seconds)
         return self
 
     def replace(self, history: Sequence[str], times: Sequence[float] | None = None) -> "Session":
         """Puts another history in place: a correction, a deletion. Raises as `append`, the old one kept."""
-        checked = item_ids(history, "history")
-        self._engine.check_items(checked, "replace")
-        if times is not None and len(times) != len(checked):
-            raise InvalidRequest(f"replace: {len(times)} times for {len(checked)} items; give one for each")
+        items, seconds = self._checked(item_ids(history, "history"), times, "replace")
         with self._lock:
-            self._ids, self._times = list(checked), list(times or ())
+            self._ids, self._times = list(items), list(seconds)
         return self
+
+    def _checked(
+        self, ids: Sequence[str], times: Sequence[float] | None, where: str
+    ) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """Item ids and their times, none where none are given."""
+        checked = item_ids(ids, where)
+        seconds = () if times is None else finite_times(times, len(checked), f"{where}: times")
+        self._engine.check_items(checked, where, bool(seconds))
+        return checked, seconds
 
     def recommend(self, k: int = 10, **options: Any) -> Ranking:
         """As `Engine.recommend` of this history; `options` are `Request`'s but `user_id` and `times`."""

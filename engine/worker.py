@@ -4,7 +4,6 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
-from speeder_engine.errors import SpeederError
 from speeder_engine.scheduler import Scheduler, Waiting
 from speeder_engine.serving import Serving
 
@@ -60,7 +59,7 @@ def _refresher(serving: Serving) -> Callable[[Waiting], None]:
         if waiting.owner is not serving:
             try:
                 waiting.query, waiting.owner = serving.resolve(waiting.query.request), serving
-            except SpeederError as error:
+            except Exception as error:
                 waiting.fail(error)
 
     return refresh

@@ -73,19 +73,19 @@ QUESTION = "Its title:"
 END_ID = 2
 
 
-def make_titled(num_items=120, window=12, step=4, seed=0, tied=False, title_score="sum") -> Tiny:
+def make_titled(num_items=120, window=12, step=4, seed=0, tied=False, title_score="sum", calendar=None) -> Tiny:
     """The same with a title head: a causal LM whose words are the titles'. Some titles are nested, equal or empty."""
     rng = np.random.default_rng(seed)
     titles = [" ".join(rng.choice(WORDS, rng.integers(1, 7))) for _ in range(num_items)]
     titles[10:16] = ["the old", "the old man", "the old man and the sea", "the old man", "", "the old\nman"]
     tokenizer = make_tokenizer(titles)
-    tiny = make_tiny(num_items, window, step, seed)
+    tiny = make_tiny(num_items, window, step, seed, calendar=calendar)
     torch.manual_seed(seed)
     shape = LlamaConfig(**{**tiny.model.backbone.config.to_dict(), "vocab_size": 400, "tie_word_embeddings": tied})
     lm = LlamaForCausalLM(shape).eval()
     old = tiny.model.config
     question_ids = tuple(tokenizer.encode(QUESTION).ids)
-    prompt = PromptConfig("i", old.prompt.instruction_ids, window, step, QUESTION, question_ids, (END_ID,))
+    prompt = PromptConfig("i", old.prompt.instruction_ids, window, step, QUESTION, question_ids, (END_ID,), calendar)
     heads = HeadsConfig(title=True, title_score=title_score)
     config = ModelConfig(decoder_config(shape), old.compressor, prompt, heads, vocabulary_tied=tied)
     model = Recommender(config, lm.model).eval()
@@ -134,7 +134,7 @@ def reference_scores(tiny: Tiny, rows, candidates=None, buckets=None):
     instruction = model.backbone.embed_tokens(torch.tensor(prompt.instruction_ids))
     history = tiny.tokens[torch.from_numpy(rows)] + model.prompts.weight[: len(rows)]
     if buckets is not None:
-        history = history + model.times.weight[torch.tensor(buckets[start:])]
+        history = history + model.times.weight[torch.tensor(buckets[start:], dtype=torch.int64)]
     prefix = torch.cat([instruction, history])
     hidden = model.backbone(inputs_embeds=prefix[None]).last_hidden_state[0]
     vector = model.retrieve.project(hidden[-1]) / (model.config.compressor.scale * 48**0.5)
@@ -150,21 +150,25 @@ def reference_scores(tiny: Tiny, rows, candidates=None, buckets=None):
     return retrieve, torch.stack(ranked)
 
 
-def reference_prompt(tiny: Tiny, rows) -> torch.Tensor:
+def reference_prompt(tiny: Tiny, rows, buckets=None) -> torch.Tensor:
     """Instruction, history and question [T, d]."""
     model, prompt = tiny.model, tiny.model.config.prompt
     rows = np.asarray(rows, dtype=np.int64)
-    rows = rows[reference_start(len(rows), tiny.window, tiny.step) :]
+    start = reference_start(len(rows), tiny.window, tiny.step)
+    rows = rows[start:]
     instruction, question = (
         model.backbone.embed_tokens(torch.tensor(ids)) for ids in (prompt.instruction_ids, prompt.question_ids)
     )
-    return torch.cat([instruction, tiny.tokens[torch.from_numpy(rows)] + model.prompts.weight[: len(rows)], question])
+    history = tiny.tokens[torch.from_numpy(rows)] + model.prompts.weight[: len(rows)]
+    if buckets is not None:
+        history = history + model.times.weight[torch.tensor(buckets[start:], dtype=torch.int64)]
+    return torch.cat([instruction, history, question])
 
 
 @torch.no_grad()
-def reference_title_scores(tiny: Tiny, rows, candidates, mean=False) -> torch.Tensor:
+def reference_title_scores(tiny: Tiny, rows, candidates, mean=False, buckets=None) -> torch.Tensor:
     """Log-likelihood [C] of each candidate's title, by one full prompt each."""
-    prompt, scores = reference_prompt(tiny, rows), []
+    prompt, scores = reference_prompt(tiny, rows, buckets), []
     for row in candidates:
         ids = torch.tensor(tiny.tokenizer.encode(" ".join(tiny.titles[row].split()) + "\n").ids)
         inputs = torch.cat([prompt, tiny.model.backbone.embed_tokens(ids)])[None]

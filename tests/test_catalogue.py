@@ -95,7 +95,11 @@ def test_a_removed_item_is_gone_for_people_and_stays_readable():
         (lambda c: c.remove(["a", "zz"]), UnknownItem, "remove: unknown item 'zz'"),
         (lambda c: c.set_available(["a", "zz"], False), UnknownItem, "set_available: unknown item 'zz'"),
         (lambda c: c.set_prior({"a": 1.0, "zz": 1.0}), UnknownItem, "set_prior: unknown item 'zz'"),
-        (lambda c: c.set_prior({"a": 1.0, "b": float("inf")}), DataError, "prior of item 'b': expected a finite"),
+        (
+            lambda c: c.set_prior({"a": 1.0, "b": float("inf")}),
+            DataError,
+            "prior of item 'b': expected a number within",
+        ),
         (lambda c: c.set_prior({"a": 1.0, "b": "much"}), DataError, "prior of item 'b'"),
         (
             lambda c: c.put(
@@ -142,3 +146,18 @@ def test_a_copy_is_independent():
     copy = catalogue.to(torch.device("cpu"), torch.float32, capacity=5)
     copy.put(update(a=[1.0, 1.0], d=[1.0, 2.0]))
     assert (len(catalogue), catalogue.tokens[0].tolist(), copy.capacity) == (3, [0.0, 1.0], 5)
+
+
+def test_a_list_of_ids_that_a_change_overtakes_is_made_again():
+    catalogue = made()
+    catalogue.remove(["a"])
+
+    class Overtaken(set):
+        def __contains__(self, item_id):
+            if item_id == "c" and "d" not in catalogue._row_of:
+                catalogue.put(update(d=[7.0, 8.0]))
+            return super().__contains__(item_id)
+
+    catalogue._removed = Overtaken(catalogue._removed)
+    assert catalogue.item_ids == ("b", "c")
+    assert catalogue.item_ids == ("b", "c", "d")

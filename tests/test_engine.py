@@ -232,6 +232,13 @@ def test_what_is_answered_at_the_edges(tiny, engine):
         ({"k": 0}, "k: expected a whole number of at least 1, got 0"),
         ({"k": 2.5}, "k: expected"),
         ({"k": True}, "k: expected"),
+        ({"k": np.arange(200)}, "k: expected a whole number of at least 1, got array"),
+        ({"history": np.full((30, 30), "0001")}, "item ids are strings, got array"),
+        ({"history": [np.zeros(3)] * 200}, "item ids are strings, got array"),
+        ({"exclude_seen": "no"}, "exclude_seen: expected true or false, got 'no'"),
+        ({"exclude_seen": np.ones(2)}, "exclude_seen: expected true or false"),
+        ({"head": np.array(["rank", "title"])}, "is no head of this engine"),
+        ({"on_unknown": np.array(["skip", "error"])}, "choose 'error' or 'skip'"),
         ({"history": "0001"}, "got the string '0001'"),
         ({"history": None}, "history: expected a list"),
         ({"history": [1]}, r"item ids are strings, got 1 \(int\)"),
@@ -252,7 +259,44 @@ def test_bad_requests_are_refused_in_one_line(engine, arguments, message):
     with pytest.raises(InvalidRequest, match=message) as caught:
         engine.recommend(**{"history": ["0001"], **arguments})
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
     assert engine.stats().requests == engine.stats().rows_computed == 0
+
+
+def test_odd_shapes_answer_as_transformers():
+    """A window of one, steps of a whole window, an instruction of one token, one item, no room for another."""
+    for shape in ({"window": 1, "step": 1}, {"window": 5, "step": 5, "instruction_len": 1}, {"num_items": 1}):
+        other = make_tiny(**shape)
+        size = len(other.item_ids)
+        warm, cold = (
+            Engine(
+                other.parts(), EngineConfig(dtype="float32", kv_budget=budget, catalogue_capacity=size, block_size=2)
+            )
+            for budget in ("8KB", "0")
+        )
+        rows = np.random.default_rng(0).integers(0, size, 23)
+        for length in (*range(8), 8, 22, 23, 3):
+            expected, _ = reference_scores(other, rows[:length])
+            asked = {"k": size, "exclude_seen": False}
+            found = warm.recommend(other.ids(rows[:length]), user_id="a", **asked)
+            scores = torch.tensor([dict(found)[item_id] for item_id in other.item_ids])
+            torch.testing.assert_close(scores, expected, atol=2e-5, rtol=1e-5)
+            assert found == cold.recommend(other.ids(rows[:length]), **asked)
+            warm.check_integrity()
+
+
+def test_requests_of_any_size_are_answered(tiny, engine, cold):
+    few = Engine(tiny.parts(), EngineConfig(dtype="float32", kv_budget="9KB", max_batch_rows=4, max_batch_users=2))
+    long, everything = tiny.ids(np.arange(20_000) % 97), list(tiny.item_ids)
+    requests = [
+        Request(long, 10**30, user_id="a"),
+        Request((item_id for item_id in long[:30]), candidates=iter(everything), user_id="a"),
+        Request(np.array(long[:7]), deny=["0001", "0001"], allow=["0002", "0100", "0100"]),
+        Request(["x"] * 5, on_unknown="skip", user_id="b"),
+    ]
+    for each in (few, engine):
+        assert each.recommend_many(requests) == cold.recommend_many(requests)
+        each.check_integrity()
 
 
 @pytest.mark.parametrize("field", ["history", "candidates", "allow", "deny"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from reference import make_tiny
 
-from speeder_engine import Engine, EngineConfig, InvalidRequest, UnknownItem
+from speeder_engine import Engine, EngineConfig, InvalidRequest, Request, UnknownItem
 from speeder_engine.config import ConfigError
 
 
@@ -68,11 +68,11 @@ def test_bad_appends_add_nothing(engine):
         (lambda: session.append("0002", "nope"), UnknownItem, "append: unknown item 'nope'"),
         (lambda: session.append(7), InvalidRequest, "item ids are strings, got 7"),
         (lambda: session.append(["0002"]), InvalidRequest, "item ids are strings"),
-        (lambda: session.append("0002", times=[1.0, 2.0]), InvalidRequest, "2 times for 1 items"),
-        (lambda: session.append("0002", times=[1.0]), InvalidRequest, "give times with every append"),
+        (lambda: session.append("0002", times=[1.0, 2.0]), InvalidRequest, "append: times: 2 for 1 interactions"),
+        (lambda: session.append("0002", times=[1.0]), InvalidRequest, "append: times: this model was trained without"),
         (lambda: session.replace(["nope"]), UnknownItem, "replace: unknown item 'nope'"),
         (lambda: session.replace("0002"), InvalidRequest, "got the string '0002'"),
-        (lambda: session.replace(["0002"], times=[]), InvalidRequest, "0 times for 1 items"),
+        (lambda: session.replace(["0002"], times=[]), InvalidRequest, "replace: times: 0 for 1 interactions"),
         (lambda: engine.session(7), InvalidRequest, "user_id: expected a string"),
         (lambda: engine.session(None), InvalidRequest, "user_id: expected a string"),
     ):
@@ -236,6 +236,78 @@ def test_an_offload_that_fails_loses_only_what_was_leaving(tiny, monkeypatch):
     engine.check_integrity()
     for i in range(9):
         assert engine.recommend(ids[: i + 3], user_id=f"u{i}") == cold.recommend(ids[: i + 3])
+
+
+class Interrupted:
+    """A block manager whose call `name` is interrupted when it has come back: what it did is done."""
+
+    def __init__(self, manager, name):
+        self._manager, self._name = manager, name
+
+    def __getattr__(self, name):
+        real = getattr(self._manager, name)
+        if name != self._name:
+            return real
+
+        def call(*args):
+            real(*args)
+            raise KeyboardInterrupt
+
+        return call
+
+
+@pytest.mark.parametrize("call", ["plan", "commit", "finish", "release"])
+def test_an_interrupt_beside_a_native_call_leaves_no_step_open(tiny, monkeypatch, call):
+    engine, cold = made(tiny, kv_budget="26KB", host_budget="1MiB"), made(tiny, kv_budget="0")
+    ids, serving = tiny.ids(range(12)), engine._now()
+
+    def fail(*_):
+        raise RuntimeError("injected")
+
+    for i in range(9):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(serving.cache, "manager", Interrupted(serving.cache.manager, call))
+            if call == "release":
+                patch.setattr(serving.runner, "forward", fail)
+            for at in range(12):
+                engine.recommend(ids[at : at + 9], user_id=f"u{i}")
+                engine.recommend(ids[at : at + 9], user_id=f"v{at}")
+    engine.recommend(ids, user_id="u1")
+    stats = serving.cache.manager.stats()
+    assert stats["num_open_steps"] == 0
+    assert stats["num_free_blocks"] + stats["session_blocks"] == stats["num_blocks"] - serving.cache.size.num_shared
+    for i in range(9):
+        assert engine.recommend(ids[:i], user_id=f"u{i}") == cold.recommend(ids[:i])
+    engine.check_integrity()
+
+
+def test_a_step_that_was_abandoned_is_ended_once(tiny):
+    engine = made(tiny)
+    serving = engine._now()
+    query = serving.resolve(Request(tiny.ids(range(5)), user_id="ada"))
+    step = serving.forward([query])
+    step.__enter__()  # and nobody ends it
+    assert engine.warm("ada", tiny.ids(range(5))) == 5
+    step.gen.close()
+    assert engine.warm("ada", tiny.ids(range(5))) == 0
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize("user", [7, None, ["ada"], "\ud800"])
+def test_strange_users_are_refused_in_one_line(engine, user):
+    for call in (engine.session, engine.close_session, engine.pin_session, lambda user: engine.warm(user, [])):
+        with pytest.raises(InvalidRequest, match="user_id: ") as caught:
+            call(user)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InvalidRequest, match="pinned: expected true or false"):
+        engine.pin_session("ada", "yes")
+
+
+def test_any_text_names_a_user(tiny, engine):
+    for user in ("", "\0", "\0x", "ユーザー☕", " "):
+        assert engine.warm(user, ["0001"]) == 1
+        assert engine.warm(user, ["0001"]) == 0
+    assert engine.stats().num_sessions == 5
 
 
 @pytest.mark.parametrize("name", ["kv_budget", "host_budget", "user_quota"])

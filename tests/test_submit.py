@@ -20,6 +20,7 @@ from speeder_engine import (
     Request,
     UnknownItem,
 )
+from speeder_engine.parts import EngineParts
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +191,73 @@ def test_one_request_that_fails_does_not_spoil_the_others(tiny, monkeypatch):
                 assert isinstance(answer, RuntimeError)
             else:
                 assert answer == engine.recommend(tiny.ids(range(i)))
+
+
+def test_one_users_flood_does_not_hold_the_others_up(tiny):
+    with made(tiny, max_batch_users=4) as engine:
+
+        async def ask():
+            with Held(engine):
+                flood = [asyncio.ensure_future(engine.submit(Request(["0001"], user_id="a"))) for _ in range(50)]
+                others = [asyncio.ensure_future(engine.submit(Request(["0002"], user_id=f"u{i}"))) for i in range(6)]
+                await asyncio.sleep(0.05)
+            await asyncio.gather(*others)
+            steps = engine.stats().steps
+            await asyncio.gather(*flood)
+            return steps
+
+        # two steps' worth, and what the flood's own steps were until the others are told
+        assert asyncio.run(ask()) < 25
+
+
+def test_sessions_are_found_while_the_engine_reloads(tiny, tmp_path, monkeypatch):
+    tiny.parts().save(tmp_path / "e")
+    reading, go_on = threading.Event(), threading.Event()
+    load = EngineParts.load
+
+    def slow(path):
+        reading.set()
+        assert go_on.wait(30)
+        return load(path)
+
+    monkeypatch.setattr(EngineParts, "load", slow)
+    with made(tiny) as engine:
+        loading = threading.Thread(target=engine.reload, args=(tmp_path / "e",))
+        loading.start()
+        assert reading.wait(30)
+        assert len(engine.session("ada").append("0001").recommend()) == 10
+        assert engine.close_session("ada")
+        go_on.set()
+        loading.join()
+        assert engine.revision != "unsaved"
+
+
+def test_the_worker_outlives_a_request_that_cannot_be_resolved_anew(tiny, tmp_path, monkeypatch):
+    tiny.parts().save(tmp_path / "e")
+    with made(tiny) as engine:
+        held = Held(engine)
+        with held:
+            waiting = engine._enqueue(Request(["0001"]), None)
+            engine.reload(tmp_path / "e")
+
+            def fail(*_):
+                raise RuntimeError("injected")
+
+            monkeypatch.setattr(engine._now(), "resolve", fail)
+        # the worker has this or the next serving; both end the request
+        try:
+            assert len(waiting.future.result(timeout=30)) == 10
+        except RuntimeError as error:
+            assert str(error) == "injected"
+        monkeypatch.undo()
+        assert len(asyncio.run(engine.submit(Request(["0001"])))) == 10
+
+
+@pytest.mark.parametrize("timeout", [10**400, float("inf"), np.float32(9e9), np.int64(10**9)])
+def test_any_number_is_a_timeout(tiny, timeout):
+    with made(tiny) as engine:
+        for _ in range(2):
+            assert len(asyncio.run(engine.submit(Request(["0001"]), timeout_ms=timeout))) == 10
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,29 @@ def test_a_session_holds_its_times(timed):
     assert session.recommend() == cold.recommend(["0004"], times=[FIRST])
 
 
+def test_a_session_takes_any_times_or_none_and_nothing_by_half(timed):
+    engine, cold = made(timed), made(timed, kv_budget="0")
+    session = engine.session("ada").append("0001", "0002", times=np.array([FIRST, FIRST + WEEK]))
+    session.append("0003", times=(time for time in [FIRST + 2 * WEEK]))
+    bad = (np.array([1.0, 2.0]), ["x"], [float("inf")], 3.0, [10**400], None)
+    for times in bad:
+        with pytest.raises(InvalidRequest, match="append: ") as caught:
+            session.append("0004", times=times)
+        assert "\n" not in str(caught.value)
+        assert session.history == ("0001", "0002", "0003")
+    for times in bad[:-1]:
+        with pytest.raises(InvalidRequest, match="replace: times: "):
+            session.replace(["0004"], times=times)
+    times = [FIRST, FIRST + WEEK, FIRST + 2 * WEEK]
+    assert session.recommend() == cold.recommend(["0001", "0002", "0003"], times=times)
+
+
 @pytest.mark.parametrize(
     ("times", "message"),
     [
+        (np.zeros((2, 60)), "times: expected Unix seconds"),
+        ([10**400, 0], "times: expected Unix seconds"),
+        ("12", "times: expected Unix seconds"),
         ([1.0], "times: 1 for 2 interactions"),
         (3.0, "times: expected Unix seconds, one for each of 2 interactions"),
         (["a", "b"], "times: expected Unix seconds"),

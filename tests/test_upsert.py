@@ -189,6 +189,12 @@ def test_raw_text_and_images_run_through_the_encoders(tiny, tmp_path):
     [
         (lambda: Item(7, text="x"), "ids are strings that are not empty, got 7"),
         (lambda: Item("", text="x"), "ids are strings that are not empty"),
+        (lambda: Item("\ud800", text="x"), "item_id is no valid Unicode text"),
+        (lambda: Item("x", title="\ud800", text="x"), "title is no valid Unicode text"),
+        (lambda: Item("x", text="\ud800"), "text is no valid Unicode text"),
+        (lambda: Item("x", vectors={"text": torch.ones(8, requires_grad=True)}), "something but numbers"),
+        (lambda: Item("x", text="words", prior=1e300), "prior of item 'x': expected a number within 1e[+]30 of 0"),
+        (lambda: Item("0001", prior=10**400), "prior of item '0001'"),
         (lambda: Item("x", text=b"bytes"), "text is no string"),
         (lambda: Item("x", title=3), "title is no string"),
         (lambda: Item("x", image=3.5), "image must be bytes or a path, got float"),
@@ -233,6 +239,14 @@ def test_wrong_kinds_are_refused(tiny):
             engine.upsert(wrong)
     with pytest.raises(InvalidRequest, match="set_prior: expected a mapping"):
         engine.set_prior(["0001"])
+    for prior in (None, 1e300, 10**400, float("inf"), "high", np.ones(99)):
+        with pytest.raises(DataError, match="prior of item '0002'") as caught:
+            engine.set_prior({"0001": 5.0, "0002": prior})
+        assert "\n" not in str(caught.value)
+        assert engine.catalogue.priors(["0001"])[0] == tiny.prior[1]
+    for flag in ("no", None, 1):
+        with pytest.raises(InvalidRequest, match="available: expected true or false"):
+            engine.set_available(["0001"], flag)
     with pytest.raises(InvalidRequest, match="remove: expected a list"):
         engine.remove("0001")
     assert engine.upsert([]) == 0

@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 def top_scores(vectors: Tensor, table: Tensor, prior: Tensor, mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """vectors [B, d], table [I, d], prior [I] (already weighted), mask bool [B, I]: true is never answered.
+    """vectors [B, d], table [I, d], prior [I] (already weighted), mask bool [B, I]: true is never answered. Vectors
+    behind the B of the mask are padding.
 
     Returns scores [B, k'] in fp32, descending, and rows [B, k'] with k' = min(k, I); masked ones are -inf.
     """
@@ -17,7 +18,7 @@ def top_scores(vectors: Tensor, table: Tensor, prior: Tensor, mask: Tensor, k: i
 
 
 def top_scores_ref(vectors: Tensor, table: Tensor, prior: Tensor, mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    scores = ((vectors @ table.T).float() + prior.float()).masked_fill(mask, float("-inf"))
+    scores = ((vectors @ table.T)[: len(mask)].float() + prior.float()).masked_fill(mask, float("-inf"))
     return stable_top(scores, min(k, scores.shape[1]))
 
 
@@ -27,8 +28,10 @@ def stable_top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     threshold = values[:, -1:]
     torn = (scores == threshold).sum(dim=1) > (values == threshold).sum(dim=1)
     for b in torch.nonzero(torn).flatten().tolist():
-        order = torch.argsort(scores[b], descending=True, stable=True)[:k]
-        values[b], rows[b] = scores[b, order], order
+        above = rows[b, values[b] > threshold[b]]
+        level = torch.nonzero(scores[b] == threshold[b]).flatten()[: k - len(above)]
+        rows[b] = torch.cat([above, level])
+        values[b] = scores[b, rows[b]]
     by_row = rows.argsort(dim=1)
     values, rows = values.gather(1, by_row), rows.gather(1, by_row)
     by_score = torch.argsort(values, dim=1, descending=True, stable=True)
