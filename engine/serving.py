@@ -99,9 +99,8 @@ class Serving:
             counts = self.num_rows(queries)
         for part in cut_into_steps(counts, self.config):
             yield queries[part]
-            time.sleep(
-                0
-            )  # the lock is free: whoever waits for it, a change of the catalogue or the queue, may go first
+            # the lock is free: whoever waits for it, a change of the catalogue or the queue, may go first
+            time.sleep(0)
 
     def step(self, queries: Sequence[Query]) -> list[Ranking]:
         """One forward pass over these queries; a failure leaves every session as it was."""

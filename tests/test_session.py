@@ -310,6 +310,19 @@ def test_any_text_names_a_user(tiny, engine):
     assert engine.stats().num_sessions == 5
 
 
+@pytest.mark.parametrize("name", ["kv_budget", "host_budget"])
+def test_more_memory_than_there_is_is_refused_in_one_line(tiny, name):
+    with pytest.raises(ConfigError, match=rf"{name}.* would take .* bytes, which .* can't give; lower it") as caught:
+        made(tiny, **{name: "1000000GiB"})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0, 1.5, "4", 2**40])
+def test_counts_are_whole_numbers(value):
+    with pytest.raises(ConfigError, match=r"EngineConfig.max_batch_users must be a whole number within 1\.\."):
+        EngineConfig(max_batch_users=value)
+
+
 @pytest.mark.parametrize("name", ["kv_budget", "host_budget", "user_quota"])
 def test_a_size_that_holds_nothing_is_refused(tiny, name):
     with pytest.raises(ConfigError, match=f"{name}: '100B' holds not one block of"):
