@@ -35,7 +35,7 @@ class Compiled:
     registers: int = 0
     spills: int = 0  # bytes
     shared: int = 0  # bytes
-    error: str = ""
+    error: str = ""  # whole: where in the kernel it stands, and why
 
     @property
     def complaint(self) -> str | None:
@@ -63,8 +63,7 @@ def compile_one(job: tuple[int, int]) -> Compiled:
             options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages}
             made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     except Exception as error:  # a compiler fails in many ways
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return Compiled(specimen.name, target, error=lines[-1] if lines else type(error).__name__)
+        return Compiled(specimen.name, target, error=f"{error}\n{error.__cause__ or ''}")
     registers = re.search(r"Used (\d+) registers", log.getvalue())
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
     assert registers and spills, f"ptxas said nothing of {specimen.name}: {log.getvalue()!r}"
