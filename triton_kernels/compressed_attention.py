@@ -320,9 +320,10 @@ def _span_kernel(
         )  # fmt: skip
         at = (span.to(tl.int64) * num_rows + row) * (NUM_KV * GROUP) + kv_head * GROUP + member % GROUP
         # a row that sees nothing of this span is not asked for it
-        seen_any = live & (total > 0)
-        tl.store(lse + at, top + tl.log2(total), mask=seen_any)
-        there = seen_any[:, None] & (dim < DIM)[None, :]
+        live = live & (total > 0)
+        total = tl.where(live, total, 1.0)
+        tl.store(lse + at, top + tl.log2(total), mask=live)
+        there = live[:, None] & (dim < DIM)[None, :]
         tl.store(partial + at[:, None] * DIM + dim[None, :], acc / total[:, None], mask=there)
 
 
