@@ -22,12 +22,12 @@ model: no row's arithmetic depends on its company.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from speeder_engine.triton_kernels.language import interpreted, next_power_of_2, runs_triton, tl, triton
+from speeder_engine.triton_kernels.language import interpreted, next_power_of_2, on, runs_triton, tl, triton
 from speeder_engine.triton_kernels.specimen import Specimen
 
 BLOCK_M = 32  # rows of a matrix: more of them, by 128 columns, don't fit into the registers of four warps
@@ -84,7 +84,8 @@ def compressed_attention(
     """
     out = torch.empty_like(q) if out is None else out
     if runs_triton(q, k, v, k_cache, v_cache):
-        return launch_compressed_attention(q, k, v, k_cache, v_cache, rows, scales, out)
+        with on(q.device):
+            return launch_compressed_attention(q, k, v, k_cache, v_cache, rows, scales, out)
     return out.copy_(compressed_attention_ref(q, k, v, k_cache, v_cache, rows, scales))
 
 
@@ -212,14 +213,15 @@ def attend_blocks(
 
 @triton.jit
 def fold_own(acc, top, total, queries, k, v, folded, scale, DIM: tl.constexpr):
-    """Folds one key a matrix row in, behind pointers k[m] and v[m], where folded[m]; something has been seen before."""
+    """Folds one key a matrix row in, behind pointers k[m] and v[m], where folded[m]."""
     dim = tl.arange(0, acc.shape[1])
     inside = folded[:, None] & (dim < DIM)[None, :]
     keys = tl.load(k[:, None] + dim[None, :], mask=inside, other=0.0).to(tl.float32)
     logit = tl.sum(queries.to(tl.float32) * keys, axis=1) * scale
     logit = tl.where(folded, logit, float("-inf"))
     reached = tl.maximum(top, logit)
-    decay, weight = tl.exp2(top - reached), tl.exp2(logit - reached)
+    against = tl.where(reached == float("-inf"), 0.0, reached)
+    decay, weight = tl.exp2(top - against), tl.exp2(logit - against)
     values = tl.load(v[:, None] + dim[None, :], mask=inside, other=0.0).to(tl.float32)
     return acc * decay[:, None] + weight[:, None] * values, total * decay + weight
 
@@ -350,6 +352,7 @@ def _merge_kernel(
     folded = live & (tl.load(candidate + row) != 0)
     own_k, own_v = k + row * k_stride + (member * 0 + kv_head) * DIM, v + row * v_stride + (member * 0 + kv_head) * DIM
     acc, total = fold_own(acc, top, total, queries, own_k, own_v, folded, scale, DIM)
+    total = tl.where(live, total, 1.0)
     tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=there)
 
 
@@ -373,11 +376,12 @@ def launch_compressed_attention(
         return out
     scale, strides = softmax_scale(head_dim), (k.stride(0), v.stride(0))
     if rows.shared_len + rows.block_tables.shape[1] * k_cache.shape[1] > ONE_PASS_KEYS:
-        partial, lse, num_shared = launch_spans(q, k_cache, v_cache, rows, scales)
+        spans = launch_spans(q, k_cache, v_cache, rows, scales)
         shape = {name: shape[name] for name in ("NUM_KV", "GROUP", "DIM", "BLOCK_DIM")}
         _merge_kernel[(num_rows, shape["NUM_KV"])](
-            q, k, v, partial, lse, out, rows.visible, rows.candidate, num_rows, num_shared, partial.shape[0],
-            *strides, scale, **shape, BLOCK_G=next_power_of_2(shape["GROUP"]), SPAN=SPAN, num_warps=2,
+            q, k, v, spans.partial, spans.lse, out, rows.visible, rows.candidate, num_rows, spans.num_shared,
+            spans.partial.shape[0], *strides, scale, **shape, BLOCK_G=next_power_of_2(shape["GROUP"]),
+            SPAN=spans.length, num_warps=2,
         )  # fmt: skip
         return out
     _one_pass_kernel[(num_rows, shape["NUM_KV"])](
@@ -388,11 +392,18 @@ def launch_compressed_attention(
     return out
 
 
+class Spans(NamedTuple):
+    """Attention over each span of the prefix alone; not written where a row sees nothing of it."""
+
+    partial: Tensor  # fp32 [spans, N, H, D]
+    lse: Tensor  # fp32 [spans, N, H]: log2-sum-exp
+    num_shared: int  # the first ones are the instruction's
+    length: int  # in keys
+
+
 def launch_spans(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, rows: AttentionRows, scales: Scales | None = None
-) -> tuple[Tensor, Tensor, int]:
-    """Attention over each span of the prefix alone: its results [spans, N, H, D] in fp32, their log2-sum-exp
-    [spans, N, H], and how many spans, the first ones, are the instruction's. Not written where a row sees nothing."""
+) -> Spans:
     num_rows, num_heads, head_dim = q.shape
     shape, tables = shape_options(num_heads, k_cache), rows.block_tables
     check_caches(q, k_cache, v_cache, rows, scales)
@@ -405,7 +416,7 @@ def launch_spans(
         rows.shared_blocks, num_rows, tables.shape[1], rows.shared_len, num_shared, softmax_scale(head_dim),
         **shape, **tile_options(shape["GROUP"]), SPAN=SPAN, WIDE=interpreted(q),
     )  # fmt: skip
-    return partial, lse, num_shared
+    return Spans(partial, lse, num_shared, SPAN)
 
 
 def softmax_scale(head_dim: int) -> float:

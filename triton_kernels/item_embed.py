@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from speeder_engine.triton_kernels.add_rms_norm import normed_row, rms_norm_ref, row_options
-from speeder_engine.triton_kernels.language import runs_triton, tl, triton
+from speeder_engine.triton_kernels.language import on, runs_triton, tl, triton
 from speeder_engine.triton_kernels.specimen import Specimen
 
 
@@ -53,7 +53,8 @@ class EmbedRows:
 def item_embed(tables: EmbedTables, rows: EmbedRows) -> tuple[Tensor, Tensor]:
     """The residual stream [num_padded, d] in the model's dtype, and its first norm."""
     if runs_triton(tables.items, tables.prompts, tables.role, tables.norm, tables.times, tables.text):
-        return launch_item_embed(tables, rows)
+        with on(tables.prompts.device):
+            return launch_item_embed(tables, rows)
     return item_embed_ref(tables, rows)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from speeder_engine.triton_kernels.add_rms_norm import rms_norm_ref
 from speeder_engine.triton_kernels.compressed_attention import QUANTIZED, Scales
-from speeder_engine.triton_kernels.language import next_power_of_2, runs_triton, tl, triton
+from speeder_engine.triton_kernels.language import next_power_of_2, on, runs_triton, tl, triton
 from speeder_engine.triton_kernels.specimen import Specimen
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -40,7 +40,8 @@ def qk_norm_rope_store(
     """
     given = (q, k, v, cos, sin, k_cache, v_cache, slot_mapping, norms, eps, rows, scales)
     if runs_triton(q, k, v, k_cache, v_cache):
-        return launch_qk_norm_rope_store(*given)
+        with on(q.device):
+            return launch_qk_norm_rope_store(*given)
     return qk_norm_rope_store_ref(*given)
 
 

@@ -30,7 +30,7 @@ from speeder_engine.triton_kernels.compressed_attention import (
     softmax_scale,
     with_ones,
 )
-from speeder_engine.triton_kernels.language import interpreted, next_power_of_2, runs_triton, tl, triton
+from speeder_engine.triton_kernels.language import interpreted, next_power_of_2, on, runs_triton, tl, triton
 from speeder_engine.triton_kernels.specimen import Specimen
 
 PATH_KEYS = 32  # at a time
@@ -63,7 +63,8 @@ def tree_attention(
     written into `out` where that is given. `scales` as of `compressed_attention`."""
     out = torch.empty_like(q) if out is None else out
     if runs_triton(q, k, v, k_cache, v_cache):
-        return launch_tree_attention(q, k, v, k_cache, v_cache, rows, scales, out)
+        with on(q.device):
+            return launch_tree_attention(q, k, v, k_cache, v_cache, rows, scales, out)
     return out.copy_(tree_attention_ref(q, k, v, k_cache, v_cache, rows, scales))
 
 
@@ -188,11 +189,12 @@ def launch_tree_attention(
     assert out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
     if num_rows == 0:
         return out
-    partial, lse, num_shared = launch_spans(q, k_cache, v_cache, rows.prefix, scales)
+    spans = launch_spans(q, k_cache, v_cache, rows.prefix, scales)
     options = path_options(num_heads, k_cache)
     _tree_attention_kernel[(num_rows, k_cache.shape[2])](
-        q, k, v, partial, lse, out, rows.prefix.visible, rows.paths, num_rows, rows.paths.shape[1], num_shared,
-        partial.shape[0], k.stride(0), v.stride(0), softmax_scale(head_dim), **options, WIDE=interpreted(q),
+        q, k, v, spans.partial, spans.lse, out, rows.prefix.visible, rows.paths, num_rows, rows.paths.shape[1],
+        spans.num_shared, spans.partial.shape[0], k.stride(0), v.stride(0), softmax_scale(head_dim), **options,
+        SPAN=spans.length, WIDE=interpreted(q),
     )  # fmt: skip
     return out
 
@@ -201,7 +203,7 @@ def path_options(num_heads: int, k_cache: Tensor) -> dict[str, int]:
     shape = shape_options(num_heads, k_cache)
     del shape["BLOCK_SIZE"]
     # tl.dot wants 16 rows at least
-    return {**shape, "BLOCK_G": max(next_power_of_2(shape["GROUP"]), 16), "KEYS": PATH_KEYS, "SPAN": SPAN}
+    return {**shape, "BLOCK_G": max(next_power_of_2(shape["GROUP"]), 16), "KEYS": PATH_KEYS}
 
 
 def _specimen(label: str, num_heads: int, kv_heads: int, head_dim: int) -> Specimen:
@@ -209,7 +211,7 @@ def _specimen(label: str, num_heads: int, kv_heads: int, head_dim: int) -> Speci
     types |= {"visible": "*i64", "paths": "*i64", "k_stride": "i32:16", "v_stride": "i32:16"}
     types |= dict.fromkeys(("num_rows", "path_len", "num_shared", "num_spans"), "i32")
     options = path_options(num_heads, torch.empty(0, 16, kv_heads, head_dim, device="meta"))
-    return Specimen(label, _tree_attention_kernel, {**types, **options, "WIDE": False})
+    return Specimen(label, _tree_attention_kernel, {**types, **options, "SPAN": SPAN, "WIDE": False})
 
 
 SPECIMENS = (_specimen("0.5B bf16", 14, 2, 64), _specimen("7B bf16", 28, 4, 128))
