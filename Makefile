@@ -13,7 +13,7 @@ LAYOUT := build/layout/speeder_engine
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint types sanitize clean
+.PHONY: help setup demo test lint types kernels sanitize clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ types: setup  ## mypy, strict on the package
 	@rm -rf build/layout && mkdir -p $(LAYOUT)
 	@cd $(LAYOUT) && ln -s ../../../engine/* ../../../triton_kernels ../../../export .
 	$(BIN)/mypy
+
+kernels: setup  ## compile every Triton kernel for every GPU, with none here: registers, spills, shared memory
+	$(BIN)/python bench/compile_kernels.py
 
 SANITIZE = $(CXX) -std=c++20 -g -O1 -Icsrc tests/native/stress.cpp csrc/[bs]*_*.cpp
 TIMES_TEN := $(if $(FULL),0)

@@ -1,0 +1,77 @@
+"""The residual stream's sum and the norm that reads it.
+
+sum_n    = residual_n + x_n
+normed_n = weight * sum_n / sqrt(mean(sum_n ^ 2) + eps)
+"""
+
+import torch
+from torch import Tensor
+
+from speeder_engine.triton_kernels.language import next_power_of_2, on, runs_triton, tl, triton
+from speeder_engine.triton_kernels.specimen import Specimen
+
+
+def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """residual and x [N, d], weight [d] -> the sum and its norm, both [N, d]."""
+    if runs_triton(residual, x, weight):
+        with on(x.device):
+            return launch_add_rms_norm(residual, x, weight, eps)
+    return add_rms_norm_ref(residual, x, weight, eps)
+
+
+def add_rms_norm_ref(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = residual + x
+    return total, rms_norm_ref(total, weight, eps)
+
+
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Over the last dimension, in fp32; rounded to x's dtype before the weight, as transformers does it."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+@triton.jit
+def normed_row(x, weight, eps, column, size):
+    """A row [BLOCK] in fp32, zero from `size` on, under the norm."""
+    scale = tl.load(weight + column, mask=column < size, other=0.0).to(tl.float32)
+    return x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps) * scale
+
+
+@triton.jit
+def _add_rms_norm_kernel(residual, x, weight, total, normed, size, eps, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    valid = column < size
+    at = tl.program_id(0).to(tl.int64) * size + column
+    row = tl.load(residual + at, mask=valid, other=0.0).to(tl.float32)
+    row += tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
+    tl.store(total + at, row.to(total.dtype.element_ty), mask=valid)
+    row = normed_row(row, weight, eps, column, size)
+    tl.store(normed + at, row.to(normed.dtype.element_ty), mask=valid)
+
+
+def launch_add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    num_rows, size = residual.shape
+    assert x.shape == residual.shape and weight.shape == (size,) and x.dtype == residual.dtype == weight.dtype
+    assert residual.is_contiguous() and x.is_contiguous() and weight.is_contiguous()
+    total, normed = torch.empty_like(residual), torch.empty_like(residual)
+    if num_rows:
+        options = row_options(size)
+        _add_rms_norm_kernel[(num_rows,)](residual, x, weight, total, normed, size, eps, **options)
+    return total, normed
+
+
+def row_options(size: int) -> dict[str, int]:
+    """One program a row of `size`: sixteen elements a thread at most, but for the widest."""
+    block = next_power_of_2(size)
+    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+
+
+def _specimen(label: str, size: int) -> Specimen:
+    options = row_options(size)
+    types = dict.fromkeys(("residual", "x", "weight", "total", "normed"), "*bf16")
+    arguments = {**types, "size": "i32:16", "eps": "fp32", "BLOCK": options["BLOCK"]}
+    return Specimen(label, _add_rms_norm_kernel, arguments, num_warps=options["num_warps"])
+
+
+SPECIMENS = (_specimen("0.5B bf16", 896), _specimen("7B bf16", 3584))
