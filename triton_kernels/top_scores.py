@@ -98,9 +98,10 @@ def top_scores_ref(
 ) -> tuple[Tensor, Tensor]:
     num_users = vectors.shape[0]
     padded = F.pad(vectors, (0, 0, 0, -num_users % ROW_TILE))
-    scores = (padded @ table.to(vectors.dtype).T)[:num_users].float()
-    if scales is not None:
-        scores *= scales.float()
+    if scales is None:
+        scores = (padded @ table.T)[:num_users].float()
+    else:
+        scores = (padded.float() @ table.float().T)[:num_users] * scales
     scores += prior.float()
     return stable_top(answerable.hide(scores), min(k, scores.shape[1]))
 
@@ -140,7 +141,7 @@ def launch_top_scores(
         num_users, num_items, num_lists,
         SIZE=size, SCALED=scales is not None, LIMITED=limited is not None, WIDE=interpreted(vectors), **options,
     )  # fmt: skip
-    _merge_lists(lists, scores, rows)
+    merge_lists(lists, scores, rows)
     return scores, rows
 
 
@@ -177,8 +178,8 @@ def partial_options(length: int, num_items: int, num_users: int, element_size: i
     }
 
 
-def _merge_lists(lists: Tensor, scores: Tensor, rows: Tensor) -> None:
-    """Sorted lists of keys [B, L, K] -> scores and rows [B, k]."""
+def merge_lists(lists: Tensor, scores: Tensor, rows: Tensor) -> None:
+    """Lists of keys [B, L, K], in any order, -> scores and rows [B, k], best first."""
     num_users, num_lists, kept = lists.shape
     options = merge_options(kept)
     while True:
@@ -231,7 +232,7 @@ def _partial_top_kernel(
             named, allowed_at = _mark(allowed, allowed_at, allowed_stop, items, first + BLOCK_ITEMS)
             hidden = hidden | (is_limited[:, None] & (named == 0))
         hidden = hidden | (tl.load(available + items, mask=inside, other=0) == 0)[None, :]
-        keys = _keys(tl.where(hidden, float("-inf"), found), items[None, :])
+        keys = answer_keys(tl.where(hidden, float("-inf"), found), items[None, :])
         keys = tl.where(inside[None, :] & real[:, None], keys, NOTHING)
         if tl.max((tl.max(keys, axis=1) > worst).to(tl.int32), axis=0) > 0:
             FOLDS: tl.constexpr = (BLOCK_ITEMS // K).bit_length() - 1
@@ -288,7 +289,7 @@ def _mark(rows, at, stop, items, end):
 
 
 @triton.jit
-def _keys(scores, rows):
+def answer_keys(scores, rows):
     """int64 in the order of the answer: by score, then the lower row first."""
     bits = tl.where(scores == 0, 0.0, scores).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
