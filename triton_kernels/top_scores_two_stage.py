@@ -79,19 +79,17 @@ def top_scores_two_stage(
     return scores, best, _certain(vectors, projected, coarse, found[:, -1], scores[:, -1])
 
 
-def _certain(
-    vectors: Tensor, projected: Tensor, coarse: CoarseTable, found: Tensor, scores: Tensor, all_: bool
-) -> Tensor:
-    """bool [B]: whether nothing that was left out can belong to the answer."""
-    wide = vectors.float()
-    if all_ or scores.shape[1] == 0:
-        return torch.ones(scores.shape[0], dtype=torch.bool, device=scores.device)
-    wanted = wide if coarse.basis is None else wide @ coarse.basis
-    norm, smallest = wide.norm(dim=1), found[:, -1]
-    rounding = (projected.float() - wanted).norm(dim=1) + 4 * wide.shape[1] * ULP * norm
-    error = norm * coarse.worst_error * (1 + 1e-5) + rounding * coarse.largest_norm + 4 * ULP * smallest.abs()
-    # nothing but what can't be answered was left out where the last one kept can't
-    return torch.isneginf(smallest) | (scores[:, -1] > smallest + error)
+def _certain(vectors: Tensor, projected: Tensor, coarse: CoarseTable, smallest: Tensor, last: Tensor) -> Tensor:
+    """bool [B]: whether nothing that was left out, at most `smallest` in the first pass, belongs before `last`."""
+    wide = vectors.double()
+    wanted = wide if coarse.basis is None else wide @ coarse.basis.double()
+    norm = wide.norm(dim=1)
+    # of the projection, as it turned out; of the sums over d in both passes and in `worst_error`, at most
+    rounding = (projected.double() - wanted).norm(dim=1) + 4 * wide.shape[1] * ULP * norm
+    error = norm * coarse.worst_error + rounding * coarse.largest_norm + 4 * ULP * smallest.abs()
+    # where the last one kept can't be answered, all that can were kept
+    certain: Tensor = torch.isneginf(smallest) | (last > smallest + error)
+    return certain
 
 
 def exact_top_ref(
@@ -102,7 +100,8 @@ def exact_top_ref(
     scores: Tensor = (vectors.float().unsqueeze(1) * table[rows].float()).sum(dim=-1) + prior.float()[rows]
     scores = scores.masked_fill(torch.isneginf(found.gather(1, order)), float("-inf"))
     scores, order = torch.sort(scores, dim=1, descending=True, stable=True)
-    return scores[:, :k], rows.gather(1, order)[:, :k]
+    best: Tensor = rows.gather(1, order)[:, :k]
+    return scores[:, :k], best
 
 
 def launch_exact_top(
