@@ -1,6 +1,6 @@
 """Compiles every kernel of triton_kernels/ for every GPU it may meet, with none here: registers, spills, shared memory.
 
-    python bench/compile_kernels.py [--targets 80,90] [--kernels attention] [--jobs 2]
+    python bench/compile_kernels.py [--targets 80,90] [--kernels attention] [--first] [--jobs 2]
 
 Ends with exit code 1 where a kernel doesn't compile, spills registers, or wants more shared memory than a block can
 have. What it shows is the compiler's word; how fast a kernel runs, it doesn't know.
@@ -35,7 +35,7 @@ class Compiled:
     registers: int = 0
     spills: int = 0  # bytes
     shared: int = 0  # bytes
-    error: str = ""
+    error: str = ""  # whole: where in the kernel it stands, and why
 
     @property
     def complaint(self) -> str | None:
@@ -63,8 +63,7 @@ def compile_one(job: tuple[int, int]) -> Compiled:
             options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages}
             made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     except Exception as error:  # a compiler fails in many ways
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return Compiled(specimen.name, target, error=lines[-1] if lines else type(error).__name__)
+        return Compiled(specimen.name, target, error=f"{error}\n{error.__cause__ or ''}")
     registers = re.search(r"Used (\d+) registers", log.getvalue())
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
     assert registers and spills, f"ptxas said nothing of {specimen.name}: {log.getvalue()!r}"
@@ -90,12 +89,16 @@ def specimens() -> list[Any]:
     return list(all_specimens())
 
 
-def compile_all(targets: Sequence[int], chosen: str, jobs: int) -> list[Compiled]:
+def compile_all(targets: Sequence[int], chosen: str, first: bool, jobs: int) -> list[Compiled]:
+    found = specimens()
+    earlier = [{each.kernel.__name__ for each in found[:index]} for index in range(len(found))]
     work = [
         (index, target)
-        for index, specimen in enumerate(specimens())
+        for index, specimen in enumerate(found)
         for target in targets
-        if chosen in specimen.name and target >= specimen.since
+        if chosen in specimen.name
+        and target >= specimen.since
+        and not (first and specimen.kernel.__name__ in earlier[index])
     ]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
@@ -118,10 +121,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join(map(str, SHARED_LIMIT)), help="compute capabilities, as 80,90")
     parser.add_argument("--kernels", default="", help="only those whose names hold this")
+    parser.add_argument("--first", action="store_true", help="only the first specimen of each kernel")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     targets = [int(target) for target in options.targets.split(",")]
-    results = compile_all(targets, options.kernels, options.jobs)
+    results = compile_all(targets, options.kernels, options.first, options.jobs)
     print(table(results, targets))
     complaints = [f"{each.name} on sm_{each.target} {each.complaint}" for each in results if each.complaint]
     print("\n".join(complaints) or f"{len(results)} compiled, none spills, all fit")

@@ -30,8 +30,7 @@ class Batch:
     buckets: Tensor  # int64 [I] calendar buckets, 0 for candidates and where none are known
     positions: Tensor  # int64 [N]
     attention: AttentionRows
-    stored_rows: Tensor  # int64 [M] which rows are history: their keys are written
-    slot_mapping: Tensor  # int64 [M] where
+    slot_mapping: Tensor  # int64 [I] where a history row's keys are written, -1 for candidates
     read_rows: Tensor  # int64 [R] whose final hidden state is read
     last_read: NDArray[np.int64]  # [B] index into the reads of h(last), -1 where no history row is new
     candidate_reads: tuple[slice, ...]  # [B] what the head of candidates reads, empty where there is none
@@ -65,7 +64,7 @@ class Batch:
         )
 
     def __str__(self) -> str:
-        stored, read = self.stored_rows.shape[0], self.read_rows.shape[0]
+        stored, read = int((self.slot_mapping >= 0).sum()), self.read_rows.shape[0]
         return f"{self.num_rows} rows of {len(self.last_read)} sequences: {stored} stored, {read} read"
 
 
@@ -106,6 +105,8 @@ def make_batch(
         shared_blocks=shared_blocks,
         shared_len=layout.instruction_len,
     )
+    slot_mapping = np.full(len(sequence), -1, np.int64)
+    slot_mapping[~candidate] = plan.slot_mapping
     item_rows, buckets = _item_rows(queries, plan)
     items = Batch(
         item_rows=_tensor(item_rows, device),
@@ -113,8 +114,7 @@ def make_batch(
         buckets=_tensor(buckets, device),
         positions=_tensor(slots + layout.instruction_len, device),
         attention=attention,
-        stored_rows=_tensor(np.flatnonzero(~candidate), device),
-        slot_mapping=_tensor(plan.slot_mapping, device),
+        slot_mapping=_tensor(slot_mapping, device),
         read_rows=_tensor(read_rows, device),
         last_read=last_read,
         candidate_reads=tuple(slice(int(a), int(a + n)) for a, n in zip(first_candidate, ranked, strict=True)),

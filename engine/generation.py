@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from speeder_engine.batch import pad_to_tile
-from speeder_engine.models.decoder import DecoderLayer, rotate
+from speeder_engine.models.decoder import DecoderLayer
 from speeder_engine.runner import ModelRunner
 from speeder_engine.title_text import TitleText
 from speeder_engine.triton_kernels.compressed_attention import AttentionRows
+from speeder_engine.triton_kernels.qk_norm_rope_store import qk_norm_rope_store
 from speeder_engine.triton_kernels.tree_attention import TreeRows, tree_attention
 
 
@@ -113,14 +114,14 @@ class _ScratchAttend:
         self.cos, self.sin = cos, sin
 
     def __call__(self, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
-        scratch, cache, count = self.scratch, self.scratch.runner.cache, self.slots.shape[0]
-        at, keys, values = layer.index, scratch.keys[layer.index], scratch.values[layer.index]
-        keys[self.slots] = rotate(layer.norm_k(k), self.cos, self.sin)[:count]
-        values[self.slots] = v[:count]
-        cos, sin = (self.cos, self.sin) if rows is None else (self.cos[rows], self.sin[rows])
+        at, cache = layer.index, self.scratch.runner.cache
+        keys, values = self.scratch.keys[at], self.scratch.values[at]
+        # the scratch as a cache whose blocks hold one position
+        blocks = keys.unsqueeze(1), values.unsqueeze(1)
+        norms, eps = layer.head_norms, layer.config.rms_norm_eps
+        q, _ = qk_norm_rope_store(q, k, v, self.cos, self.sin, *blocks, self.slots, norms, eps, rows)
         tree = self.tree if rows is None else self.tree.select(self.read_rows)
         real = tree.paths.shape[0]
-        q = rotate(layer.norm_q(q), cos, sin)
         out = torch.zeros_like(q)
-        out[:real] = tree_attention(q[:real], keys, values, cache.keys[at], cache.values[at], tree)
+        tree_attention(q[:real], keys, values, cache.keys[at], cache.values[at], tree, out=out[:real])
         return out

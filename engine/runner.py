@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
-from speeder_engine.batch import Batch, pad_to_tile
+from speeder_engine.batch import Batch, pad_rows, pad_to_tile
 from speeder_engine.cache import KVCache
-from speeder_engine.models.decoder import CausalAttend, DecoderLayer, rotate
+from speeder_engine.models.decoder import CausalAttend, DecoderLayer
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.triton_kernels.compressed_attention import AttentionRows, compressed_attention
+from speeder_engine.triton_kernels.item_embed import EmbedRows, item_embed
+from speeder_engine.triton_kernels.qk_norm_rope_store import qk_norm_rope_store, rotate
 from speeder_engine.triton_kernels.tree_attention import tree_attention
 
 
@@ -26,13 +28,10 @@ class ModelRunner:
         if batch.num_rows == 0:
             return self.instruction_hidden[:0]
         self.rows_computed += batch.num_rows
-        tokens, candidate = item_tokens[batch.item_rows], batch.attention.candidate
-        embedded = self.model.embed(tokens, batch.slots, batch.buckets, candidate)
-        if batch.text is not None:
-            embedded = torch.cat([embedded, self.model.embed_text(batch.text.tokens)])
+        embedded, normed = item_embed(self.model.embed_tables(item_tokens), _embed_rows(batch))
         positions = pad_to_tile(batch.positions)
         attend = PagedAttend(self.cache, batch, *self.model.decoder.rotary(positions))
-        hidden: Tensor = self.model.decoder(pad_to_tile(embedded), positions, attend, pad_to_tile(batch.read_rows))
+        hidden: Tensor = self.model.decoder(embedded, positions, attend, pad_to_tile(batch.read_rows), normed)
         return hidden[: batch.read_rows.shape[0]]
 
     def _run_instruction(self) -> Tensor:
@@ -44,6 +43,17 @@ class ModelRunner:
         return hidden[-1:]
 
 
+def _embed_rows(batch: Batch) -> EmbedRows:
+    return EmbedRows(
+        items=batch.item_rows,
+        slots=batch.slots,
+        buckets=batch.buckets,
+        candidate=batch.attention.candidate,
+        tokens=None if batch.text is None else batch.text.tokens,
+        num_padded=pad_rows(batch.num_rows),
+    )
+
+
 class PagedAttend:
     """Norms, rotates, stores the history rows' keys and values, then attends over the paged cache."""
 
@@ -52,28 +62,21 @@ class PagedAttend:
         self.cos, self.sin = cos, sin
 
     def __call__(self, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
-        batch, cache = self.batch, self.cache
-        k = rotate(layer.norm_k(k), self.cos, self.sin)
-        cache.store(layer.index, batch.slot_mapping, k[batch.stored_rows], v[batch.stored_rows])
-        cos, sin = (self.cos, self.sin) if rows is None else (self.cos[rows], self.sin[rows])
-        q = rotate(layer.norm_q(q), cos, sin)
+        batch = self.batch
+        keys, values = self.cache.keys[layer.index], self.cache.values[layer.index]
+        norms, eps = layer.head_norms, layer.config.rms_norm_eps
+        q, k = qk_norm_rope_store(
+            q, k, v, self.cos, self.sin, keys, values, batch.slot_mapping, norms, eps, rows
+        )  # fmt: skip
         attention, real = self._rows(rows, batch.num_item_rows)
+        own_k, own_v = (k, v) if rows is None else (k[rows], v[rows])
         out = torch.zeros_like(q)
-        out[:real] = compressed_attention(
-            q[:real],
-            (k if rows is None else k[rows])[:real],
-            (v if rows is None else v[rows])[:real],
-            cache.keys[layer.index],
-            cache.values[layer.index],
-            attention,
-        )
+        compressed_attention(q[:real], own_k[:real], own_v[:real], keys, values, attention, out=out[:real])
         if batch.text is not None:
             text = slice(batch.num_item_rows, batch.num_rows)
             tree = batch.text.tree if rows is None else batch.text.tree.select(batch.text.read_rows)
             behind = slice(real, real + tree.paths.shape[0])
-            out[behind] = tree_attention(
-                q[behind], k[text], v[text], cache.keys[layer.index], cache.values[layer.index], tree
-            )
+            tree_attention(q[behind], k[text], v[text], keys, values, tree, out=out[behind])
         return out
 
     def _rows(self, rows: Tensor | None, num_rows: int) -> tuple[AttentionRows, int]:

@@ -11,5 +11,6 @@
 Kernels import `triton` and `tl` from `language.py` and follow its rules: loads are cast to fp32 before any arithmetic
 (the interpreter computes nonsense in bf16), only `tl.dot` takes what is narrower; products of fp32 are asked for with
 `input_precision="ieee"`; offsets into tables and caches are int64; loops that a run-time value bounds are `while`
-loops (triton 3.6 interprets no other).
+loops (triton 3.6 interprets no other), whose counters begin at run-time values; integers that may be 1 are used in
+no way that a constant could not be, since Triton makes one of them. Public functions launch under `on(device)`.
 """

@@ -7,14 +7,15 @@ normed_n = weight * sum_n / sqrt(mean(sum_n ^ 2) + eps)
 import torch
 from torch import Tensor
 
-from speeder_engine.triton_kernels.language import next_power_of_2, runs_triton, tl, triton
+from speeder_engine.triton_kernels.language import next_power_of_2, on, runs_triton, tl, triton
 from speeder_engine.triton_kernels.specimen import Specimen
 
 
 def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """residual and x [N, d], weight [d] -> the sum and its norm, both [N, d]."""
     if runs_triton(residual, x, weight):
-        return launch_add_rms_norm(residual, x, weight, eps)
+        with on(x.device):
+            return launch_add_rms_norm(residual, x, weight, eps)
     return add_rms_norm_ref(residual, x, weight, eps)
 
 

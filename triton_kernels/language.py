@@ -4,6 +4,7 @@ Triton has wheels for Linux alone. Elsewhere the kernels are never called, but t
 stand in them.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ except ImportError:
 
     triton = tl = _Absent()
 
-__all__ = ["interpreted", "next_power_of_2", "runs_triton", "tl", "triton"]
+__all__ = ["interpreted", "next_power_of_2", "on", "runs_triton", "tl", "triton"]
 
 
 def runs_triton(*tensors: Tensor | None) -> bool:
@@ -37,6 +38,11 @@ def runs_triton(*tensors: Tensor | None) -> bool:
     traced = torch.compiler.is_compiling() or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in given)
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     return not traced and not differentiated and all(tensor.is_cuda for tensor in given)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one: Triton launches there, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def interpreted(tensor: Tensor) -> bool:

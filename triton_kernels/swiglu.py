@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from speeder_engine.triton_kernels.language import runs_triton, tl, triton
+from speeder_engine.triton_kernels.language import on, runs_triton, tl, triton
 from speeder_engine.triton_kernels.specimen import Specimen
 
 BLOCK = 1024
@@ -15,7 +15,10 @@ BLOCK = 1024
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """gate_up [N, 2 * I] -> [N, I]."""
-    return launch_swiglu(gate_up) if runs_triton(gate_up) else swiglu_ref(gate_up)
+    if runs_triton(gate_up):
+        with on(gate_up.device):
+            return launch_swiglu(gate_up)
+    return swiglu_ref(gate_up)
 
 
 def swiglu_ref(gate_up: Tensor) -> Tensor:

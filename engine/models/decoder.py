@@ -1,8 +1,7 @@
 """The inference decoder: Llama, Mistral, Qwen2 or Qwen3 (`families.py`), one transformer that knows no cache.
 
-`forward` hands every layer's raw q, k, v to `attend`, which norms, rotates, stores and attends as it sees fit, in one
-kernel if it can: the default is plain causal attention over one sequence, the engine's is paged. transformers is the
-judge of its numbers.
+`forward` hands every layer's raw q, k, v to `attend`, which norms, rotates, stores and attends as it sees fit: the
+default is plain causal attention over one sequence, the engine's is paged. transformers is the judge of its numbers.
 """
 
 from collections.abc import Callable
@@ -15,6 +14,9 @@ from torch.nn import functional as F
 from speeder_engine.config import EXACT_LEN_ENDS, DecoderConfig
 from speeder_engine.errors import ConfigError
 from speeder_engine.models.families import decoder_config, fuse_weights, rotary_frequencies
+from speeder_engine.triton_kernels.add_rms_norm import add_rms_norm, rms_norm_ref
+from speeder_engine.triton_kernels.qk_norm_rope_store import rotate
+from speeder_engine.triton_kernels.swiglu import swiglu
 
 
 class Attend(Protocol):
@@ -34,9 +36,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return rms_norm_ref(x, self.weight, self.eps)
+
+    def add(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """residual + x, and that under this norm."""
+        return add_rms_norm(residual, x, self.weight, self.eps)
 
 
 class DecoderLayer(nn.Module):
@@ -58,15 +62,21 @@ class DecoderLayer(nn.Module):
         self.gate_up = nn.Linear(hidden, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down = nn.Linear(config.intermediate_size, hidden, bias=config.mlp_bias)
 
-    def forward(self, hidden: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
-        """hidden [N, d] -> [N, d], or [R, d] where only `rows` are read afterwards: keys and values for all all the
-        same, since later steps read them from the cache."""
-        q, k, v = self._project(self.input_norm(hidden), rows)
+    @property
+    def head_norms(self) -> tuple[Tensor | None, Tensor | None]:
+        """The weights of `norm_q` and `norm_k`, where the family has such norms."""
+        return getattr(self.norm_q, "weight", None), getattr(self.norm_k, "weight", None)
+
+    def forward(
+        self, hidden: Tensor, normed: Tensor, attend: Attend, rows: Tensor | None, following: RMSNorm
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [N, d] and that under `input_norm` -> this layer's hidden [N, d], and that under the `following` norm;
+        or [R, d] where only `rows` are read afterwards: keys and values for all all the same, since later steps read
+        them from the cache."""
+        q, k, v = self._project(normed, rows)
         mixed = attend(self, q, k, v, rows)
-        hidden = (hidden if rows is None else hidden[rows]) + self.out(mixed.flatten(1))
-        gate, up = self.gate_up(self.post_norm(hidden)).chunk(2, dim=-1)
-        out: Tensor = hidden + self.down(F.silu(gate) * up)
-        return out
+        hidden, normed = self.post_norm.add(hidden if rows is None else hidden[rows], self.out(mixed.flatten(1)))
+        return following.add(hidden, self.down(swiglu(self.gate_up(normed))))
 
     def _project(self, normed: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if rows is None:
@@ -101,19 +111,26 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def forward(
-        self, hidden: Tensor, positions: Tensor, attend: Attend | None = None, read_rows: Tensor | None = None
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        attend: Attend | None = None,
+        read_rows: Tensor | None = None,
+        normed: Tensor | None = None,
     ) -> Tensor:
         """hidden [N, d], positions [N] -> [N, d], or [R, d] for `read_rows` [R] (the last layer computes only those).
 
-        Without `attend` the rows are one sequence under causal attention.
+        Without `attend` the rows are one sequence under causal attention. `normed` is hidden under the first layer's
+        `input_norm`, where the caller has it.
         """
         if attend is None:
             self._check_length(positions)
             attend = CausalAttend(*self.rotary(positions))
-        last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, attend, read_rows if index == last else None)
-        normed: Tensor = self.norm(hidden)
+        layers = list(self.layers)
+        norms = [*(layer.input_norm for layer in layers), self.norm]
+        normed = norms[0](hidden) if normed is None else normed
+        for layer, following in zip(layers, norms[1:], strict=True):
+            hidden, normed = layer(hidden, normed, attend, read_rows if layer is layers[-1] else None, following)
         return normed
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,13 +165,6 @@ class Decoder(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.inv_freq = exact.to(self.inv_freq.device)
         return self
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x [N, H, D], cos and sin [N, D], arithmetic in x's dtype as transformers does it."""
-    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class CausalAttend:

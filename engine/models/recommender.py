@@ -3,6 +3,8 @@
 Neither knows how rows are laid out or where keys are kept: the caller brings embeddings, positions and masks.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ from speeder_engine.models.decoder import Decoder
 from speeder_engine.models.heads import RankHead, RetrieveHead
 from speeder_engine.models.position import OrderHead, PositionPrompts
 from speeder_engine.models.vocabulary import Vocabulary
+from speeder_engine.triton_kernels.item_embed import EmbedTables
 
 
 class Recommender(nn.Module):
@@ -95,13 +98,18 @@ class ServingModel(nn.Module):
             served.vocabulary.load_state_dict(model.vocabulary().state_dict())
         return served.requires_grad_(False).eval()
 
-    def embed(self, tokens: Tensor, slots: Tensor, buckets: Tensor, candidate: Tensor) -> Tensor:
-        """Item tokens [N, d] + the prompts of their slots [N] + the candidate role where `candidate` [N] is true, the
-        prompt of the calendar bucket [N] where it is not and the model reads times."""
-        embedded: Tensor = tokens + self.prompts(slots) + candidate.unsqueeze(-1) * self.rank.role
-        if self.times is not None:
-            embedded = embedded + ~candidate.unsqueeze(-1) * self.times(buckets)
-        return embedded
+    def embed_tables(self, item_tokens: Tensor) -> EmbedTables:
+        """What `item_embed` looks rows up in, beside item tokens [I, d]."""
+        first: Any = self.decoder.layers[0]
+        return EmbedTables(
+            items=item_tokens,
+            prompts=self.prompts.weight,
+            role=self.rank.role,
+            norm=first.input_norm.weight,
+            eps=first.input_norm.eps,
+            times=None if self.times is None else self.times.weight,
+            text=None if self.vocabulary is None else self.vocabulary.embedding,
+        )
 
     def embed_text(self, ids: Tensor) -> Tensor:
         """Token ids [N] -> rows [N, d], without position prompts: those are of items."""

@@ -1,17 +1,28 @@
-"""Attention of text in a tree against torch's own on each row's keys, laid out flat, in fp64."""
+"""Attention of text in a tree against torch's own on each row's keys, laid out flat, in fp64; the kernels, interpreted,
+against the reference."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from kernel_bounds import DTYPES, assert_as_near
 from torch.nn import functional as F
 
+from speeder_engine.triton_kernels import compressed_attention
 from speeder_engine.triton_kernels import tree_attention as module
-from speeder_engine.triton_kernels.compressed_attention import AttentionRows
-from speeder_engine.triton_kernels.tree_attention import TreeRows, tree_attention, tree_attention_ref
+from speeder_engine.triton_kernels.compressed_attention import QUANTIZED, AttentionRows
+from speeder_engine.triton_kernels.qk_norm_rope_store import quantize
+from speeder_engine.triton_kernels.tree_attention import (
+    TreeRows,
+    launch_tree_attention,
+    tree_attention,
+    tree_attention_ref,
+)
 
 BLOCK, HEADS, KV_HEADS, DIM = 4, 6, 2, 8
 
 
-def make_case(seed, shared_len, lengths, sizes, dtype=torch.float32, spare=0):
+def make_case(seed, shared_len, lengths, sizes, dtype=torch.float32, spare=0, heads=(HEADS, KV_HEADS, DIM)):
     """Sequence s has `lengths[s]` history positions and a random tree of `sizes[s]` rows; `spare` keys are nobody's."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -20,7 +31,7 @@ def make_case(seed, shared_len, lengths, sizes, dtype=torch.float32, spare=0):
 
     width, num_shared = -(-max(lengths) // BLOCK) + 1, -(-shared_len // BLOCK)
     order = torch.randperm(len(lengths) * width, generator=generator) + num_shared
-    caches = [draw(len(order) + num_shared, BLOCK, KV_HEADS, DIM) for _ in range(2)]
+    caches = [draw(len(order) + num_shared, BLOCK, *heads[1:]) for _ in range(2)]
     paths, sequence, local = [], [], []
     for s, size in enumerate(sizes):
         start = spare + len(paths)
@@ -42,8 +53,8 @@ def make_case(seed, shared_len, lengths, sizes, dtype=torch.float32, spare=0):
     )
     rows = TreeRows(prefix, torch.tensor([path + [-1] * (longest - len(path)) for path in paths]))
     count = len(paths)
-    keys, values = (draw(spare + count, KV_HEADS, DIM) for _ in range(2))
-    return draw(count, HEADS, DIM), keys, values, *caches, rows
+    keys, values = (draw(spare + count, *heads[1:]) for _ in range(2))
+    return draw(count, heads[0], heads[2]), keys, values, *caches, rows
 
 
 def expected(q, k, v, k_cache, v_cache, rows):
@@ -88,3 +99,66 @@ def test_some_rows_at_once_and_selected_rows_are_the_same_rows(monkeypatch):
     assert torch.equal(tree_attention_ref(q[chosen], k, v, k_cache, v_cache, rows.select(chosen)), whole[chosen])
     monkeypatch.setattr(module, "ROWS_AT_ONCE", 4)
     assert torch.equal(tree_attention_ref(q, k, v, k_cache, v_cache, rows), whole)
+
+
+def launch(q, k, v, k_cache, v_cache, rows, scales=None):
+    """Through the kernels, over a cache and keys spoiled where nothing valid stands, and into NaN."""
+    prefix, caches = rows.prefix, [k_cache.clone(), v_cache.clone()]
+    seen = torch.zeros(k_cache.shape[:2], dtype=torch.bool)
+    seen.view(-1)[: prefix.shared_len] = True
+    for b, table in enumerate(prefix.block_tables):
+        positions = torch.arange(int(prefix.visible[prefix.sequence == b].max()))
+        seen[table[positions // BLOCK], positions % BLOCK] = True
+    scales = None if scales is None else tuple(each.clone() for each in scales)
+    for each in scales or caches:
+        each[~seen] = float("nan")
+    nobody = torch.ones(len(k), dtype=torch.bool)
+    nobody[rows.paths[rows.paths >= 0]] = False
+    k, v = (each.masked_fill(nobody[:, None, None], float("nan")) for each in (k, v))
+    return launch_tree_attention(q, k, v, *caches, rows, scales, torch.full_like(q, float("nan")))
+
+
+def check(case):
+    *tensors, rows = case
+    assert_as_near(launch(*case), lambda *given: tree_attention_ref(*given, rows), *tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shared_len", "lengths", "sizes", "spare"), [(5, [0], [1], 0), (1, [0, 3, 9], [2, 1, 6], 3), (13, [4], [9], 0)]
+)
+def test_the_kernels_equal_the_reference(shared_len, lengths, sizes, spare, dtype):
+    check(make_case(0, shared_len, lengths, sizes, dtype, spare))
+
+
+@pytest.mark.parametrize("heads", [(3, 3, 6), (7, 1, 20), (20, 1, 16)])
+def test_odd_heads(heads, monkeypatch):
+    monkeypatch.setattr(compressed_attention, "SPAN", 8)
+    check(make_case(3, 13, [17, 2], [3, 2], torch.float16, heads=heads))
+
+
+def test_paths_longer_than_a_step(monkeypatch):
+    monkeypatch.setattr(module, "PATH_KEYS", 16)
+    q, k, v, *caches, rows = make_case(4, 5, [3], [40])
+    chain = torch.arange(40).expand(40, 40)
+    rows = replace(rows, paths=chain.where(chain <= chain.T, -1)).select(torch.tensor([0, 15, 16, 39]))
+    check((q[[0, 15, 16, 39]], k, v, *caches, rows))
+
+
+def test_no_text():
+    q, k, v, *caches, rows = make_case(5, 5, [3], [2])
+    none = torch.empty(0, dtype=torch.int64)
+    rows = rows.select(none)
+    assert launch_tree_attention(q[none], k, v, *caches, rows, None, q[none].clone()).shape == (0, HEADS, DIM)
+
+
+@pytest.mark.parametrize("small", QUANTIZED)
+def test_quantized_caches(small):
+    q, k, v, *caches, rows = make_case(6, 5, [3, 7], [3, 2], torch.bfloat16)
+    (k_cache, k_scale), (v_cache, v_scale) = (quantize(cache, small) for cache in caches)
+
+    def reference(q, k, v, k_scale, v_scale):
+        return tree_attention_ref(q, k, v, k_cache, v_cache, rows, (k_scale, v_scale))
+
+    found = launch(q, k, v, k_cache, v_cache, rows, (k_scale, v_scale))
+    assert_as_near(found, reference, q, k, v, k_scale, v_scale)

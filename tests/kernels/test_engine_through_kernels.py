@@ -1,0 +1,65 @@
+"""The engine through its kernels, interpreted, against the engine through their references."""
+
+import pytest
+import torch
+from reference import make_tiny, make_titled
+
+from speeder_engine import Engine, EngineConfig, Request
+from speeder_engine.triton_kernels import (
+    add_rms_norm,
+    compressed_attention,
+    item_embed,
+    qk_norm_rope_store,
+    swiglu,
+    tree_attention,
+)
+
+KERNELS = (add_rms_norm, compressed_attention, item_embed, qk_norm_rope_store, swiglu, tree_attention)
+
+
+@pytest.fixture
+def through_kernels(monkeypatch):
+    """Counts the launches of each file."""
+    counts = dict.fromkeys((each.__name__.split(".")[-1] for each in KERNELS), 0)
+
+    def counted(name):
+        def runs_triton(*tensors):
+            counts[name] += 1
+            return True
+
+        return runs_triton
+
+    def switch():
+        for each in KERNELS:
+            monkeypatch.setattr(each, "runs_triton", counted(each.__name__.split(".")[-1]))
+
+    return switch, counts
+
+
+def answers(engine, ids, title):
+    """A cold batch, then an append with candidates beside it; or words, scored and written."""
+    scores = []
+    if title:
+        asked = [Request(ids[:3], 2, user_id="a", candidates=ids[20:22], head="title"), Request(ids[4:5], 5)]
+        scores = [len(each.text) for each in engine.generate([Request(ids[:3], user_id="a")], max_tokens=2)]
+    else:
+        cold = engine.recommend_many([Request(ids[:3], 5, user_id="a"), Request((), 5)])
+        scores = [score for ranking in cold for _, score in ranking]
+        asked = [Request(ids[:4], 4, user_id="a", candidates=ids[20:24], head="rank"), Request(ids[2:4], 5)]
+    scores += [score for ranking in engine.recommend_many(asked) for _, score in ranking]
+    engine.check_integrity()
+    return torch.tensor(scores)
+
+
+@pytest.mark.parametrize(("title", "dtype"), [(False, "bfloat16"), (True, "float32")])
+def test_answers_are_the_same(title, dtype, through_kernels):
+    tiny = make_titled(window=6, step=2) if title else make_tiny(family="qwen3", window=6, step=2)
+    ids = tuple(tiny.ids(range(30)))
+    config = EngineConfig(dtype=dtype, kv_budget="4MiB", debug=True)
+    expected = answers(Engine(tiny.parts(), config), ids, title)
+    switch, counts = through_kernels
+    switch()
+    found = answers(Engine(tiny.parts(), config), ids, title)
+    assert all(count for name, count in counts.items() if title or name != "tree_attention")
+    bound = 1e-4 if dtype == "float32" else 0.1
+    torch.testing.assert_close(found, expected, atol=bound, rtol=bound)
