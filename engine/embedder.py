@@ -32,7 +32,10 @@ class ItemEmbedder:
         find_encoder: Callable[[str], Encoder | None],
         device: torch.device,
     ) -> None:
-        self.compressor = Compressor(config).double()
+        # on the CPU one precision above, rounded away again: a token must not depend on what is upserted beside it;
+        # the kernels of a GPU see to that themselves
+        self.dtype = torch.float32 if device.type == "cuda" else torch.float64
+        self.compressor = Compressor(config).to(self.dtype)
         self.compressor.load_state_dict(weights)
         self.compressor.requires_grad_(False).eval().to(device)
         self.widths = config.modalities
@@ -55,8 +58,7 @@ class ItemEmbedder:
             self._take_vectors(name, items, values[name], present[:, column])
             self._encode(name, items, values[name], present[:, column])
         self._check(items, present)
-        features = {name: torch.from_numpy(array).to(self.device).double() for name, array in values.items()}
-        # one precision above, rounded away again: a token must not depend on what is upserted beside it
+        features = {name: torch.from_numpy(array).to(self.device, self.dtype) for name, array in values.items()}
         tokens: Tensor = self.compressor(features, torch.from_numpy(present).to(self.device)).float()
         tokens[torch.tensor([not item.has_features for item in items], device=self.device)] = 0.0
         return tokens

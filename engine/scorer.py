@@ -12,7 +12,7 @@ from speeder_engine.catalogue import Catalogue
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.query import Query, Rows
 from speeder_engine.title_scorer import title_scores
-from speeder_engine.triton_kernels.top_scores import stable_top, top_scores
+from speeder_engine.triton_kernels.top_scores import Answerable, stable_top, top_scores
 
 Scored = tuple[Rows, list[float]]  # rows, best first, and their scores
 
@@ -50,34 +50,36 @@ class HeadScorer:
     def similar(self, query: Query) -> Scored:
         """The items nearest by cosine to the one item of the query's history."""
         tokens = F.normalize(self.catalogue.tokens.float(), dim=1)
-        scores = (tokens @ tokens[int(query.window[0])]).masked_fill(self.mask(query), float("-inf"))
-        values, rows = stable_top(scores[None], min(query.request.k, len(scores)))
+        scores = self._answerable([query]).hide((tokens @ tokens[int(query.window[0])])[None])
+        values, rows = stable_top(scores, min(query.request.k, scores.shape[1]))
         return self._cut(query, values[0], rows[0])
 
     def _search(self, queries: Sequence[Query], vectors: Tensor) -> list[Scored]:
         """The best of the whole catalogue."""
         if not queries:
             return []
-        mask = torch.stack([self.mask(query) for query in queries])
         prior = self.model.retrieve.beta * self.catalogue.prior
         deepest = max(query.request.k for query in queries)
-        scores, rows = top_scores(pad_to_tile(vectors), self.catalogue.tokens, prior, mask, deepest)
+        scores, rows = top_scores(vectors, self.catalogue.tokens, prior, self._answerable(queries), deepest)
         return [self._cut(query, scores[b], rows[b]) for b, query in enumerate(queries)]
 
-    def mask(self, query: Query) -> Tensor:
-        """bool [I]: true for items that are not answered."""
-        mask = ~self.catalogue.available
+    def _answerable(self, queries: Sequence[Query]) -> Answerable:
+        """Of the whole catalogue."""
+        excluded, allowed = [query.excluded for query in queries], [query.allowed for query in queries]
+        return Answerable.build(self.catalogue.available, excluded, allowed)
+
+    def may_answer(self, query: Query, rows: Rows) -> Tensor:
+        """bool [n]: which of these rows of the catalogue."""
+        named = ~np.isin(rows, query.excluded)
         if query.allowed is not None:
-            allowed = torch.zeros_like(mask)
-            allowed[torch.from_numpy(query.allowed).to(mask.device)] = True
-            mask = mask | ~allowed
-        mask[torch.from_numpy(query.excluded).to(mask.device)] = True
-        return mask
+            named &= np.isin(rows, query.allowed)
+        available = self.catalogue.available
+        return torch.from_numpy(named).to(available.device) & available[_indices(rows, available.device)]
 
     def _candidates(self, query: Query, vector: Tensor, hidden: Tensor) -> Scored:
         """The named candidates, by the query's head."""
         assert query.candidates is not None
-        rows = torch.from_numpy(query.candidates.astype(np.int64)).to(vector.device)
+        rows = _indices(query.candidates, vector.device)
         # summed per candidate: its score must not depend on which others were named
         retrieved = (vector * self.catalogue.tokens[rows]).sum(dim=-1)
         head = self.model.rank if query.head == "rank" else self.model.retrieve
@@ -87,10 +89,11 @@ class HeadScorer:
     def _titles(self, query: Query, scores: Tensor) -> Scored:
         """The named candidates by their titles' likelihood: no prior, which is learned with the other heads."""
         assert query.candidates is not None
-        return self._best(query, torch.from_numpy(query.candidates.astype(np.int64)).to(scores.device), scores)
+        return self._best(query, _indices(query.candidates, scores.device), scores)
 
     def _best(self, query: Query, rows: Tensor, scores: Tensor) -> Scored:
-        scores = scores.masked_fill(self.mask(query)[rows], float("-inf"))
+        assert query.candidates is not None
+        scores = scores.masked_fill(~self.may_answer(query, query.candidates), float("-inf"))
         values, order = stable_top(scores[None], len(rows))
         return self._cut(query, values[0], rows[order[0]])
 
@@ -98,3 +101,7 @@ class HeadScorer:
     def _cut(query: Query, scores: Tensor, rows: Tensor) -> Scored:
         kept = min(query.request.k, int((scores > float("-inf")).sum()))
         return rows[:kept].cpu().numpy().astype(np.int32), scores[:kept].tolist()
+
+
+def _indices(rows: Rows, device: torch.device) -> Tensor:
+    return torch.from_numpy(rows.astype(np.int64)).to(device)

@@ -169,9 +169,10 @@ class Serving:
         return Ranking(self.catalogue.ids(rows.tolist()), tuple(scores), query.unknown)
 
     def _generation(self, query: Query, text: str, titled: dict[str, list[int]]) -> Generation:
-        mask, candidates = self.scorer.mask(query), query.candidates
-        named = None if candidates is None else set(candidates.tolist())
-        rows = [row for row in titled.get(text, ()) if not mask[row] and (named is None or row in named)]
+        candidates = query.candidates
+        found = np.array(titled.get(text, ()), np.int32)
+        named = found if candidates is None else found[np.isin(found, candidates)]
+        rows = named[self.scorer.may_answer(query, named).cpu().numpy()].tolist()
         return Generation(text, self.catalogue.ids(rows)[0] if rows else None, bool(rows))
 
     def stats(self, num_waiting: int) -> EngineStats:

@@ -8,26 +8,23 @@ z   = s * LayerNorm(sum_m g_m E_m)
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from speeder_engine.config import CompressorConfig
+from speeder_engine.triton_kernels.modality_experts import Affine, Mixture, modality_experts
 
 
 class ModalityExpert(nn.Module):
-    """R^width -> R^hidden_size; its input is normed, so that encoders of any scale fit."""
+    """The weights of R^width -> R^hidden_size; its input is normed, so that encoders of any scale fit."""
 
     def __init__(self, width: int, hidden_size: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, hidden_size)
         self.down = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, normed: Tensor) -> Tensor:
-        out: Tensor = self.down(F.gelu(self.up(normed)))
-        return out
 
 
 class Compressor(nn.Module):
@@ -57,23 +54,23 @@ class Compressor(nn.Module):
         self, features: Mapping[str, Tensor], present: Tensor, share: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Item tokens [I, d] and their gates [I, M] (zero where all modalities are missing)."""
-        normed = self._normed(features, present)
-        logits = self.gate(torch.cat(normed, dim=-1)) / self.config.temperature
-        open_ = present
-        if share is not None:
-            open_ = present & (share > 0)
-            logits = logits + torch.log(share.clamp_min(1e-9))
-        some = open_.any(dim=-1, keepdim=True)
-        # a row without any modality would be a softmax over nothing but -inf: NaN, also in its gradient
-        gates = torch.softmax(logits.masked_fill(~open_ & some, float("-inf")), dim=-1) * some
-        outputs = torch.stack([self.experts[name](x) for name, x in zip(self.modalities, normed, strict=True)], dim=1)
-        mixed = torch.where(some, (gates.unsqueeze(-1) * outputs).sum(dim=1), self.fallback)
-        return self.config.scale * self.norm(mixed), gates
+        return modality_experts([features[name] for name in self.modalities], present, self.mixture(), share)
 
-    def _normed(self, features: Mapping[str, Tensor], present: Tensor) -> list[Tensor]:
-        normed = []
-        for index, name in enumerate(self.modalities):
-            expert = self.experts[name]
-            assert isinstance(expert, ModalityExpert)
-            normed.append(expert.norm(features[name]) * present[:, index : index + 1])
-        return normed
+    def mixture(self) -> Mixture:
+        """This module's weights, as the operation takes them."""
+        experts: list[Any] = [self.experts[name] for name in self.modalities]
+        return Mixture(
+            norms=[_affine(expert.norm) for expert in experts],
+            ups=[_affine(expert.up) for expert in experts],
+            downs=[_affine(expert.down) for expert in experts],
+            gate=_affine(self.gate),
+            norm=_affine(self.norm),
+            fallback=self.fallback,
+            temperature=self.config.temperature,
+            scale=self.config.scale,
+            eps=self.norm.eps,
+        )
+
+
+def _affine(layer: nn.LayerNorm | nn.Linear) -> Affine:
+    return Affine(layer.weight, layer.bias)

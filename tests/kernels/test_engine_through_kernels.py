@@ -11,10 +11,11 @@ from speeder_engine.triton_kernels import (
     item_embed,
     qk_norm_rope_store,
     swiglu,
+    top_scores,
     tree_attention,
 )
 
-KERNELS = (add_rms_norm, compressed_attention, item_embed, qk_norm_rope_store, swiglu, tree_attention)
+KERNELS = (add_rms_norm, compressed_attention, item_embed, qk_norm_rope_store, swiglu, top_scores, tree_attention)
 
 
 @pytest.fixture

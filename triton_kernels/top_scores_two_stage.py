@@ -1,0 +1,157 @@
+"""Top k of millions of items: a first pass over an int8 copy of their tokens, an exact second over what it keeps.
+
+z_i        ~ P z'_i               z'_i = scale_i q_i in int8; P [d, r] has orthonormal columns, or is left out (r = d)
+coarse_bi  = (P^T u_b) . z'_i + prior_i                          the k' largest are kept
+score_bi   = u_b . z_i + prior_i                                 exact, of those
+
+An item that was left out has coarse_bi <= c, the smallest one kept, and by Cauchy and Schwarz
+score_bi <= c + e_b with e_b = |u_b| max_i |z_i - P z'_i| + rounding. So the answer is that of `top_scores` wherever its
+k-th score is above c + e_b: `certain` says of which users that is known.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from speeder_engine.triton_kernels.language import next_power_of_2, runs_triton, tl, triton
+from speeder_engine.triton_kernels.linear_w8 import W8Weight, quantize_rows
+from speeder_engine.triton_kernels.specimen import Specimen
+from speeder_engine.triton_kernels.top_scores import MAX_K, Answerable, answer_keys, merge_lists, top_scores
+
+ULP = 2.0**-24  # the relative error of one operation in fp32
+OPTIONS = {"BLOCK_ROWS": 8, "BLOCK_SIZE": 256}
+
+
+@dataclass(frozen=True)
+class CoarseTable:
+    """An int8 copy of I item tokens, and how far from them it is."""
+
+    tokens: W8Weight  # [I, r]
+    basis: Tensor | None  # fp32 [d, r]
+    worst_error: Tensor  # fp32 []: the largest |z_i - P z'_i|
+    largest_norm: Tensor  # fp32 []: the largest |z'_i| and |z_i|
+
+    @classmethod
+    def build(cls, table: Tensor, rank: int | None = None) -> "CoarseTable":
+        """table [I, d]; `rank`: kept directions, those in which the tokens are largest. None keeps all."""
+        wide = table.float()
+        basis = None if rank is None else _directions(wide, rank)
+        tokens = quantize_rows(wide if basis is None else (wide @ basis).contiguous(), "int8")
+        coarse = tokens.dequantized()
+        error = (wide - (coarse if basis is None else coarse @ basis.T)).norm(dim=1).amax()
+        return cls(tokens, basis, error, torch.maximum(coarse.norm(dim=1).amax(), wide.norm(dim=1).amax()))
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """[B, d] -> [B, r] of the same dtype."""
+        return vectors if self.basis is None else (vectors.float() @ self.basis).to(vectors.dtype).contiguous()
+
+
+def _directions(wide: Tensor, rank: int) -> Tensor:
+    exact = wide.double()
+    vectors: Tensor = torch.linalg.eigh(exact.T @ exact)[1]
+    return vectors[:, -rank:].float().contiguous()
+
+
+def top_scores_two_stage(
+    vectors: Tensor,
+    table: Tensor,
+    prior: Tensor,
+    answerable: Answerable,
+    k: int,
+    coarse: CoarseTable,
+    candidates: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `top_scores` of vectors [B, d] and table [I, d] of the same dtype; `candidates` (4 k) reach the second pass.
+
+    Returns scores and rows [B, k'] and certain bool [B].
+    """
+    length = min(k, table.shape[0])
+    kept = min(max(4 * k if candidates is None else candidates, k), table.shape[0])
+    projected = coarse.project(vectors)
+    found, rows = top_scores(projected, coarse.tokens.values, prior, answerable, kept, coarse.tokens.scales)
+    if runs_triton(vectors, table) and vectors.shape[0] and 0 < length <= MAX_K:
+        scores, best = launch_exact_top(vectors, table, prior, found, rows, length)
+    else:
+        scores, best = exact_top_ref(vectors, table, prior, found, rows, length)
+    if kept == table.shape[0]:
+        return scores, best, torch.ones(scores.shape[0], dtype=torch.bool, device=scores.device)
+    return scores, best, _certain(vectors, projected, coarse, found[:, -1], scores[:, -1])
+
+
+def _certain(vectors: Tensor, projected: Tensor, coarse: CoarseTable, smallest: Tensor, last: Tensor) -> Tensor:
+    """bool [B]: whether nothing that was left out, at most `smallest` in the first pass, belongs before `last`."""
+    wide = vectors.double()
+    wanted = wide if coarse.basis is None else wide @ coarse.basis.double()
+    norm = wide.norm(dim=1)
+    # of the projection, as it turned out; of the sums over d in both passes and in `worst_error`, at most
+    rounding = (projected.double() - wanted).norm(dim=1) + 4 * wide.shape[1] * ULP * norm
+    error = norm * coarse.worst_error + rounding * coarse.largest_norm + 4 * ULP * smallest.abs()
+    # where the last one kept can't be answered, all that can were kept
+    certain: Tensor = torch.isneginf(smallest) | (last > smallest + error)
+    return certain
+
+
+def exact_top_ref(
+    vectors: Tensor, table: Tensor, prior: Tensor, found: Tensor, rows: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k best by their exact scores of rows [B, k'], where found [B, k'] is finite."""
+    rows, order = torch.sort(rows, dim=1)
+    scores: Tensor = (vectors.float().unsqueeze(1) * table[rows].float()).sum(dim=-1) + prior.float()[rows]
+    scores = scores.masked_fill(torch.isneginf(found.gather(1, order)), float("-inf"))
+    scores, order = torch.sort(scores, dim=1, descending=True, stable=True)
+    best: Tensor = rows.gather(1, order)[:, :k]
+    return scores[:, :k], best
+
+
+def launch_exact_top(
+    vectors: Tensor, table: Tensor, prior: Tensor, found: Tensor, rows: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    (num_users, size), kept = vectors.shape, rows.shape[1]
+    assert vectors.is_contiguous() and table.is_contiguous() and table.shape[1] == size
+    assert vectors.dtype == table.dtype and found.shape == rows.shape == (num_users, kept)
+    assert found.is_contiguous() and rows.is_contiguous() and rows.dtype == torch.int64
+    assert 0 < k <= min(kept, MAX_K) and num_users > 0
+    scores = torch.empty(num_users, k, dtype=torch.float32, device=vectors.device)
+    best = torch.empty(num_users, k, dtype=torch.int64, device=vectors.device)
+    keys = torch.empty(num_users, 1, max(16, next_power_of_2(kept)), dtype=torch.int64, device=vectors.device)
+    length = min(keys.shape[2], max(16, next_power_of_2(k)))
+    blocks = keys.shape[2] // OPTIONS["BLOCK_ROWS"]
+    _exact_scores_kernel[(num_users, blocks)](
+        vectors, table, prior.float().contiguous(), found, rows, keys, kept, keys.shape[2], SIZE=size, **OPTIONS
+    )
+    merge_lists(keys.view(num_users, -1, length), scores, best)
+    return scores, best
+
+
+@triton.jit
+def _exact_scores_kernel(
+    vectors, table, prior, found, rows, keys, kept, width,
+    SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Keys of some of the rows kept for one user; beyond them the smallest key."""
+    user = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    real = place < kept
+    columns = tl.arange(0, BLOCK_SIZE)
+    row = tl.load(rows + user * kept + place, mask=real, other=0)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    for start in range(0, SIZE, BLOCK_SIZE):
+        inside = columns < SIZE - start
+        vector = tl.load(vectors + user * SIZE + start + columns, mask=inside, other=0.0).to(tl.float32)
+        places = table + row[:, None] * SIZE + start + columns[None, :]
+        tokens = tl.load(places, mask=real[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(tokens * vector[None, :], axis=1)
+    total += tl.load(prior + row, mask=real, other=0.0)
+    coarse = tl.load(found + user * kept + place, mask=real, other=0.0)
+    total = tl.where(coarse == float("-inf"), coarse, total)
+    tl.store(keys + user * width + place, tl.where(real, answer_keys(total, row.to(tl.int32)), -(2**63)))
+
+
+def _specimen(label: str, kind: str, size: int) -> Specimen:
+    types = {"vectors": kind, "table": kind, "prior": "*fp32", "found": "*fp32", "rows": "*i64", "keys": "*i64"}
+    arguments = {**types, "kept": "i32", "width": "i32:16", "SIZE": size, **OPTIONS}
+    return Specimen(label, _exact_scores_kernel, arguments)
+
+
+SPECIMENS = (_specimen("0.5B fp32", "*fp32", 896), _specimen("7B bf16", "*bf16", 3584))
