@@ -238,8 +238,7 @@ class OnnxEngine:
         in_place = self.files.config.flavour == "ort"
         kept = dict(zip(self._present, state.values if in_place else [None] * len(self._present), strict=True))
         outputs = TOP if query.candidates is None else (_scores_of(query),)
-        found, present = self._session("extend").run(inputs, outputs, kept)
-        values = list(present.values())
+        found, values = self._session("extend").run(inputs, outputs, kept)
         self._users.put(user_id, UserState(keys, values, values[0].shape()[2]))
         if query.candidates is None:
             return [self._top(query, found["top_rows"][0], found["top_scores"][0])]
@@ -273,8 +272,8 @@ class OnnxEngine:
         session, buffers = self._session("extend"), []
         for name in self._past:
             first = instruction[name]
-            buffer = np.zeros((1, heads, first.shape[1] + self.layout.config.window, size), first.dtype)
-            buffer[:, :, : first.shape[1]] = first
+            buffer = np.zeros((1, heads, first.shape[2] + self.layout.config.window, size), first.dtype)
+            buffer[:, :, : first.shape[2]] = first
             buffers.append(session.to_device(buffer))
         return buffers
 

@@ -159,8 +159,8 @@ class StaticModel(nn.Module):
         scores = scores + self.retrieve.beta * overrides.prior
         scores = scores.masked_fill(closed | ~overrides.available, float("-inf"))
         depth = torch.minimum(k, torch.tensor([num_items])).item()
-        torch._check(depth >= 1)
-        torch._check(depth <= num_items)
+        torch._check(depth >= 1)  # type: ignore[no-untyped-call]
+        torch._check(depth <= num_items)  # type: ignore[no-untyped-call]
         values, rows = torch.topk(scores, depth, dim=1)  # type: ignore[arg-type]
         return rows, values
 
