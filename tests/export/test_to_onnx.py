@@ -90,11 +90,11 @@ def test_settings_that_cannot_be_are_refused(settings, message):
         OnnxConfig(**settings)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision(compress, tmp_path, dtype):
+@pytest.mark.parametrize(("dtype", "source"), [("float16", "compress"), ("bfloat16", "ort")])
+def test_half_precision(request, tmp_path, dtype, source):
     """bfloat16 is written and checked; ONNX Runtime's CPU can't run it."""
-    out = tmp_path / "half"
-    manifest = export_onnx(compress.engine_dir, out, OnnxConfig(dtype=dtype, graphs=("recommend",)), 40)
+    out, engine_dir = tmp_path / "half", request.getfixturevalue(source).engine_dir
+    manifest = export_onnx(engine_dir, out, OnnxConfig(dtype=dtype, graphs=("recommend",)), 40)
     parity = manifest["graphs"]["recommend"]["parity"]
     operators = {node.op_type for node in onnx.load(out / "recommend.onnx", load_external_data=False).graph.node}
     assert {"Attention", "RMSNormalization"} <= operators
