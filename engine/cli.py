@@ -118,6 +118,35 @@ def export_engine(
         typer.echo(f"engine {parts.revision} with {len(parts.catalogue):,} items in {out}")
 
 
+@export_app.command("onnx")
+def export_onnx(
+    engine: Annotated[Path, typer.Argument(help="An engine directory.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    flavour: Annotated[
+        str, typer.Option(help='"standard" (plain operators: TensorRT, any runtime) or "ort" (in-place sessions).')
+    ] = "standard",
+    dtype: Annotated[str, typer.Option(help='"float32", "float16" or "bfloat16".')] = "float32",
+    graphs: Annotated[str, typer.Option(help="Which, separated by commas.")] = "score,recommend,extend,compress",
+    opset: Annotated[int, typer.Option(help="Operator set; 0: the flavour's own.")] = 0,
+    parity_users: Annotated[int, typer.Option(min=0, help="Random users to compare with the engine.")] = 1000,
+    as_json: AsJson = False,
+) -> None:
+    """Write ONNX graphs with item ids in and ranked rows out, and prove that they answer as the engine does."""
+    from speeder_engine.export.onnx_config import OnnxConfig
+    from speeder_engine.export.to_onnx import export_onnx as export
+
+    config = OnnxConfig(flavour, dtype, tuple(name.strip() for name in graphs.split(",")), opset)
+    manifest = export(engine, out, config, parity_users)
+    if as_json:
+        typer.echo(json.dumps(manifest))
+        return
+    for name, graph in manifest["graphs"].items():
+        parity = graph["parity"]
+        result = parity if parity == "not run" else f"largest error {parity['max_error']:.1e}"
+        typer.echo(f"{name:10}  {graph['export_cpu_seconds']:6.1f} s  compared with the engine: {result}")
+    typer.echo(f"{config.flavour} ONNX of engine {manifest['engine_revision']} in {out}")
+
+
 @app.command()
 def recommend(
     engine: Annotated[Path, typer.Argument(help="An engine directory.")],

@@ -75,8 +75,8 @@ def qk_norm_rope_store_ref(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x [N, H, D], cos and sin [N, D], arithmetic in x's dtype as transformers does it."""
-    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
+    """Rotary positions: x [..., H, D], cos and sin [..., D], arithmetic in x's dtype as transformers does it."""
+    cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 

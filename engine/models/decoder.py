@@ -73,12 +73,13 @@ class DecoderLayer(nn.Module):
         """hidden [N, d] and that under `input_norm` -> this layer's hidden [N, d], and that under the `following` norm;
         or [R, d] where only `rows` are read afterwards: keys and values for all all the same, since later steps read
         them from the cache."""
-        q, k, v = self._project(normed, rows)
+        q, k, v = self.project(normed, rows)
         mixed = attend(self, q, k, v, rows)
         hidden, normed = self.post_norm.add(hidden if rows is None else hidden[rows], self.out(mixed.flatten(1)))
         return following.add(hidden, self.down(swiglu(self.gate_up(normed))))
 
-    def _project(self, normed: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, normed: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """normed [..., d] -> q [..., H, D] and k, v [..., H_kv, D]; of flat rows [N, d], q for `rows` [R] alone."""
         if rows is None:
             q, kv = self.qkv(normed).split([self.q_size, 2 * self.kv_size], dim=-1)
         else:
