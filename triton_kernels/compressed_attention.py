@@ -100,10 +100,11 @@ def compressed_attention_ref(
 ) -> Tensor:
     """The formula above, batched over sequences and key/value heads.
 
-    Computed one precision above its inputs: matrix libraries sum in an order that depends on where in a tile a row
-    stands, and what that changes is rounded away again.
+    On the CPU in fp64 whatever the inputs are: matrix libraries sum in an order that depends on where in a tile a row
+    stands, and what that changes is rounded away again. From fp32 to bf16 it would not be: once in some ten thousand
+    rows a sum lies so near to the border between two values that its order decides.
     """
-    dtype = torch.float64 if q.dtype == torch.float32 and q.device.type == "cpu" else torch.float32
+    dtype = torch.float64 if q.device.type == "cpu" else torch.float32
     _, num_heads, head_dim = q.shape
     kv_heads = k.shape[1]
     group = num_heads // kv_heads

@@ -77,6 +77,13 @@ def expected(q, k, v, k_cache, v_cache, rows):
     return torch.stack(out)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_rounded_is_exact_enough_for_every_order_of_sums(dtype):
+    """Else a row's company decides, now and then, which of two neighbouring values it gets."""
+    *tensors, rows = make_case(3, 13, [11] * 64, [4] * 64, [60] * 64, dtype)
+    assert torch.equal(compressed_attention_ref(*tensors, rows), expected(*tensors, rows).to(dtype))
+
+
 @pytest.mark.parametrize(
     ("shared_len", "cached", "new", "candidates"),
     [
