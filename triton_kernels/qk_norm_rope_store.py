@@ -206,7 +206,7 @@ def launch_qk_norm_rope_store(
     _qk_norm_rope_store_kernel[(num_read + num_rows,)](
         q, k, v, cos, sin, k_cache, v_cache, *(scales or (None, None)), slot_mapping, *norms, rows, q_out, k_out,
         num_read, slot_mapping.shape[0], q.stride(0), k.stride(0), v.stride(0), eps,
-        **heads_options(num_heads, *k_cache.shape[2:], k_cache.dtype),
+        **heads_options(num_heads, k_cache.shape[2], head_dim, k_cache.dtype),
     )  # fmt: skip
     return q_out, k_out
 

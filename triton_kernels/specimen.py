@@ -23,8 +23,8 @@ class Specimen:
     label: str  # of the shape: "7B bf16"
     kernel: Any  # the function under @triton.jit
     arguments: Mapping[str, Any]
-    num_warps: int = 4
-    num_stages: int = 2
+    num_warps: int = 4  # this and the next as Triton has them where a launcher says nothing
+    num_stages: int = 3
     since: int = 80  # the first compute capability that has what it needs
 
     @property

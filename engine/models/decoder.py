@@ -126,8 +126,8 @@ class Decoder(nn.Module):
         if attend is None:
             self._check_length(positions)
             attend = CausalAttend(*self.rotary(positions))
-        layers = list(self.layers)
-        norms = [*(layer.input_norm for layer in layers), self.norm]
+        layers: list[Any] = list(self.layers)
+        norms: list[RMSNorm] = [*(layer.input_norm for layer in layers), self.norm]
         normed = norms[0](hidden) if normed is None else normed
         for layer, following in zip(layers, norms[1:], strict=True):
             hidden, normed = layer(hidden, normed, attend, read_rows if layer is layers[-1] else None, following)
