@@ -1,7 +1,7 @@
-"""The engine directory as a container: written in one step, verified file by file on load.
+"""Directories that we write and load, as containers: written in one step, verified file by file on load.
 
-It knows names, sizes and hashes, nothing about models. `engine.json` lists every file and is written last; its
-`digest` covers everything else in it, so that no byte of the directory can change unnoticed.
+It knows names, sizes and hashes, nothing about models. The manifest (an engine's `engine.json`) lists every file and is
+written last; its `digest` covers everything else in it, so that no byte of the directory can change unnoticed.
 """
 
 import hashlib
@@ -18,35 +18,50 @@ from typing import Any
 from speeder_engine.errors import ArtifactError, name_some
 from speeder_engine.files import replace_folder, sha256_file
 
-FORMAT = "speeder-engine"
-FORMAT_VERSION = 1
-MANIFEST = "engine.json"
 RESERVED = frozenset({"format", "format_version", "files", "digest"})
-EXPORT = "`speeder export engine CHECKPOINT OUT`"
-AGAIN = f"export it again: {EXPORT}"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What sort of directory it is: the name in its manifest, and the words of messages."""
+
+    format: str
+    version: int
+    manifest: str
+    noun: str
+    export: str
+
+    @property
+    def again(self) -> str:
+        return f"export it again: {self.export}"
+
+
+ENGINE = Kind("speeder-engine", 1, "engine.json", "engine directory", "`speeder export engine CHECKPOINT OUT`")
+FORMAT, FORMAT_VERSION, MANIFEST = ENGINE.format, ENGINE.version, ENGINE.manifest
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A verified engine directory; `manifest` is engine.json as parsed."""
+    """A verified directory; `manifest` is engine.json, or what its kind calls it, as parsed."""
 
     path: Path
     manifest: dict[str, Any]
+    kind: Kind = ENGINE
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The files beside engine.json, as relative paths with `/`, sorted."""
+        """The files beside the manifest, as relative paths with `/`, sorted."""
         return tuple(self.manifest["files"])
 
     @property
     def total_size(self) -> int:
-        """Bytes in all files but engine.json."""
+        """Bytes in all files but the manifest."""
         return sum(entry["size"] for entry in self.manifest["files"].values())
 
     def file(self, name: str) -> Path:
         """Where `name` lies; ArtifactError if the manifest doesn't list it."""
         if name not in self.manifest["files"]:
-            raise ArtifactError(f"{self.path}: holds no {name}, only {name_some(self.names)}; {AGAIN}")
+            raise ArtifactError(f"{self.path}: holds no {name}, only {name_some(self.names)}; {self.kind.again}")
         return self.path / name
 
     def folder(self, prefix: str) -> Path | None:
@@ -60,70 +75,70 @@ class Artifact:
         return self.path / prefix if files else None
 
 
-def write_artifact(out: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
+def write_artifact(out: Path, fill: Callable[[Path], dict[str, Any]], kind: Kind = ENGINE) -> None:
     """Publishes what `fill` writes into the folder it is given, in one step; `fill` returns the manifest's own fields.
 
-    An existing `out` is replaced if it is empty or an engine directory with nothing of anyone else's in it. Raises
+    An existing `out` is replaced if it is empty or a directory of this kind with nothing of anyone else's in it. Raises
     ArtifactError otherwise, or when it can't be written; then, or when `fill` raises, `out` is as it was.
     """
-    _check_replaceable(out)
+    _check_replaceable(out, kind)
     with replace_folder(out) as folder:
         fields = fill(folder)
         if taken := RESERVED.intersection(fields):
-            raise ValueError(f"{MANIFEST} fields {sorted(taken)} are the container's own")
-        names = _names(folder)
-        if MANIFEST in names:
-            raise ValueError(f"{MANIFEST} is written by the container")
+            raise ValueError(f"{kind.manifest} fields {sorted(taken)} are the container's own")
+        names = _names(folder, kind.noun)
+        if kind.manifest in names:
+            raise ValueError(f"{kind.manifest} is written by the container")
         hashes = _hashes(folder, names)
         files = {name: {"size": (folder / name).stat().st_size, "sha256": hashes[name]} for name in names}
-        manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, **fields, "files": files}
-        (folder / MANIFEST).write_bytes(_render({**manifest, "digest": _digest(manifest)}))
+        manifest = {"format": kind.format, "format_version": kind.version, **fields, "files": files}
+        (folder / kind.manifest).write_bytes(_render({**manifest, "digest": _digest(manifest)}))
         # filling takes minutes: somebody may have put something there in the meantime
-        _check_replaceable(out)
+        _check_replaceable(out, kind)
 
 
-def read_artifact(path: Path) -> Artifact:
+def read_artifact(path: Path, kind: Kind = ENGINE) -> Artifact:
     """Verifies the directory: every listed file there, of its size and hash, and nothing else; else ArtifactError."""
     try:
-        manifest = _read_manifest(path)
-        _check_files(path, manifest["files"])
+        manifest = _read_manifest(path, kind)
+        _check_files(path, manifest["files"], kind)
     except OSError as error:
         where = error.filename or path
         raise ArtifactError(f"{where}: can't be read: {error.strerror}; make it readable or export it again") from error
-    return Artifact(path, manifest)
+    return Artifact(path, manifest, kind)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    source = path / MANIFEST
+def _read_manifest(path: Path, kind: Kind) -> dict[str, Any]:
+    source = path / kind.manifest
     if not path.is_dir():
-        raise ArtifactError(f"no engine directory: {path} is not a folder; export one with {EXPORT}")
+        raise ArtifactError(f"no {kind.noun}: {path} is not a folder; export one with {kind.export}")
     if not os.path.lexists(source):
-        raise ArtifactError(f"no engine directory: {path} has no {MANIFEST}; export one with {EXPORT}")
+        raise ArtifactError(f"no {kind.noun}: {path} has no {kind.manifest}; export one with {kind.export}")
     if not stat.S_ISREG(source.lstat().st_mode):
-        raise ArtifactError(f"{source}: is not a regular file; {AGAIN}")
+        raise ArtifactError(f"{source}: is not a regular file; {kind.again}")
     content = source.read_bytes()
     try:
         manifest = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{source}: is not JSON, truncated or damaged; {AGAIN}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ArtifactError(f"{source}: is not of format {FORMAT!r}; choose an engine directory, as {EXPORT} writes it")
-    _check_version(source, manifest.get("format_version"))
+        raise ArtifactError(f"{source}: is not JSON, truncated or damaged; {kind.again}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != kind.format:
+        raise ArtifactError(
+            f"{source}: is not of format {kind.format!r}; choose an {kind.noun}, as {kind.export} writes it"
+        )
+    _check_version(source, manifest.get("format_version"), kind)
     if not _is_intact(manifest, content):
-        raise ArtifactError(f"{source}: was altered after the export, its digest doesn't fit; {AGAIN}")
+        raise ArtifactError(f"{source}: was altered after the export, its digest doesn't fit; {kind.again}")
     if not _lists_files(manifest.get("files")):
-        raise ArtifactError(f"{source}: lists its files in a way this version can't read; {AGAIN}")
+        raise ArtifactError(f"{source}: lists its files in a way this version can't read; {kind.again}")
     return manifest
 
 
-def _check_version(source: Path, version: object) -> None:
-    if type(version) is int and version == FORMAT_VERSION:
+def _check_version(source: Path, version: object, kind: Kind) -> None:
+    if type(version) is int and version == kind.version:
         return
-    newer = type(version) is int and version > FORMAT_VERSION
-    remedy = "upgrade speeder-engine" if newer else AGAIN
-    raise ArtifactError(
-        f"{source}: has format version {version!r}, this speeder-engine reads {FORMAT_VERSION}; {remedy}"
-    )
+    newer = type(version) is int and version > kind.version
+    remedy = "upgrade speeder-engine" if newer else kind.again
+    raise ArtifactError(f"{source}: has format version {version!r}, this speeder-engine reads {kind.version}; {remedy}")
 
 
 def _is_intact(manifest: dict[str, Any], content: bytes) -> bool:
@@ -147,57 +162,57 @@ def _lists_files(files: object) -> bool:
     )
 
 
-def _check_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
+def _check_files(path: Path, files: dict[str, dict[str, Any]], kind: Kind) -> None:
     for name in files:
-        if not _is_inside(name):
-            raise ArtifactError(f"{path / MANIFEST}: lists {name!r}, which leads out of the folder; {AGAIN}")
-    present = set(_names(path))
-    if foreign := sorted(present - set(files) - {MANIFEST}):
+        if not _is_inside(name, kind):
+            raise ArtifactError(f"{path / kind.manifest}: lists {name!r}, which leads out of the folder; {kind.again}")
+    present = set(_names(path, kind.noun))
+    if foreign := sorted(present - set(files) - {kind.manifest}):
         raise ArtifactError(
-            f"{path}: {name_some(foreign)} is not listed in {MANIFEST}; move it out of the engine directory"
+            f"{path}: {name_some(foreign)} is not listed in {kind.manifest}; move it out of the {kind.noun}"
         )
     for name, entry in files.items():
         if name not in present:
-            raise ArtifactError(f"{path / name}: is missing; {AGAIN}")
+            raise ArtifactError(f"{path / name}: is missing; {kind.again}")
         size = (path / name).stat().st_size
         if size != entry["size"]:
-            reason = f"has {size} bytes, {MANIFEST} says {entry['size']}"
-            raise ArtifactError(f"{path / name}: {reason}: truncated or altered; {AGAIN}")
+            reason = f"has {size} bytes, {kind.manifest} says {entry['size']}"
+            raise ArtifactError(f"{path / name}: {reason}: truncated or altered; {kind.again}")
     for name, found in _hashes(path, files).items():
         if found != files[name]["sha256"]:
-            reason = f"has the hash {found[:12]}…, {MANIFEST} says {files[name]['sha256'][:12]}…"
-            raise ArtifactError(f"{path / name}: {reason}: altered; {AGAIN}")
+            reason = f"has the hash {found[:12]}…, {kind.manifest} says {files[name]['sha256'][:12]}…"
+            raise ArtifactError(f"{path / name}: {reason}: altered; {kind.again}")
 
 
-def _check_replaceable(out: Path) -> None:
+def _check_replaceable(out: Path, kind: Kind) -> None:
     try:
         if not out.is_dir() or not any(out.iterdir()):
             return
-        listed = _listed(out)
-        foreign = sorted(set(_names(out)) - listed) if listed else []
+        listed = _listed(out, kind)
+        foreign = sorted(set(_names(out, kind.noun)) - listed) if listed else []
     except OSError as error:
         raise ArtifactError(f"{out}: can't be read: {error.strerror}; choose another folder") from error
     if not listed:
-        raise ArtifactError(f"{out}: is not an engine directory; choose another folder or remove it")
+        raise ArtifactError(f"{out}: is not an {kind.noun}; choose another folder or remove it")
     if foreign:
-        reason = f"also holds {name_some(foreign)}, which is not part of the engine"
+        reason = f"also holds {name_some(foreign)}, which is not part of the {kind.noun}"
         raise ArtifactError(f"{out}: {reason}; move it out or choose another folder")
 
 
-def _listed(folder: Path) -> set[str]:
-    """The files that an engine directory of any version, even a damaged one, calls its own; empty if it is none."""
+def _listed(folder: Path, kind: Kind) -> set[str]:
+    """The files that a directory of this kind, even a damaged one of another version, calls its own; or none."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        return {MANIFEST, *manifest["files"]} if manifest["format"] == FORMAT else set()
+        manifest = json.loads((folder / kind.manifest).read_bytes())
+        return {kind.manifest, *manifest["files"]} if manifest["format"] == kind.format else set()
     except (OSError, ValueError, RecursionError, TypeError, KeyError):
         return set()
 
 
-def _is_inside(name: str) -> bool:
-    return not {"", ".", ".."}.intersection(name.split("/")) and "\0" not in name and name != MANIFEST
+def _is_inside(name: str, kind: Kind) -> bool:
+    return not {"", ".", ".."}.intersection(name.split("/")) and "\0" not in name and name != kind.manifest
 
 
-def _names(folder: Path) -> list[str]:
+def _names(folder: Path, noun: str) -> list[str]:
     """Every file below `folder`, sorted; links and devices are refused: what they lead to is not what was hashed."""
     found = []
     for parent, folders, files in os.walk(folder, onerror=_raise):
@@ -206,7 +221,7 @@ def _names(folder: Path) -> list[str]:
             mode = path.lstat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 kind = "a link" if stat.S_ISLNK(mode) else "not a regular file"
-                raise ArtifactError(f"{path}: is {kind}; an engine directory holds plain files: put a copy there")
+                raise ArtifactError(f"{path}: is {kind}; an {noun} holds plain files: put a copy there")
             if stat.S_ISREG(mode):
                 found.append(path.relative_to(folder).as_posix())
     return sorted(found)

@@ -31,6 +31,10 @@ class ArtifactError(SpeederError):
     """An engine directory or checkpoint is truncated, altered, foreign or incomplete; the message names the file."""
 
 
+class ExportError(SpeederError):
+    """An export is not what it should be (an operator that isn't known, answers that differ); nothing was written."""
+
+
 class CacheExhausted(SpeederError):
     """The KV cache can't hold this step even with every idle session evicted; nothing was changed."""
 

@@ -61,14 +61,18 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
         """hidden [N, d] -> [N, d], or [R, d] where only `rows` are read afterwards: keys and values for all all the
         same, since later steps read them from the cache."""
-        q, k, v = self._project(self.input_norm(hidden), rows)
-        mixed = attend(self, q, k, v, rows)
-        hidden = (hidden if rows is None else hidden[rows]) + self.out(mixed.flatten(1))
+        q, k, v = self.project(self.input_norm(hidden), rows)
+        return self.finish(hidden if rows is None else hidden[rows], attend(self, q, k, v, rows))
+
+    def finish(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """hidden [..., d] and what attention made of these rows [..., H, D] -> [..., d]."""
+        hidden = hidden + self.out(mixed.flatten(-2))
         gate, up = self.gate_up(self.post_norm(hidden)).chunk(2, dim=-1)
         out: Tensor = hidden + self.down(F.silu(gate) * up)
         return out
 
-    def _project(self, normed: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, normed: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """normed [..., d] -> q [..., H, D] and k, v [..., H_kv, D]; of flat rows [N, d], q for `rows` [R] alone."""
         if rows is None:
             q, kv = self.qkv(normed).split([self.q_size, 2 * self.kv_size], dim=-1)
         else:
@@ -151,8 +155,8 @@ class Decoder(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x [N, H, D], cos and sin [N, D], arithmetic in x's dtype as transformers does it."""
-    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
+    """Rotary positions: x [..., H, D], cos and sin [..., D], arithmetic in x's dtype as transformers does it."""
+    cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 

@@ -1,0 +1,62 @@
+"""What an ONNX export is asked to be, and what kind of directory it makes.
+
+export.json          manifest: settings, engine revision, tools, inputs and outputs, parity, hash and size of every file
+<graph>.onnx         score, recommend, extend, compress
+weights.bin          all graphs' weights, each once
+items.parquet        item id <-> row, titles, availability, prior
+instruction.safetensors   `ort` alone: what a new user's buffers of keys and values begin with
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from speeder_engine.artifact import Kind
+from speeder_engine.config import Config, check
+
+ONNX = Kind("speeder-onnx", 1, "export.json", "ONNX export", "`speeder export onnx ENGINE OUT`")
+WEIGHTS_FILE = "weights.bin"
+INSTRUCTION_FILE = "instruction.safetensors"
+
+GRAPHS = ("score", "recommend", "extend", "compress")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# TensorRT takes the Attention operator (23 and later) in half precision alone; the first is the default
+_SINGLE, _HALF = (18, 20), (23, 24)
+OPSETS = {
+    "standard": {"float32": _SINGLE, "float16": _HALF, "bfloat16": _HALF},
+    "ort": {"float32": (*_SINGLE, *_HALF), "float16": _HALF, "bfloat16": _HALF},
+}
+
+
+@dataclass(frozen=True)
+class OnnxConfig(Config):
+    """flavour: "standard" (plain operators, for any runtime) or "ort" (GroupQueryAttention, keys and values in place).
+
+    opset: 0 takes the flavour's own.
+    """
+
+    flavour: str = "standard"
+    dtype: str = "float32"
+    graphs: tuple[str, ...] = field(default=GRAPHS)
+    opset: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.flavour in OPSETS, f"flavour: {self.flavour!r} is not one of {', '.join(OPSETS)}")
+        check(self.dtype in DTYPES, f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        strange = [name for name in self.graphs if name not in GRAPHS]
+        check(not strange, f"graphs: {strange} are not known; choose of {', '.join(GRAPHS)}")
+        check(len(self.graphs) > 0, f"graphs: none named; choose of {', '.join(GRAPHS)}")
+        check(len(set(self.graphs)) == len(self.graphs), "graphs: one is named twice; name each once")
+        possible = OPSETS[self.flavour][self.dtype]
+        if self.opset == 0:
+            object.__setattr__(self, "opset", possible[0])
+        wanted = f"{', '.join(map(str, possible))} for {self.flavour} {self.dtype}"
+        check(self.opset in possible, f"opset: {self.opset} is not one of {wanted}; leave it out")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def has_attention_operator(self) -> bool:
+        return self.opset >= 23

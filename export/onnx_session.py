@@ -1,0 +1,101 @@
+"""GraphSession: one graph under ONNX Runtime, on the provider that was asked for and no other."""
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speeder_engine.config import check
+from speeder_engine.errors import ArtifactError, ConfigError, MissingDependency
+
+Array = NDArray[Any]
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+
+
+def load_runtime(provider: str) -> Any:
+    """The package onnxruntime, or MissingDependency that names the extra with this provider."""
+    check(provider in PROVIDERS, f"provider: {provider!r} is not one of {', '.join(PROVIDERS)}")
+    extra = "ort" if provider == "cpu" else "ort-gpu"
+    what = f"provider {provider!r}"
+    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
+    if len(both) > 1:
+        raise ConfigError("onnxruntime and onnxruntime-gpu are both installed and overwrite each other; uninstall one")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependency("onnxruntime" if extra == "ort" else "onnxruntime-gpu", extra, what) from error
+    if PROVIDERS[provider] not in onnxruntime.get_available_providers():
+        raise MissingDependency("onnxruntime-gpu, in place of onnxruntime,", extra, what)
+    return onnxruntime
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+class GraphSession:
+    """Runs one verified .onnx file. Arrays in and out; a value may also stay on the device."""
+
+    def __init__(self, path: Path, provider: str, threads: int = 0) -> None:
+        """threads: of one run; 0: as many as there are cores."""
+        self.runtime = load_runtime(provider)
+        self.provider = provider
+        self.device = "cpu" if provider == "cpu" else "cuda"
+        options = self.runtime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        # threads that spin while they wait make everything slower as soon as another process wants a core
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = self.runtime.InferenceSession(path, options, providers=[PROVIDERS[provider]])
+        except Exception as error:  # the runtime's own types say no more
+            reason = " ".join(str(error).split())[:300]
+            raise ArtifactError(f"{path}: ONNX Runtime can't load it on {provider!r}: {reason}") from error
+        check_provider(self._session.get_providers(), provider)
+        self.outputs = tuple(output.name for output in self._session.get_outputs())
+
+    def run(
+        self, inputs: Mapping[str, Any], outputs: Sequence[str], kept: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Arrays of `outputs`, and the rest that is `kept`: output name -> the value to write it into, None for a new
+        one on the device. What is in neither is not computed. Inputs are arrays, or values that are on the device."""
+        kept = kept or {}
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            if isinstance(value, np.ndarray):
+                # as a value: the binding of arrays doesn't know inputs with defaults
+                value = self.runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            binding.bind_output(name, "cpu")
+        for name, value in kept.items():
+            if value is None:
+                binding.bind_output(name, self.device)
+            else:
+                binding.bind_ortvalue_output(name, value)
+        options = self.runtime.RunOptions()
+        options.only_execute_path_to_fetches = True
+        self._session.run_with_iobinding(binding, options)
+        values = binding.get_outputs()
+        arrays = {name: value.numpy() for name, value in zip(outputs, values, strict=False)}
+        return arrays, dict(zip(kept, values[len(outputs) :], strict=True))
+
+    def to_device(self, array: Array) -> Any:
+        """A copy of the array as a value on the device."""
+        return self.runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+
+
+def check_provider(running: Sequence[str], provider: str) -> None:
+    """The runtime falls back to the CPU without a word; we don't."""
+    if not running or running[0] != PROVIDERS[provider]:
+        raise ConfigError(
+            f"provider: {provider!r} was asked for, but the graph runs on {', '.join(running) or 'nothing'}; install "
+            f"the driver and libraries that onnxruntime-gpu needs, or choose another provider"
+        )

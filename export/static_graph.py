@@ -1,0 +1,302 @@
+"""The graphs that are exported: what `Engine` computes, as modules of fixed weights over rows of ids.
+
+score      history, lengths, candidates                     -> scores
+recommend  history, lengths, excluded, k                    -> top_rows, top_scores over the catalogue
+extend     rows, lengths, past keys and values, ...         -> present keys and values, and both of the above
+compress   features, which are present                      -> item tokens
+
+Histories are padded on the right (`lengths` tells), candidates and excluded rows with -1. The instruction's keys and
+values are constants, so that it costs no rows. `available`, `prior` and `exclude_seen` are inputs with defaults.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from speeder_engine.config import CompressorConfig
+from speeder_engine.export.graph_attention import DenseAttend, GraphRows, GroupQueryAttend, LayerPairs
+from speeder_engine.export.onnx_config import OnnxConfig
+from speeder_engine.models.compressor import Compressor
+from speeder_engine.models.decoder import CausalAttend, Decoder, DecoderLayer, RMSNorm, rotate
+from speeder_engine.parts import EngineParts
+
+FLAVOURS: dict[str, type[DenseAttend]] = {"standard": DenseAttend, "ort": GroupQueryAttend}
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What a server may change without a new export: inputs whose defaults are in the file."""
+
+    available: Tensor  # bool [I]: may be answered
+    prior: Tensor  # float32 [I], added times the heads' beta
+    exclude_seen: Tensor | None = None  # bool []: the history is not recommended again
+
+
+class StaticModel(nn.Module):
+    """An engine's weights as constants of a graph: decoder and item tokens in `dtype`, heads and scores in float32."""
+
+    item_tokens: Tensor
+    cos: Tensor
+    sin: Tensor
+    instruction_keys: Tensor
+    instruction_values: Tensor
+    instruction_hidden: Tensor
+
+    def __init__(self, parts: EngineParts, export: OnnxConfig) -> None:
+        super().__init__()
+        model, dtype = copy.deepcopy(parts.model).float(), export.torch_dtype
+        self.export = export
+        instruction = run_instruction(model.decoder, model.instruction)
+        self.window = parts.config.prompt.window
+        positions = len(parts.config.prompt.instruction_ids) + torch.arange(self.window + 1)
+        cos, sin = model.decoder.rotary(positions)
+        constants = {
+            "item_tokens": parts.catalogue.tokens[: parts.catalogue.num_rows].float(),
+            "cos": cos,
+            "sin": sin,
+            "instruction_keys": torch.stack([keys for keys, _ in instruction.pairs]),
+            "instruction_values": torch.stack([values for _, values in instruction.pairs]),
+        }
+        for name, value in constants.items():
+            self.register_buffer(name, value.to(dtype))
+        self.register_buffer("instruction_hidden", instruction.hidden)
+        self.decoder = _with_torch_norms(model.decoder).to(dtype)
+        self.prompts = model.prompts.to(dtype)
+        self.times = None if model.times is None else model.times.to(dtype)
+        self.role = nn.Parameter(model.rank.role.to(dtype))
+        self.has_rank = parts.config.heads.rank
+        self.retrieve, self.rank = model.retrieve, model.rank
+        self.requires_grad_(False).eval()
+
+    @property
+    def instruction(self) -> LayerPairs:
+        return list(zip(self.instruction_keys, self.instruction_values, strict=True))
+
+    def forward(
+        self,
+        history: Tensor,
+        lengths: Tensor,
+        candidates: Tensor | None = None,
+        buckets: Tensor | None = None,
+        past_lengths: Tensor | None = None,
+        past: LayerPairs | None = None,
+    ) -> tuple[Tensor, Tensor, LayerPairs]:
+        """history int64 [B, T], lengths [B], candidates [B, C] -> h(last) [B, d] and the candidates' [B, C, d], in
+        float32, and the history's keys and values."""
+        rows = self._rows(history, lengths, candidates, past_lengths, past)
+        rotary = self.cos[rows.slots], self.sin[rows.slots]
+        attend = FLAVOURS[self.export.flavour](rows, self.instruction, *rotary, self.export.has_attention_operator)
+        hidden = self._embed(history, candidates, buckets, rows.slots)
+        for layer in self.decoder.layers:
+            assert isinstance(layer, DecoderLayer)
+            # the last layer finishes only what is read
+            only_read = layer.index == len(self.decoder.layers) - 1
+            mixed = attend(layer, *layer.project(layer.input_norm(hidden)), only_read)
+            hidden = layer.finish(rows.read(hidden) if only_read else hidden, mixed)
+        hidden = self.decoder.norm(hidden).float()
+        last_hidden = torch.where((rows.lengths == 0).unsqueeze(1), self.instruction_hidden, hidden[:, 0])
+        return last_hidden, hidden[:, 1:], attend.present
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        """Rows of the catalogue [...] -> item tokens [..., d]; padding reads some item's, which nobody sees."""
+        return self.item_tokens[rows.clamp(0, self.item_tokens.shape[0] - 1)]
+
+    def _rows(
+        self,
+        history: Tensor,
+        lengths: Tensor,
+        candidates: Tensor | None,
+        past_lengths: Tensor | None,
+        past: LayerPairs | None,
+    ) -> GraphRows:
+        batch, num_new = history.shape
+        before = torch.zeros_like(lengths) if past_lengths is None else past_lengths
+        # padding may count beyond the window
+        slots = (before.unsqueeze(1) + torch.arange(num_new)).clamp(max=self.window)
+        total = before + lengths
+        count = 0
+        if candidates is not None:
+            count = candidates.shape[1]
+            slots = torch.cat([slots, total.clamp(max=self.window).unsqueeze(1).expand(-1, count)], dim=1)
+        last = (lengths - 1).clamp(min=0)
+        return GraphRows(batch, num_new, count, slots, total, last, past_lengths, past or [])
+
+    def _embed(self, history: Tensor, candidates: Tensor | None, buckets: Tensor | None, slots: Tensor) -> Tensor:
+        """[B, T + C, d], as `ServingModel.embed`."""
+        embedded = self.tokens(history)
+        if self.times is not None:
+            assert buckets is not None, "a model that reads times takes buckets"
+            embedded = embedded + self.times(buckets)
+        if candidates is not None:
+            embedded = torch.cat([embedded, self.tokens(candidates) + self.role], dim=1)
+        out: Tensor = embedded + self.prompts(slots)
+        return out
+
+    def score(
+        self, last_hidden: Tensor, hidden: Tensor, candidates: Tensor, overrides: Overrides
+    ) -> tuple[Tensor, Tensor]:
+        """The candidates' scores [B, C] by the rank head (by the other where there is none), and by the retrieve head;
+        -inf for padding and what is not available."""
+        vectors = self.retrieve(last_hidden)
+        retrieved = (vectors.unsqueeze(1) * self.tokens(candidates).float()).sum(dim=-1)
+        rows = candidates.clamp(min=0)
+        prior, closed = overrides.prior[rows], (candidates < 0) | ~overrides.available[rows]
+        by_retrieve = (retrieved + self.retrieve.beta * prior).masked_fill(closed, float("-inf"))
+        if not self.has_rank:
+            return by_retrieve, by_retrieve.clone()
+        ranked = self.rank(hidden, retrieved) + self.rank.beta * prior
+        return ranked.masked_fill(closed, float("-inf")), by_retrieve
+
+    def search(self, vectors: Tensor, closed: Tensor, k: Tensor, overrides: Overrides) -> tuple[Tensor, Tensor]:
+        """User vectors [B, d] -> the best rows and scores [B, min(k, I)] of what `closed` (bool [B, I]) leaves open;
+        equal scores in the catalogue's order, closed items last with -inf."""
+        num_items = self.item_tokens.shape[0]
+        # the table stands on the left: on the right a second, transposed copy of it would be a constant too
+        scores = (self.item_tokens @ vectors.to(self.item_tokens.dtype).T).T.float()
+        scores = scores + self.retrieve.beta * overrides.prior
+        scores = scores.masked_fill(closed | ~overrides.available, float("-inf"))
+        depth = torch.minimum(k, torch.tensor([num_items])).item()
+        torch._check(depth >= 1)
+        torch._check(depth <= num_items)
+        values, rows = torch.topk(scores, depth, dim=1)  # type: ignore[arg-type]
+        return rows, values
+
+    def closed(self, rows: Tensor) -> Tensor:
+        """Rows [B, E], -1 where there is none -> bool [B, I]: true for each that is named."""
+        num_items = self.item_tokens.shape[0]
+        spare = torch.where(rows < 0, num_items, rows)
+        named = torch.zeros(rows.shape[0], num_items + 1).scatter(1, spare, 1.0)
+        return named[:, :num_items] > 0
+
+
+class ScoreGraph(nn.Module):
+    """Named candidates."""
+
+    def __init__(self, model: StaticModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        history: Tensor,
+        lengths: Tensor,
+        candidates: Tensor,
+        available: Tensor,
+        prior: Tensor,
+        buckets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        last_hidden, hidden, _ = self.model(history, lengths, candidates, buckets)
+        return self.model.score(last_hidden, hidden, candidates, Overrides(available, prior))
+
+
+class RecommendGraph(nn.Module):
+    """The whole catalogue."""
+
+    def __init__(self, model: StaticModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        history: Tensor,
+        lengths: Tensor,
+        excluded: Tensor,
+        k: Tensor,
+        available: Tensor,
+        prior: Tensor,
+        exclude_seen: Tensor,
+        buckets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        last_hidden, _, _ = self.model(history, lengths, None, buckets)
+        vectors = self.model.retrieve(last_hidden)
+        seen = exclude_seen & (torch.arange(history.shape[1]) < lengths.unsqueeze(1))
+        closed = self.model.closed(torch.cat([torch.where(seen, history, -1), excluded], dim=1))
+        rows, scores = self.model.search(vectors, closed, k, Overrides(available, prior))
+        return rows, scores, vectors
+
+
+class ExtendGraph(nn.Module):
+    """A returning user: only rows that are new. At least one, unless nothing is past either."""
+
+    def __init__(self, model: StaticModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        rows: Tensor,
+        lengths: Tensor,
+        past_lengths: Tensor,
+        candidates: Tensor,
+        excluded: Tensor,
+        k: Tensor,
+        available: Tensor,
+        prior: Tensor,
+        past: list[Tensor],
+        buckets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+        """past: keys and values [B, H_kv, P, D] of every layer in turn; so is what is present."""
+        pairs = list(zip(past[::2], past[1::2], strict=True))
+        last_hidden, hidden, present = self.model(rows, lengths, candidates, buckets, past_lengths, pairs)
+        overrides = Overrides(available, prior)
+        scores, by_retrieve = self.model.score(last_hidden, hidden, candidates, overrides)
+        vectors = self.model.retrieve(last_hidden)
+        top_rows, top_scores = self.model.search(vectors, self.model.closed(excluded), k, overrides)
+        return scores, by_retrieve, top_rows, top_scores, vectors, [part for pair in present for part in pair]
+
+
+class CompressGraph(nn.Module):
+    """New items: features [N, width] of every modality, `present` bool [N, M] -> item tokens [N, d]; float32 always."""
+
+    def __init__(self, config: CompressorConfig, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.compressor = Compressor(config)
+        self.compressor.load_state_dict(dict(weights))
+        self.requires_grad_(False).eval()
+
+    def forward(self, present: Tensor, features: list[Tensor]) -> Tensor:
+        tokens: Tensor = self.compressor(dict(zip(self.compressor.modalities, features, strict=True)), present)
+        return tokens
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What every prompt begins with, computed once."""
+
+    pairs: LayerPairs  # rotated keys, values [H_kv, m, D] of every layer
+    hidden: Tensor  # [d] of its last row: an empty history's h(last)
+
+
+@torch.no_grad()
+def run_instruction(decoder: Decoder, embedded: Tensor) -> Instruction:
+    positions = torch.arange(embedded.shape[0])
+    attend = _Recorder(*decoder.rotary(positions))
+    hidden = decoder(embedded, positions, attend)
+    # out of inference mode, where the decoder works and whose tensors can't be traced
+    return Instruction([(keys.clone(), values.clone()) for keys, values in attend.pairs], hidden[-1].clone())
+
+
+class _Recorder(CausalAttend):
+    """Causal attention that keeps every layer's keys and values."""
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        super().__init__(cos, sin)
+        self.pairs: LayerPairs = []
+
+    def __call__(self, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+        self.pairs.append((rotate(layer.norm_k(k), self.cos, self.sin).transpose(0, 1), v.transpose(0, 1)))
+        return super().__call__(layer, q, k, v, rows)
+
+
+def _with_torch_norms(decoder: Decoder) -> Decoder:
+    """The decoder with torch's own RMSNorm in place of ours: the exporter knows it as one operator."""
+    for module in list(decoder.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, RMSNorm):
+                norm = nn.RMSNorm(child.weight.shape[0], eps=child.eps)
+                norm.weight = child.weight
+                setattr(module, name, norm)
+    return decoder
