@@ -51,6 +51,8 @@ class GraphSession:
         options = self.runtime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
+        # or it keeps a plan of memory for every shape that comes by
+        options.enable_mem_pattern = False
         # threads that spin while they wait make everything slower as soon as another process wants a core
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
@@ -63,15 +65,14 @@ class GraphSession:
 
     def run(
         self, inputs: Mapping[str, Any], outputs: Sequence[str], kept: Mapping[str, Any] | None = None
-    ) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Arrays of `outputs`, and the rest that is `kept`: output name -> the value to write it into, None for a new
+    ) -> tuple[dict[str, Array], list[Any]]:
+        """Arrays of `outputs`, and values that are `kept`: output name -> the value to write it into, None for a new
         one on the device. What is in neither is not computed. Inputs are arrays, or values that are on the device."""
         kept = kept or {}
         binding = self._session.io_binding()
-        for name, value in inputs.items():
-            if isinstance(value, np.ndarray):
-                # as a value: the binding of arrays doesn't know inputs with defaults
-                value = self.runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+        # as values: the binding of arrays doesn't know inputs with defaults; and held: a binding doesn't
+        held = {name: self._value(value) for name, value in inputs.items()}
+        for name, value in held.items():
             binding.bind_ortvalue_input(name, value)
         for name in outputs:
             binding.bind_output(name, "cpu")
@@ -85,7 +86,18 @@ class GraphSession:
         self._session.run_with_iobinding(binding, options)
         values = binding.get_outputs()
         arrays = {name: value.numpy() for name, value in zip(outputs, values, strict=False)}
-        return arrays, dict(zip(kept, values[len(outputs) :], strict=True))
+        made = zip(kept.values(), values[len(outputs) :], strict=True)
+        # a value that was given owns its memory; what the binding returns in its place doesn't
+        return arrays, [new if given is None else given for given, new in made]
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return self.runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+        return value
+
+    def shape(self, value: Any) -> tuple[int, ...]:
+        """Of a value that was kept."""
+        return tuple(value.shape())
 
     def to_device(self, array: Array) -> Any:
         """A copy of the array as a value on the device."""

@@ -1,6 +1,6 @@
 """What a TensorRT export is asked to be, and what kind of directory it makes.
 
-export.json            manifest: settings, engine revision, tools, inputs and outputs, profiles, hash and size of every file
+export.json            manifest: settings, engine revision, tools, inputs, outputs, profiles, hashes of all files
 sm80/<graph>.plan      score, recommend, extend, compress, for one chip; weights included
 items.parquet          item id <-> row, titles, availability, prior
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from speeder_engine.artifact import Kind
 from speeder_engine.config import Config, ModelConfig, check
-from speeder_engine.export.onnx_config import GRAPHS
+from speeder_engine.export.onnx_config import GRAPHS, OnnxConfig
 
 PLANS = Kind("speeder-tensorrt", 1, "export.json", "TensorRT export", "`speeder export tensorrt ENGINE OUT`")
 RUNTIMES = ("rtx", "tensorrt")
@@ -62,6 +62,11 @@ class PlanConfig(Config):
         check(not strange, f"chips: {strange} can't be built for ahead; choose of {', '.join(map(str, CHIPS))}")
         small = [chip for chip in self.chips if chip < FLOAT8_FROM] if self.dtype == "float8" else []
         check(not small, f"chips: {small} multiply no float8; it begins with {FLOAT8_FROM}")
+
+    @property
+    def graph_config(self) -> OnnxConfig:
+        """Of the graphs that the plans are built from."""
+        return OnnxConfig(flavour="standard", dtype=self.dtype, graphs=self.graphs)
 
     def check_model(self, model: ModelConfig) -> None:
         """Raises ConfigError for a profile that the model's prompts can't fill."""

@@ -1,10 +1,9 @@
-"""The packages tensorrt and tensorrt_rtx, and the driver that running a plan needs. Nothing is imported before it is
-asked for: without a driver some of their libraries end the process."""
+"""The packages tensorrt and tensorrt_rtx, and the GPU that running a plan needs. Nothing is imported before it is asked
+for: without a driver some of their libraries end the process."""
 
 import ctypes
 import importlib
 import sys
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,6 +12,8 @@ from speeder_engine.errors import ConfigError, MissingDependency
 MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 PACKAGES = {"rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+# of the driver's cuDeviceGetAttribute
+CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
 
 
 def load_tensorrt(runtime: str, what: str) -> Any:
@@ -23,32 +24,30 @@ def load_tensorrt(runtime: str, what: str) -> Any:
         raise MissingDependency(PACKAGES[runtime], runtime, what) from error
 
 
-def is_installed(runtime: str) -> bool:
+def installed_version(runtime: str) -> str | None:
     try:
-        version(PACKAGES[runtime])
+        return version(PACKAGES[runtime])
     except PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
-def has_driver() -> bool:
-    return _why_no_driver() is None
-
-
-def check_driver(what: str) -> None:
-    """Raises ConfigError where `what` can't reach an NVIDIA GPU."""
-    if reason := _why_no_driver():
-        raise ConfigError(f"{what} needs an NVIDIA GPU and its driver: {reason}; use a GPU host, or OnnxEngine here")
-
-
-def _why_no_driver(load: Callable[[str], Any] = ctypes.CDLL) -> str | None:
+def find_chip(what: str, index: int = 0) -> int:
+    """The compute capability of a GPU, without the dot. Raises ConfigError where `what` can't reach one."""
     try:
-        driver = load(DRIVER)
+        driver = ctypes.CDLL(DRIVER)
     except OSError:
-        return f"{DRIVER} can't be loaded"
+        raise _no_gpu(what, f"{DRIVER} can't be loaded") from None
     if code := driver.cuInit(0):
-        return f"the driver can't be started (CUDA error {code})"
-    count = ctypes.c_int()
-    if driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
-        return "the driver finds no GPU"
-    return None
+        raise _no_gpu(what, f"the driver can't be started (CUDA error {code})")
+    count, device = ctypes.c_int(), ctypes.c_int()
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    if index >= count.value or driver.cuDeviceGet(ctypes.byref(device), index):
+        raise _no_gpu(what, f"it finds {count.value} GPUs, number {index} is not among them")
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    driver.cuDeviceGetAttribute(ctypes.byref(major), CAPABILITY_MAJOR, device)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), CAPABILITY_MINOR, device)
+    return 10 * major.value + minor.value
+
+
+def _no_gpu(what: str, reason: str) -> ConfigError:
+    return ConfigError(f"{what} needs an NVIDIA GPU and its driver: {reason}; use a GPU host, or OnnxEngine here")

@@ -12,11 +12,10 @@ from speeder_engine.artifact import write_artifact
 from speeder_engine.config import check
 from speeder_engine.errors import ArtifactError
 from speeder_engine.export.graph_spec import GraphSpec, graph_specs
-from speeder_engine.export.onnx_config import OnnxConfig
 from speeder_engine.export.onnx_file import WeightsFile, write_graph
 from speeder_engine.export.plan_builder import Limits, PlanBuilder, Shapes
 from speeder_engine.export.plan_config import PLANS, PlanConfig
-from speeder_engine.export.tensorrt_package import PACKAGES, check_driver, load_tensorrt
+from speeder_engine.export.tensorrt_package import PACKAGES, find_chip, load_tensorrt
 from speeder_engine.files import write_atomic
 from speeder_engine.parts import EngineParts
 from speeder_engine.progress import progress_bar
@@ -39,7 +38,11 @@ class BuiltGraph:
         named = {size for entry in inputs.values() for size in entry["shape"] if isinstance(size, str)}
         named |= {"k"} & inputs.keys()
         outputs = {name: list(shape) for name, shape in self.spec.outputs.items()}
-        return {"inputs": inputs, "outputs": outputs, "profile": {name: list(self.limits[name]) for name in sorted(named)}}
+        return {
+            "inputs": inputs,
+            "outputs": outputs,
+            "profile": {name: list(self.limits[name]) for name in sorted(named)},
+        }
 
 
 def export_tensorrt(engine: Path, out: Path, config: PlanConfig, timing_cache: Path | None = None) -> dict[str, int]:
@@ -49,10 +52,11 @@ def export_tensorrt(engine: Path, out: Path, config: PlanConfig, timing_cache: P
     MissingDependency, ConfigError for limits beyond the model's, ExportError for a graph that can't be built and
     ArtifactError for folders that can't be read or written.
     """
+    here = config.runtime == "tensorrt"
+    # before the package: without a driver its libraries end the process
+    chips = (find_chip("building with tensorrt"),) if here else config.chips
     trt = load_tensorrt(config.runtime, "building TensorRT plans")
-    if config.runtime == "tensorrt":
-        check_driver("building with tensorrt")
-    check(timing_cache is None or config.runtime == "tensorrt", "timing cache: tensorrt-rtx measures nothing to keep")
+    check(timing_cache is None or here, "timing cache: tensorrt-rtx measures nothing to keep")
     parts = EngineParts.load(engine)
     config.check_model(parts.config)
     known = _read_cache(timing_cache)
@@ -61,20 +65,21 @@ def export_tensorrt(engine: Path, out: Path, config: PlanConfig, timing_cache: P
     def fill(folder: Path) -> dict[str, Any]:
         nonlocal known
         parts.catalogue.table().save(folder)
-        with graph_files(parts, config, folder) as graphs, plan_progress(len(graphs) * len(_chips(config))) as step:
+        with graph_files(parts, config, folder) as graphs, plan_progress(len(graphs) * len(chips)) as step:
             builder = PlanBuilder(trt, known, step.note)
             built = {spec.name: BuiltGraph(spec, limits_of(spec, parts, config)) for spec in graphs.values()}
-            for chip in _chips(config):
-                place = folder / plan_folder(chip)
+            for chip in chips:
+                place = folder / f"sm{chip}"
                 place.mkdir()
                 for path, spec in graphs.items():
-                    step.begin(f"{spec.name} {plan_folder(chip)}")
-                    plan = builder.build(path, input_shapes(spec), built[spec.name].limits, chip)
+                    step.begin(f"{spec.name} for SM {chip}")
+                    plan = builder.build(path, input_shapes(spec), built[spec.name].limits, None if here else chip)
                     sizes[f"{place.name}/{spec.name}.plan"] = _write(place / f"{spec.name}.plan", plan)
             known = builder.timing_cache
         return {
             "engine_revision": parts.revision,
             "export": config.to_json(),
+            "chips": list(chips),
             "model": parts.config.to_json(),
             "limits": {"num_items": len(parts.catalogue), "window": parts.config.prompt.window},
             "graphs": {name: graph.to_json() for name, graph in built.items()},
@@ -88,21 +93,12 @@ def export_tensorrt(engine: Path, out: Path, config: PlanConfig, timing_cache: P
     return sizes
 
 
-def plan_folder(chip: int | None) -> str:
-    """Where a chip's plans lie; None: those of the GPU they were built on."""
-    return f"sm{chip}" if chip is not None else "here"
-
-
-def _chips(config: PlanConfig) -> tuple[int | None, ...]:
-    return config.chips or (None,)
-
-
 @contextmanager
 def graph_files(parts: EngineParts, config: PlanConfig, folder: Path) -> Iterator[dict[Path, GraphSpec]]:
     """The graphs as ONNX files below `folder`, with what they were traced from; gone when the block ends."""
     place = folder / "graphs"
     place.mkdir()
-    onnx = OnnxConfig(flavour="standard", dtype=config.dtype, graphs=config.graphs)
+    onnx = config.graph_config
     with WeightsFile(place) as weights:
         graphs = {write_graph(spec, onnx.opset, weights): spec for spec in graph_specs(parts, onnx)}
     yield graphs
