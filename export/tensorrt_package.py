@@ -5,6 +5,7 @@ import ctypes
 import importlib
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 from speeder_engine.errors import ConfigError, MissingDependency
@@ -16,8 +17,14 @@ DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
 
 
+def check_installed(runtime: str, what: str) -> None:
+    """Raises MissingDependency, which names the extra, where `what` lacks the package; imports nothing."""
+    if find_spec(MODULES[runtime]) is None:
+        raise MissingDependency(PACKAGES[runtime], runtime, what)
+
+
 def load_tensorrt(runtime: str, what: str) -> Any:
-    """The module of "rtx" or "tensorrt". Raises MissingDependency, which names the extra, for `what` needs it."""
+    """The module of "rtx" or "tensorrt"; MissingDependency where it is not there or can't be loaded."""
     try:
         return importlib.import_module(MODULES[runtime])
     except ImportError as error:

@@ -15,7 +15,7 @@ from speeder_engine.export.graph_spec import GraphSpec, graph_specs
 from speeder_engine.export.onnx_file import WeightsFile, write_graph
 from speeder_engine.export.plan_builder import Limits, PlanBuilder, Shapes
 from speeder_engine.export.plan_config import PLANS, PlanConfig
-from speeder_engine.export.tensorrt_package import PACKAGES, find_chip, load_tensorrt
+from speeder_engine.export.tensorrt_package import PACKAGES, check_installed, find_chip, load_tensorrt
 from speeder_engine.files import write_atomic
 from speeder_engine.parts import EngineParts
 from speeder_engine.progress import progress_bar
@@ -52,6 +52,7 @@ def export_tensorrt(engine: Path, out: Path, config: PlanConfig, timing_cache: P
     MissingDependency, ConfigError for limits beyond the model's, ExportError for a graph that can't be built and
     ArtifactError for folders that can't be read or written.
     """
+    check_installed(config.runtime, "building TensorRT plans")
     here = config.runtime == "tensorrt"
     # before the package: without a driver its libraries end the process
     chips = (find_chip("building with tensorrt"),) if here else config.chips

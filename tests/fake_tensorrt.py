@@ -13,8 +13,10 @@ import onnx
 import onnxruntime
 import torch
 
+from speeder_engine.config import DecoderConfig
 from speeder_engine.export.plan_builder import profile_shapes
 from speeder_engine.export.plan_session import PlanRuntime
+from speeder_engine.random_engine import random_parts
 
 Mode = Enum("Mode", "INPUT OUTPUT")
 Location = Enum("Location", "HOST DEVICE")
@@ -127,3 +129,11 @@ def fake_runtime():
     stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
     runtime = SimpleNamespace(deserialize_cuda_engine=FakeEngine)
     return PlanRuntime(trt, logger, runtime, torch.device("cpu"), stream)
+
+
+def small_parts(num_layers=2):
+    """An engine that is quickly traced and built: a window of 12, 120 items called "0000000", ..."""
+    decoder = DecoderConfig(64, 32, num_layers, 4, 2, 16, 64)
+    parts = random_parts(decoder, num_items=120, instruction_len=5, window=12, window_step=4)
+    parts.model.rank.role.data.mul_(10)
+    return parts
