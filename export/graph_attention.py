@@ -120,7 +120,7 @@ class GroupQueryAttend(DenseAttend):
             keys, values = (self._behind_instruction(index, part) for part in (0, 1))
             first = q.new_zeros(self.rows.batch, q.shape[1], self._instruction_len, q.shape[3])
             out = self._operator(torch.cat([first, q], dim=2), keys, values)[0][:, self._instruction_len :]
-        out = out.unflatten(2, (q.shape[1], q.shape[3]))
+        out = torch.unflatten(out, 2, (q.shape[1], q.shape[3]))
         if num_queries == 1:
             out = out[torch.arange(self.rows.batch), self.rows.last].unsqueeze(1)
         return keys, values, out.transpose(1, 2)
@@ -157,12 +157,12 @@ def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) 
     seen = visible.unsqueeze(1).repeat(1, 1, group, 1)
     logits = (rows @ keys.transpose(2, 3)).float().masked_fill(~seen, float("-inf"))
     out = logits.softmax(dim=-1).to(values.dtype) @ values
-    return out.unflatten(2, (group, q.shape[2])).flatten(1, 2)
+    return torch.unflatten(out, 2, (group, q.shape[2])).flatten(1, 2)
 
 
 def _by_key_head(q: Tensor, group: int) -> Tensor:
     """[B, H, T, D] -> [B, H_kv, group * T, D]: the queries that share keys become rows of one product."""
-    return q.unflatten(1, (-1, group)).flatten(2, 3)
+    return torch.unflatten(q, 1, (-1, group)).flatten(2, 3)
 
 
 def isolated_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, exists: Tensor) -> Tensor:
@@ -177,4 +177,4 @@ def isolated_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Te
     prefix = (q @ keys.transpose(2, 3)).float().masked_fill(~exists[:, None, None], float("-inf"))
     weights = torch.cat([prefix, own], dim=-1).softmax(dim=-1).to(v.dtype)
     out = weights[..., :-1] @ values + weights[..., -1:] * own_values
-    return out.unflatten(2, (group, count)).flatten(1, 2)
+    return torch.unflatten(out, 2, (group, count)).flatten(1, 2)

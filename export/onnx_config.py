@@ -22,7 +22,7 @@ GRAPHS = ("score", "recommend", "extend", "compress")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # TensorRT takes the Attention operator (23 and later) in half precision alone; the first is the default
 _SINGLE, _HALF = (18, 20), (23, 24)
-OPSETS = {
+OPSETS: dict[str, dict[str, tuple[int, ...]]] = {
     "standard": {"float32": _SINGLE, "float16": _HALF, "bfloat16": _HALF},
     "ort": {"float32": (*_SINGLE, *_HALF), "float16": _HALF, "bfloat16": _HALF},
 }

@@ -370,8 +370,8 @@ class OnnxEngine(GraphEngine):
         session, buffers = self._session("extend"), []
         for name in self._past:
             first = instruction[name]
-            buffer = np.zeros((1, heads, first.shape[1] + self.layout.config.window, size), first.dtype)
-            buffer[:, :, : first.shape[1]] = first
+            buffer = np.zeros((1, heads, first.shape[2] + self.layout.config.window, size), first.dtype)
+            buffer[:, :, : first.shape[2]] = first
             buffers.append(session.to_device(buffer))
         return buffers
 

@@ -17,6 +17,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float8")
 # what tensorrt-rtx builds for without having it; tensorrt builds for the GPU it finds
 CHIPS = (75, 80, 86, 89, 120, 121)
 FLOAT8_FROM = 89  # the first chip that multiplies it
+CHIPS_BY_DEFAULT = {False: (80, 86, 89, 120), True: (89, 120)}  # by whether the type is float8
 MOST_K = 3840  # of TensorRT's TopK
 Range = tuple[int, ...]  # typical, most; the least is 1
 
@@ -66,7 +67,8 @@ class PlanConfig(Config):
     @property
     def graph_config(self) -> OnnxConfig:
         """Of the graphs that the plans are built from."""
-        return OnnxConfig(flavour="standard", dtype=self.dtype, graphs=self.graphs)
+        dtype = "float16" if self.dtype == "float8" else self.dtype
+        return OnnxConfig(flavour="standard", dtype=dtype, graphs=self.graphs)
 
     def check_model(self, model: ModelConfig) -> None:
         """Raises ConfigError for a profile that the model's prompts can't fill."""

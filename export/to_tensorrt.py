@@ -11,10 +11,12 @@ from typing import Any
 from speeder_engine.artifact import write_artifact
 from speeder_engine.config import check
 from speeder_engine.errors import ArtifactError
+from speeder_engine.export.float8 import use_float8
 from speeder_engine.export.graph_spec import GraphSpec, graph_specs
 from speeder_engine.export.onnx_file import WeightsFile, write_graph
 from speeder_engine.export.plan_builder import Limits, PlanBuilder, Shapes
 from speeder_engine.export.plan_config import PLANS, PlanConfig
+from speeder_engine.export.static_graph import StaticModel
 from speeder_engine.export.tensorrt_package import PACKAGES, check_installed, find_chip, load_tensorrt
 from speeder_engine.files import write_atomic
 from speeder_engine.parts import EngineParts
@@ -100,8 +102,14 @@ def graph_files(parts: EngineParts, config: PlanConfig, folder: Path) -> Iterato
     place = folder / "graphs"
     place.mkdir()
     onnx = config.graph_config
+    graphs: dict[Path, GraphSpec] = {}
     with WeightsFile(place) as weights:
-        graphs = {write_graph(spec, onnx.opset, weights): spec for spec in graph_specs(parts, onnx)}
+        for spec in graph_specs(parts, onnx):
+            model = getattr(spec.module, "model", None)
+            # the graphs share one model: the first changes it for all
+            if config.dtype == "float8" and isinstance(model, StaticModel) and not graphs:
+                use_float8(model)
+            graphs[write_graph(spec, onnx.opset, weights)] = spec
     yield graphs
     shutil.rmtree(place)
 

@@ -54,8 +54,8 @@ class TritonConfig(Config):
         check(self.backend in BACKENDS, f"backend: {self.backend!r} is not one of {', '.join(BACKENDS)}")
         strange = [name for name in self.graphs if name not in SERVED]
         check(not strange and len(self.graphs) > 0, f"graphs: {list(self.graphs)}; choose of {', '.join(SERVED)}")
-        half = self.backend == "tensorrt" or self.dtype != "bfloat16"
-        check(half, "dtype: Triton's ONNX Runtime knows no bfloat16; choose float16, or backend tensorrt")
+        runs = self.backend == "tensorrt" or self.dtype not in ("bfloat16", "float8")
+        check(runs, f"dtype: Triton's ONNX Runtime knows no {self.dtype}; choose float16, or backend tensorrt")
         for name in ("k", "queue_size", "queue_ms", "max_sessions", "session_idle_s"):
             check(getattr(self, name) > 0, f"{name}: must be positive, is {getattr(self, name)}")
         check(self.batch_wait_us >= 0, f"batch_wait_us: must not be negative, is {self.batch_wait_us}")

@@ -43,14 +43,22 @@ class Tiny:
 
 
 def make_tiny(
-    num_items=120, window=12, step=4, seed=0, instruction_len=19, scale=0.02, family="llama", calendar=None
+    num_items=120,
+    window=12,
+    step=4,
+    seed=0,
+    instruction_len=19,
+    scale=0.02,
+    family="llama",
+    calendar=None,
+    num_layers=3,
 ) -> Tiny:
     torch.manual_seed(seed)
     shape = AutoConfig.for_model(
         family,
         vocab_size=64,
         hidden_size=48,
-        num_hidden_layers=3,
+        num_hidden_layers=num_layers,
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=8,

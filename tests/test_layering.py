@@ -39,6 +39,7 @@ ONLY = {
     "speeder_engine._cpu": "runner",
     "triton": "triton_kernels",
     "onnx": "export",
+    "onnx_ir": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
     "tensorrt": "export",

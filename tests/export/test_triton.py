@@ -1,4 +1,4 @@
-"""Triton repositories: every config against Triton's own schema and against the graph, and answers against the engine."""
+"""Triton repositories: configs against Triton's own schema and against the graphs, answers against the engine."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import onnx
 import pytest
 from fake_tensorrt import small_parts
-from fake_triton import FakeTriton, Refused, ids, named, read_config
+from fake_triton import FakeTriton, Refused, Tensor, ids, named, read_config
 from tritonclient.grpc import model_config_pb2 as schema
 
 from speeder_engine import Engine
@@ -115,7 +115,7 @@ def test_the_manifest_is_last_and_whole(repository, engine_dir):
     assert manifest["engine_revision"] == json.loads((engine_dir / "engine.json").read_text())["revision"]
     assert set(manifest["models"]) == {path.parent.name for path in repository.glob("*/config.pbtxt")}
     assert manifest["tools"]["onnx"]
-    assert "not run under Triton" in manifest["run"]
+    assert manifest["run"] == "built, not run"
     copy = repository / "score" / "1" / "model.onnx"
     content = copy.read_bytes()
     copy.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -221,8 +221,6 @@ def test_bad_requests_are_refused(server, inputs, message):
 def test_one_bad_request_is_no_others(server, engine):
     items = list(engine.catalogue.item_ids)
     model = server.models["recommend_encode"]
-    from fake_triton import Tensor
-
     given = [
         {"history": Tensor("history", ids([name])), "excluded": Tensor("excluded", ids([]))} for name in ("?", items[0])
     ]
@@ -243,6 +241,7 @@ def test_text_is_escaped():
         ({"backend": "tensorflow"}, "backend: 'tensorflow' is not one of onnxruntime, tensorrt"),
         ({"dtype": "int3"}, "dtype: 'int3' is not one of"),
         ({"dtype": "bfloat16"}, "knows no bfloat16"),
+        ({"dtype": "float8"}, "knows no float8"),
         ({"graphs": ("extend",)}, "choose of recommend, score, session"),
         ({"batch": (8, 4)}, "batch: expected TYPICAL,MOST"),
         ({"k": 0}, "k: must be positive"),

@@ -1,0 +1,145 @@
+"""Does an export answer as the engine does? Random users, on shapes that were not traced, graph by graph."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from speeder_engine.config import CompressorConfig
+from speeder_engine.engine import Engine
+from speeder_engine.errors import ExportError
+from speeder_engine.export.onnx_engine import OnnxEngine
+from speeder_engine.models.compressor import Compressor
+from speeder_engine.progress import track
+from speeder_engine.request import Ranking, Request
+
+# of a score; a score beyond 1 may be off in proportion, since half precision is relative
+BOUNDS = {"float32": 1e-4, "float16": 5e-3}
+TOP = 10
+MOST_AT_ONCE = 32
+MOST_CANDIDATES = 40
+
+
+@dataclass(frozen=True)
+class Parity:
+    """`max_error`: the worst score, over max(1, its size). `same_top`: the share of users with the same ten items in
+    the same order; the others differ by swaps inside the bound."""
+
+    users: int
+    bound: float
+    max_error: float
+    same_top: float
+
+    def check(self, graph: str) -> None:
+        """Raises ExportError where the bound does not hold."""
+        if self.max_error > self.bound:
+            found = f"scores are off by {self.max_error:.2g}, at most {self.bound:.0e} is allowed"
+            raise ExportError(f"graph {graph}: {found}; keep float32, or report it with the engine's revision")
+
+
+def run_parity(reference: Engine, exported: OnnxEngine, num_users: int, seed: int = 0) -> dict[str, Parity]:
+    """By graph. `reference` answers in float32 without sessions."""
+    rng = np.random.default_rng(seed)
+    bound = BOUNDS[exported.files.config.dtype]
+    results: dict[str, Parity] = {}
+    for graph in exported.files.config.graphs:
+        if graph == "compress":
+            results[graph] = _compress_parity(reference, exported, num_users, rng)
+            continue
+        requests = _requests(reference, graph, num_users, rng)
+        parts = track(list(_batches(requests, rng)), f"checking {graph}")
+        pairs = [pair for part in parts for pair in _answers(reference, exported, graph, part)]
+        results[graph] = measure(pairs, bound)
+    return results
+
+
+def measure(pairs: Sequence[tuple[Ranking, Ranking]], bound: float) -> Parity:
+    """Pairs of what was expected and what was found."""
+    errors = [ranking_error(expected, found) for expected, found in pairs]
+    same = [expected.items[:TOP] == found.items[:TOP] for expected, found in pairs]
+    return Parity(len(pairs), bound, float(np.max(errors, initial=0.0)), float(np.mean(same)) if same else 1.0)
+
+
+def ranking_error(expected: Ranking, found: Ranking) -> float:
+    """The worst of: an item's score against its own, and a place's score against that place's, so that items may only
+    change places where their scores are that near. Infinite where the numbers of items differ or one is
+    no number."""
+    if len(expected) != len(found) or not np.isfinite(found.scores).all():
+        return float("inf")
+    scores, worst = dict(expected), 0.0
+    for (item_id, score), place in zip(found, expected.scores, strict=True):
+        # an item beyond the expected ones scores at most as the last of them
+        own = scores.get(item_id, min(score, expected.scores[-1]))
+        worst = max(worst, max(abs(score - own), abs(score - place)) / max(1.0, abs(score)))
+    return worst
+
+
+def _requests(engine: Engine, graph: str, num_users: int, rng: np.random.Generator) -> list[Request]:
+    ids = engine.catalogue.item_ids
+    config = engine.parts.config.prompt
+    requests = []
+    for user in range(num_users):
+        length = int(rng.integers(0, config.window + config.window // 2 + 1))
+        history = [ids[i] for i in rng.integers(0, len(ids), length)]
+        named = graph == "score" or (graph == "extend" and user % 2 == 1)
+        count = int(rng.integers(1, min(MOST_CANDIDATES, len(ids)) + 1))
+        candidates = [ids[i] for i in rng.choice(len(ids), count, replace=False)] if named else None
+        times = rng.uniform(0, 2e9, length).tolist() if config.calendar is not None else None
+        k = int(rng.integers(TOP, 3 * TOP))
+        requests.append(Request(history, k, candidates=candidates, times=times))
+    return requests
+
+
+def _batches(requests: Sequence[Request], rng: np.random.Generator) -> Iterator[Sequence[Request]]:
+    at = 0
+    while at < len(requests):
+        size = int(rng.integers(1, MOST_AT_ONCE + 1))
+        yield requests[at : at + size]
+        at += size
+
+
+def _answers(
+    reference: Engine, exported: OnnxEngine, graph: str, requests: Sequence[Request]
+) -> list[tuple[Ranking, Ranking]]:
+    if graph == "extend":
+        return [(reference.recommend_many([each])[0], _returning(exported, each)) for each in requests]
+    return list(zip(reference.recommend_many(requests), exported.recommend_many(requests), strict=True))
+
+
+def _returning(exported: OnnxEngine, request: Request) -> Ranking:
+    """The answer to a user who has been here with the first two thirds of the history."""
+    some = len(request.history) * 2 // 3
+    times = None if request.times is None else request.times[:some]
+    before = replace(request, history=request.history[:some], times=times, user_id="returning")
+    exported.recommend_many([before])
+    [answer] = exported.recommend_many([replace(request, user_id="returning")])
+    return answer
+
+
+def _compress_parity(reference: Engine, exported: OnnxEngine, count: int, rng: np.random.Generator) -> Parity:
+    """Item tokens of random features, some modalities missing, against the compressor in double precision; errors are
+    of elements whose size is one."""
+    config = reference.parts.config.compressor
+    features: dict[str, NDArray[np.float32]] = {}
+    for name, width in config.modalities.items():
+        values = rng.standard_normal((count, width)).astype(np.float32)
+        values[rng.random(count) < 0.3] = np.nan
+        features[name] = values
+    expected = _compressed(config, reference.parts.compressor, features)
+    error = float(np.abs(exported.compress(features) - expected).max(initial=0.0)) / config.scale
+    # item tokens are float32 in every export
+    return Parity(count, BOUNDS["float32"], error, 1.0)
+
+
+def _compressed(
+    config: CompressorConfig, weights: dict[str, torch.Tensor], features: dict[str, NDArray[np.float32]]
+) -> NDArray[np.float64]:
+    compressor = Compressor(config).double()
+    compressor.load_state_dict(weights)
+    present = np.stack([np.isfinite(values).all(axis=1) for values in features.values()], axis=1)
+    with torch.inference_mode():
+        given = {name: torch.from_numpy(np.nan_to_num(values)).double() for name, values in features.items()}
+        tokens: NDArray[np.float64] = compressor(given, torch.from_numpy(present)).numpy()
+    return tokens

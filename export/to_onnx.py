@@ -1,0 +1,171 @@
+"""An engine directory -> an ONNX export: graphs are written, checked and compared with the engine, then published."""
+
+import platform
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from speeder_engine.artifact import read_artifact, write_artifact
+from speeder_engine.config import EngineConfig
+from speeder_engine.engine import Engine
+from speeder_engine.errors import ExportError, MissingDependency
+from speeder_engine.export.graph_spec import GraphSpec, cache_names, graph_specs
+from speeder_engine.export.onnx_check import check_graph, load_onnx
+from speeder_engine.export.onnx_config import INSTRUCTION_FILE, ONNX, OnnxConfig
+from speeder_engine.export.onnx_engine import OnnxEngine, OnnxFiles
+from speeder_engine.export.onnx_file import WeightsFile, write_graph
+from speeder_engine.export.onnx_session import load_runtime
+from speeder_engine.export.parity import BOUNDS, Parity, run_parity
+from speeder_engine.export.static_graph import run_instruction
+from speeder_engine.parts import EngineParts
+from speeder_engine.progress import track
+
+TOOLS = ("speeder-engine", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
+PARITY_USERS = 1000
+
+
+@dataclass(frozen=True)
+class WrittenGraph:
+    spec: GraphSpec
+    seconds: float
+    size: int  # of the .onnx file, weights aside
+
+
+def export_onnx(engine: Path, out: Path, config: OnnxConfig, parity_users: int = PARITY_USERS) -> dict[str, Any]:
+    """Writes `out` in one step and returns its manifest; whatever fails or is killed leaves nothing that loads.
+
+    parity_users: random users for whom export and engine must agree (ExportError); 0 leaves that out, and so does
+    bfloat16, which ONNX Runtime can't run on a CPU. Raises MissingDependency, ArtifactError, ConfigError.
+    """
+    _check_tools(compare=parity_users > 0 and config.dtype in BOUNDS)
+    parts = EngineParts.load(engine)
+
+    def fill(folder: Path) -> dict[str, Any]:
+        written = _write_graphs(parts, config, folder)
+        if config.flavour == "ort" and "extend" in config.graphs:
+            _write_instruction(parts, config, folder)
+        parts.catalogue.table().save(folder)
+        parity: dict[str, Parity] = {}
+        if parity_users > 0 and config.dtype in BOUNDS:
+            parity = _compare(parts, config, folder, parity_users)
+        return _manifest(parts, config, written, parity)
+
+    write_artifact(out, fill, ONNX)
+    return read_artifact(out, ONNX).manifest
+
+
+def _check_tools(compare: bool) -> None:
+    load_onnx()
+    try:
+        import onnxscript  # noqa: F401  what torch's exporter needs
+    except ImportError as error:
+        raise MissingDependency("onnxscript", "export", "ONNX export") from error
+    if compare:
+        load_runtime("cpu")
+
+
+def _write_graphs(parts: EngineParts, config: OnnxConfig, folder: Path) -> list[WrittenGraph]:
+    written = []
+    with WeightsFile(folder) as weights:
+        for spec in track(graph_specs(parts, config), "tracing graphs", total=len(config.graphs)):
+            started = time.perf_counter()
+            path = write_graph(spec, config.opset, weights)
+            written.append(WrittenGraph(spec, time.perf_counter() - started, path.stat().st_size))
+    for name in config.graphs:
+        path = folder / f"{name}.onnx"
+        check_graph(path, config.flavour)
+        _check_model(path)
+    return written
+
+
+def _check_model(path: Path) -> None:
+    onnx = load_onnx()
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except Exception as error:  # several types, the shape inference's among them
+        reason = " ".join(str(error).split())[:300]
+        raise ExportError(
+            f"{path.name}: onnx.checker refuses it: {reason}; report it with the tools' versions"
+        ) from error
+
+
+def _write_instruction(parts: EngineParts, config: OnnxConfig, folder: Path) -> None:
+    """[1, H_kv, m, D] of every layer, by the names of the inputs they are the beginning of."""
+    from safetensors.torch import save_file
+
+    pairs = run_instruction(parts.model.decoder, parts.model.instruction).pairs
+    names = cache_names("past_key_values", len(pairs))
+    tensors = [part[None].to(config.torch_dtype).contiguous() for pair in pairs for part in pair]
+    save_file(dict(zip(names, tensors, strict=True)), folder / INSTRUCTION_FILE)
+
+
+def _compare(parts: EngineParts, config: OnnxConfig, folder: Path, num_users: int) -> dict[str, Parity]:
+    files = OnnxFiles(folder, config, parts.config, parts.catalogue.table(), parts.revision)
+    reference = Engine(parts, EngineConfig(device="cpu", dtype="float32", kv_budget="0"))
+    with reference, OnnxEngine(files, "cpu") as exported:
+        parity = run_parity(reference, exported, num_users)
+    for graph, result in parity.items():
+        result.check(graph)
+    return parity
+
+
+def _manifest(
+    parts: EngineParts, config: OnnxConfig, written: list[WrittenGraph], parity: dict[str, Parity]
+) -> dict[str, Any]:
+    decoder, prompt = parts.config.decoder, parts.config.prompt
+    return {
+        "engine_revision": parts.revision,
+        "export": config.to_json(),
+        "model": parts.config.to_json(),
+        "tools": {name: found for name in TOOLS if (found := _version(name))} | {"python": platform.python_version()},
+        "limits": {
+            "num_items": parts.catalogue.num_rows,
+            "window": prompt.window,
+            "window_step": prompt.window_step,
+            "instruction_len": len(prompt.instruction_ids),
+            # how many positions of past keys and values stand before the history's first
+            "past_begins_at": len(prompt.instruction_ids) if config.flavour == "ort" else 0,
+            "num_layers": decoder.num_layers,
+            "num_kv_heads": decoder.num_kv_heads,
+            "head_dim": decoder.head_dim,
+            "batch": "any; extend takes one user at a time" if config.flavour == "ort" else "any",
+        },
+        "providers": _providers(config),
+        "graphs": {each.spec.name: _describe(each, parity.get(each.spec.name)) for each in written},
+    }
+
+
+def _providers(config: OnnxConfig) -> list[str]:
+    """Where the files can run, as `OnnxEngine.load` names it."""
+    providers = ["cuda"] if config.dtype == "bfloat16" else ["cpu", "cuda"]
+    return [*providers, "tensorrt"] if config.flavour == "standard" else providers
+
+
+def _describe(graph: WrittenGraph, parity: Parity | None) -> dict[str, Any]:
+    spec = graph.spec
+    inputs = [
+        {
+            "name": name,
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "shape": [spec.dynamic.get(name, {}).get(axis, size) for axis, size in enumerate(value.shape)],
+            "has_default": name in spec.defaults,
+        }
+        for name, value in spec.inputs.items()
+    ]
+    return {
+        "file": f"{spec.name}.onnx",
+        "inputs": inputs,
+        "outputs": [{"name": name, "shape": list(dims)} for name, dims in spec.outputs.items()],
+        "export_seconds": round(graph.seconds, 2),
+        "graph_bytes": graph.size,
+        "parity": "not run" if parity is None else asdict(parity),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

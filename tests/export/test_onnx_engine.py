@@ -1,0 +1,251 @@
+"""Exports under ONNX Runtime against the engine they were made from."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from speeder_engine import ArtifactError, ConfigError, EngineClosed, InvalidRequest, MissingDependency, Request
+from speeder_engine.export import OnnxConfig, OnnxEngine
+from speeder_engine.export.onnx_engine import OnnxFiles
+from speeder_engine.export.onnx_session import check_provider, load_runtime
+from speeder_engine.export.parity import ranking_error
+from speeder_engine.export.user_cache import UserCache, UserState
+
+
+@pytest.fixture(scope="module", params=["standard", "ort"])
+def both(request):
+    exported = request.getfixturevalue(request.param)
+    return exported.engine(), OnnxEngine.load(exported.path)
+
+
+def history(rng, length):
+    return [f"{i:04d}" for i in rng.integers(0, 120, length)]
+
+
+def options(engine, rng, length):
+    """With times, where the model reads them."""
+    timed = engine.parts.config.prompt.calendar is not None
+    return {"times": rng.uniform(0, 5000, length).tolist()} if timed else {}
+
+
+def assert_same(expected, found):
+    assert found.items == expected.items and found.unknown == expected.unknown
+    assert ranking_error(expected, found) < 1e-5
+
+
+def test_batches_of_mixed_lengths(both):
+    engine, onnx = both
+    rng, requests = np.random.default_rng(0), []
+    for number in range(120):
+        length = int(rng.integers(0, 30))
+        named = {"candidates": history(np.random.default_rng(number), 1)} if number % 3 == 0 else {}
+        if number % 3 == 1:
+            named = {"candidates": [f"{i:04d}" for i in rng.permutation(120)[: rng.integers(1, 25)]]}
+            named["head"] = ("rank", "retrieve")[number % 2]
+        requests.append(
+            Request(history(rng, length), int(rng.integers(1, 130)), **named, **options(engine, rng, length))
+        )
+    for expected, found in zip(engine.recommend_many(requests), onnx.recommend_many(requests), strict=True):
+        assert_same(expected, found)
+
+
+@pytest.mark.parametrize("length", [0, 1, 11, 12, 13, 40])
+def test_one_request_of_any_length(both, length):
+    engine, onnx = both
+    items = history(np.random.default_rng(length), length)
+    assert_same(engine.recommend(items), onnx.recommend(items))
+    assert_same(engine.recommend(items, candidates=["0007"]), onnx.recommend(items, candidates=["0007"]))
+
+
+def test_masks(both):
+    engine, onnx = both
+    items = history(np.random.default_rng(1), 20)  # longer than the window: all of it has been seen
+    best = engine.recommend(items).items
+    for more in (
+        {"exclude_seen": False},
+        {"deny": best[:3]},
+        {"allow": best[:4]},
+        {"allow": [*best[:4], *items], "deny": best[:1]},
+        {"candidates": best[:5], "deny": best[:2]},
+        {"candidates": best[:5], "allow": best[3:]},
+        {"history_offset": 8},
+    ):
+        for user in (None, "masked"):
+            given = {**more, "k": 120, "user_id": user}
+            start = given.get("history_offset", 0)
+            assert_same(engine.recommend(items[start:], **given), onnx.recommend(items[start:], **given))
+
+
+def test_sessions_answer_as_one_pass(both):
+    """Appends, corrections, deletions, repeats and slides."""
+    engine, onnx = both
+    rng = np.random.default_rng(3)
+    histories = {user: [] for user in "abc"}
+    times = {user: [] for user in "abc"}
+    for _ in range(60):
+        user = "abc"[rng.integers(3)]
+        items = histories[user]
+        if rng.random() < 0.25 and items:
+            items[rng.integers(len(items))] = f"{rng.integers(120):04d}"
+        elif rng.random() < 0.2 and items:
+            where = rng.integers(len(items))
+            del items[where], times[user][where]
+        else:
+            new = history(rng, rng.integers(0, 4))
+            items += new
+            times[user] += rng.uniform(0, 5000, len(new)).tolist()
+        timed = {"times": times[user]} if options(engine, rng, 0) else {}
+        for named in ({}, {"candidates": history(rng, 1)}, {"candidates": ["0001", "0002"], "head": "retrieve"}):
+            expected = engine.recommend(items, 25, **timed, **named)
+            assert_same(expected, onnx.recommend(items, 25, user_id=user, **timed, **named))
+
+
+def test_what_a_session_saves(both):
+    _, onnx = both
+    ids, computed = [f"{i:04d}" for i in range(12)], []
+    onnx.close_session("saver")
+    for items in (ids[:8], ids[:9], ids[:9], [*ids[:4], ids[11]], ids[:3]):
+        before = onnx.rows_computed
+        onnx.recommend(items, user_id="saver")
+        computed.append(onnx.rows_computed - before)
+    # cold, one appended, the same again, a corrected past, a proper prefix: the last row at least is computed
+    assert computed == [8, 1, 1, 1, 1]
+    assert onnx.close_session("saver") and not onnx.close_session("saver")
+
+
+def test_priors_and_availability_change_without_an_export(standard):
+    with standard.engine() as engine, OnnxEngine.load(standard.path) as onnx:
+        items = ["0003", "0004"]
+        for each in (engine, onnx):
+            each.set_available(["0050", "0051"], False)
+            each.set_prior({"0060": 40.0})
+        for more in ({"user_id": "a"}, {"candidates": ["0050", "0060", "0061"]}, {}):
+            assert_same(engine.recommend(items, 120, **more), onnx.recommend(items, 120, **more))
+        assert onnx.recommend(items).items == engine.recommend(items).items
+
+
+def test_compress_makes_the_engines_tokens(compress):
+    onnx = OnnxEngine.load(compress.path)
+    rng = np.random.default_rng(0)
+    features = {"text": rng.standard_normal((7, 8)), "image": rng.standard_normal((7, 5))}
+    features["image"][2:4] = np.nan
+    features["text"][3] = np.nan
+    from speeder_engine import Item
+
+    items = []
+    for i in range(7):
+        vectors = {name: values[i] for name, values in features.items() if np.isfinite(values[i]).all()}
+        items.append(Item(str(i), vectors=vectors))
+    engine = compress.engine()
+    engine.upsert([item for item in items if item.has_features])
+    tokens = onnx.compress(features)
+    made = [i for i, item in enumerate(items) if item.has_features]
+    expected = engine.item_vectors([str(i) for i in made])
+    np.testing.assert_allclose(tokens[made], expected, atol=1e-6)
+    assert np.isfinite(tokens).all() and tokens.shape == (7, 48)
+    with pytest.raises(ConfigError, match="text has the shape"):
+        onnx.compress({"text": np.zeros((2, 3))})
+    with pytest.raises(InvalidRequest, match="no graph 'recommend'; export it with --graphs recommend"):
+        onnx.recommend([])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"k": 0},
+        {"history": ["nope"]},
+        {"history": "0001"},
+        {"candidates": []},
+        {"candidates": ["0001", "0001"]},
+        {"head": "rank"},
+        {"history_offset": 30},
+        {"user_id": 7},
+        {"head": "title", "candidates": ["0001"]},
+    ],
+)
+def test_bad_requests_are_refused_as_by_the_engine(standard, bad):
+    onnx, engine = OnnxEngine.load(standard.path), standard.engine()
+    before = onnx.rows_computed
+    given = {"history": ["0001"], **bad}
+    with pytest.raises(InvalidRequest) as theirs:
+        engine.recommend(**given)
+    with pytest.raises(type(theirs.value)) as ours:
+        onnx.recommend(**given)
+    assert str(ours.value) == str(theirs.value)
+    assert onnx.rows_computed == before
+
+
+def test_unknown_items_can_be_skipped(standard):
+    with standard.engine() as engine, OnnxEngine.load(standard.path) as onnx:
+        given = {"history": ["0001", "nope"], "on_unknown": "skip"}
+        assert_same(engine.recommend(**given), onnx.recommend(**given))
+
+
+def test_threads_get_their_own_answers(ort):
+    onnx = OnnxEngine.load(ort.path)
+    histories = [history(np.random.default_rng(i), 8) for i in range(18)]
+    expected, wrong = [onnx.recommend(items).items for items in histories], []
+
+    def ask(first):
+        wrong.extend(
+            i for i in range(first, 18, 3) if onnx.recommend(histories[i], user_id=str(i % 4)).items != expected[i]
+        )
+
+    threads = [threading.Thread(target=ask, args=(first,)) for first in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_closed_engine_says_so(compress):
+    with OnnxEngine.load(compress.path) as onnx:
+        pass
+    with pytest.raises(EngineClosed):
+        onnx.recommend([])
+
+
+def test_users_are_forgotten_by_bytes_and_by_content():
+    cache = UserCache(budget=100, position_bytes=4)
+    for number in range(4):
+        cache.put(str(number), UserState(np.full((3, 3), number, np.int32), (), room=10))
+    assert len(cache) == 2 and cache.num_bytes == 80
+    keys = np.array([[3, 3, 3], [3, 3, 3], [3, 4, 3]], np.int32)  # the third item's token has changed since
+    assert cache.take("3").common_len(keys) == 2
+    assert cache.take("3").common_len(keys) == 0
+
+
+def test_a_provider_that_is_not_there_is_an_error_that_names_the_extra(compress, monkeypatch):
+    with pytest.raises(MissingDependency, match=r"speeder-engine\[ort-gpu\]"):
+        OnnxEngine.load(compress.path, provider="cuda")
+    with pytest.raises(ConfigError, match="provider: 'tpu' is not one of cpu, cuda, tensorrt"):
+        OnnxEngine.load(compress.path, provider="tpu")
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(MissingDependency, match=r"speeder-engine\[ort\]"):
+        load_runtime("cpu")
+
+
+def test_a_silent_fall_back_is_an_error():
+    check_provider(["CUDAExecutionProvider", "CPUExecutionProvider"], "cuda")
+    with pytest.raises(ConfigError, match="'cuda' was asked for, but the graph runs on CPUExecutionProvider"):
+        check_provider(["CPUExecutionProvider"], "cuda")
+
+
+def test_what_a_flavour_cannot_run_on_is_refused(compress):
+    files = OnnxFiles.load(compress.path)
+    for config, provider, message in (
+        (OnnxConfig("ort"), "tensorrt", "knows no GroupQueryAttention"),
+        (OnnxConfig("standard", "bfloat16"), "cpu", "no bfloat16 on the CPU"),
+    ):
+        changed = OnnxFiles(files.path, config, files.model, files.table, files.revision)
+        with pytest.raises(ConfigError, match=message):
+            OnnxEngine(changed, provider)
+
+
+def test_only_an_export_is_loaded(compress, tmp_path):
+    with pytest.raises(ArtifactError, match=r"no ONNX export: .* has no export\.json"):
+        OnnxEngine.load(compress.engine_dir)
+    with pytest.raises(ArtifactError, match="no ONNX export"):
+        OnnxEngine.load(tmp_path / "nothing")

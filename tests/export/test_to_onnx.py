@@ -1,0 +1,234 @@
+"""`speeder export onnx`: what it writes, what it refuses, what remains of one that was killed."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import onnx
+import pytest
+import torch
+
+from speeder_engine import ArtifactError, ConfigError, ExportError, MissingDependency, Ranking
+from speeder_engine.export import OnnxConfig, OnnxEngine, export_onnx, to_onnx
+from speeder_engine.export.graph_spec import GraphSpec
+from speeder_engine.export.onnx_file import WeightsFile, write_graph
+from speeder_engine.export.parity import Parity, measure, ranking_error
+
+FEW = OnnxConfig(graphs=("compress",))
+
+
+def test_the_manifest_says_what_was_exported(standard, ort):
+    for exported, flavour in ((standard, "standard"), (ort, "ort")):
+        manifest = json.loads((exported.path / "export.json").read_text())
+        assert manifest == exported.manifest
+        assert manifest["engine_revision"] == exported.engine().revision or exported.engine().revision == "unsaved"
+        assert manifest["export"] == {
+            "flavour": flavour,
+            "dtype": "float32",
+            "graphs": ["score", "recommend", "extend", "compress"],
+            "opset": 18,
+        }
+        assert {"torch", "onnx", "onnxscript", "python", "speeder-engine"} <= set(manifest["tools"])
+        assert manifest["limits"]["window"] == 12 and manifest["limits"]["num_items"] == 120
+        assert set(manifest["files"]) >= {"weights.bin", "items.parquet", "score.onnx"}
+        for graph in manifest["graphs"].values():
+            assert graph["parity"]["users"] == 40
+            assert graph["parity"]["max_error"] < 1e-5
+    assert manifest["limits"]["past_begins_at"] == manifest["limits"]["instruction_len"] == 19
+    assert "tensorrt" in standard.manifest["providers"] and "tensorrt" not in ort.manifest["providers"]
+
+
+def test_graphs_have_the_names_that_others_know(standard):
+    for name, graph in standard.manifest["graphs"].items():
+        model = onnx.load(standard.path / f"{name}.onnx", load_external_data=False).graph
+        constants = {each.name for each in model.initializer}
+        described = {each["name"]: each for each in graph["inputs"]}
+        assert [each.name for each in model.input] == list(described)
+        assert {each for each in described if described[each]["has_default"]} == constants & set(described)
+        assert [each.name for each in model.output] == [each["name"] for each in graph["outputs"]]
+    extend = {each["name"]: each["shape"] for each in standard.manifest["graphs"]["extend"]["inputs"]}
+    assert extend["past_key_values.1.key"] == ["batch", 2, "past", 8]
+    assert extend["rows"] == ["batch", "rows"]
+    outputs = {each["name"] for each in standard.manifest["graphs"]["extend"]["outputs"]}
+    assert {"present.0.key", "present.1.value", "top_rows", "scores"} <= outputs
+
+
+def test_flavours_have_their_operators_and_no_paths_of_this_machine(standard, ort, root):
+    for exported, own in ((standard, set()), (ort, {"GroupQueryAttention"})):
+        for path in exported.path.glob("*.onnx"):
+            model = onnx.load(path, load_external_data=False)
+            foreign = {node.op_type for node in model.graph.node if node.domain}
+            assert foreign == (own if path.stem != "compress" else set())
+            assert str(root).encode() not in path.read_bytes() and b"site-packages" not in path.read_bytes()
+
+
+def test_graphs_share_their_weights(standard):
+    weights = (standard.path / "weights.bin").stat().st_size
+    held = sum(value.numel() * 4 for value in standard.tiny.parts().model.state_dict().values())
+    # padding to pages is most of what a small model takes
+    assert weights < 2 * held + 4096 * 60
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"flavour": "triton"}, "flavour: 'triton' is not one of standard, ort"),
+        ({"dtype": "int8"}, "dtype: 'int8'"),
+        ({"graphs": ("score", "train")}, r"graphs: \['train'\] are not known"),
+        ({"graphs": ()}, "graphs: none named"),
+        ({"graphs": ("score", "score")}, "named twice"),
+        ({"opset": 23}, "opset: 23 is not one of 18, 20 for standard float32"),
+        ({"dtype": "bfloat16", "opset": 18}, "opset: 18 is not one of 23, 24 for standard bfloat16"),
+        ({"flavour": "ort", "opset": 11}, "opset: 11 is not one of"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        OnnxConfig(**settings)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(compress, tmp_path, dtype):
+    """bfloat16 is written and checked; ONNX Runtime's CPU can't run it."""
+    out = tmp_path / "half"
+    manifest = export_onnx(compress.engine_dir, out, OnnxConfig(dtype=dtype, graphs=("recommend",)), 40)
+    parity = manifest["graphs"]["recommend"]["parity"]
+    operators = {node.op_type for node in onnx.load(out / "recommend.onnx", load_external_data=False).graph.node}
+    assert {"Attention", "RMSNormalization"} <= operators
+    if dtype == "bfloat16":
+        assert parity == "not run"
+        with pytest.raises(ConfigError, match="no bfloat16 on the CPU"):
+            OnnxEngine.load(out)
+    else:
+        assert parity["max_error"] < 5e-3 and parity["bound"] == 5e-3
+        assert len(OnnxEngine.load(out).recommend(["0001"], k=3)) == 3
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(compress, tmp_path, monkeypatch):
+    for package, extra in (("onnx", "export"), ("onnxscript", "export"), ("onnxruntime", "ort")):
+        with monkeypatch.context() as patch, pytest.raises(MissingDependency, match=rf"speeder-engine\[{extra}\]"):
+            patch.setitem(sys.modules, package, None)
+            export_onnx(compress.engine_dir, tmp_path / "out", FEW)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_exporter_cannot_translate_is_one_line(tmp_path):
+    class Strange(torch.nn.Module):
+        def forward(self, values):
+            return torch.linalg.eigvals(values).real
+
+    spec = GraphSpec("strange", Strange(), {"values": torch.eye(3)}, {}, {"found": (3,)})
+    with (
+        WeightsFile(tmp_path) as weights,
+        pytest.raises(ExportError, match="graph strange: can't be written") as caught,
+    ):
+        write_graph(spec, 18, weights)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "strange.onnx").exists()
+
+
+def test_a_full_disk_leaves_nothing(compress, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
+    try:
+        with pytest.raises(ArtifactError, match="can't be written: File too large; raise the file size limit"):
+            export_onnx(compress.engine_dir, tmp_path / "out", FEW)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_something_else_is_not_replaced(compress, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="is not an ONNX export; choose another folder"):
+        export_onnx(compress.engine_dir, tmp_path, FEW)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    copy = shutil.copytree(compress.path, tmp_path / "copy")
+    (copy / "notes.txt").touch()
+    with pytest.raises(ArtifactError, match=r"also holds 'notes\.txt', which is not part of the ONNX export"):
+        export_onnx(compress.engine_dir, copy, FEW)
+    with pytest.raises(ArtifactError, match="is not an ONNX export"):
+        export_onnx(compress.engine_dir, compress.engine_dir, FEW)
+
+
+def test_answers_that_differ_are_not_published(compress, tmp_path, monkeypatch):
+    wrong = {"compress": Parity(40, 1e-4, 2e-3, 1.0)}
+    monkeypatch.setattr(to_onnx, "run_parity", lambda *_: wrong)
+    with pytest.raises(ExportError, match="graph compress: scores are off by 0.002, at most 1e-04 is allowed"):
+        export_onnx(compress.engine_dir, tmp_path / "out", FEW)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_counts_as_an_error():
+    expected = Ranking(("a", "b", "c"), (3.0, 2.0, 1.0))
+    assert ranking_error(expected, expected) == 0
+    assert ranking_error(expected, Ranking(("b", "a", "c"), (3.0, 2.0, 1.0))) == 0.5  # two items changed places
+    assert ranking_error(expected, Ranking(("a", "b", "d"), (3.0, 2.0, 1.0))) == 0  # as good as the last one
+    assert ranking_error(expected, Ranking(("d", "a", "b"), (3.0, 3.0, 2.0))) > 0.3
+    assert ranking_error(expected, Ranking(("a", "b"), (3.0, 2.0))) == float("inf")
+    for strange in (float("nan"), float("inf")):
+        found = measure([(expected, Ranking(("a", "b", "c"), (strange, 2.0, 1.0)))], 1e-4)
+        with pytest.raises(ExportError):
+            found.check("score")
+    assert measure([], 1e-4).same_top == 1.0
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from speeder_engine.export import OnnxConfig, export_onnx, {module}
+{module}.{function} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+export_onnx(Path(sys.argv[1]), Path(sys.argv[2]), OnnxConfig(graphs=("compress",)), 40)
+"""
+
+
+@pytest.mark.parametrize(("module", "function"), [("onnx_file", "_plain"), ("to_onnx", "_manifest")])
+def test_a_killed_export_leaves_what_was_there(compress, tmp_path, module, function):
+    """Killed with its weights half written, and with everything but the manifest."""
+    old = shutil.copytree(compress.path, tmp_path / "old")
+    for out in (tmp_path / "new", old):
+        code = KILLED.format(module=module, function=function)
+        done = subprocess.run([sys.executable, "-c", code, compress.engine_dir, out], timeout=120, check=False)
+        assert done.returncode == -9
+    leftovers = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert len(leftovers) == 2 and not (tmp_path / "new").exists()
+    for leftover in leftovers:
+        with pytest.raises(ArtifactError, match=r"has no export\.json"):
+            OnnxEngine.load(leftover)
+    OnnxEngine.load(old)
+
+
+def speeder(*arguments):
+    command = [sys.executable, "-c", "from speeder_engine.cli import main; main()", *map(str, arguments)]
+    env = {**os.environ, "COLUMNS": "120"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False)
+
+
+def test_the_command(compress, tmp_path):
+    out = tmp_path / "onnx"
+    done = speeder("export", "onnx", compress.engine_dir, out, "--graphs", "compress", "--parity-users", 20, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((out / "export.json").read_text())
+    again = speeder("export", "onnx", compress.engine_dir, out, "--graphs", "compress", "--parity-users", 0)
+    assert again.returncode == 0 and "compared with the engine: not run" in again.stdout
+    assert json.loads((out / "export.json").read_text())["graphs"]["compress"]["parity"] == "not run"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}", "{tmp}/out"], "no engine directory"),
+        (["{engine}", "{tmp}/out", "--flavour", "plan"], "flavour: 'plan' is not one of standard, ort"),
+        (["{engine}", "{tmp}/out", "--opset", "9"], "opset: 9 is not one of 18, 20"),
+        (["{engine}", "{engine}"], "is not an ONNX export"),
+    ],
+)
+def test_every_failure_is_one_line(compress, tmp_path, arguments, message):
+    done = speeder("export", "onnx", *(each.format(engine=compress.engine_dir, tmp=tmp_path) for each in arguments))
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0], done.stderr
+    assert list(tmp_path.iterdir()) == []
