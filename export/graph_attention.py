@@ -73,7 +73,9 @@ class DenseAttend:
         # what stands behind a row's own slot is yet to come, or padding
         visible = torch.arange(keys.shape[2]) <= (slots + self._instruction_len).unsqueeze(2)
         if self.has_operator:
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible.unsqueeze(1), enable_gqa=True)
+            grouped = q.shape[1] > keys.shape[1]
+            mask = visible.unsqueeze(1)
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=grouped)
             return keys, values, out
         return keys, values, grouped_attention(q, keys, values, visible)
 

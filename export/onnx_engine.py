@@ -88,8 +88,8 @@ class Runner(Protocol):
 class GraphEngine:
     """Exported graphs with the face of `Engine`; every method may be called from several threads.
 
-    Requests with a user id go through `extend`, one by one, with keys and values kept; the others in batches. Changes
-    to `available` and `prior` hold from the next request on; there are no new items without a new export.
+    Requests with a user id go through `extend`, one by one, with keys and values kept: what is new is computed, or the
+    last item again. The others go in batches. Availability and priors may change; new items need a new export.
     """
 
     def __init__(
@@ -232,7 +232,9 @@ class GraphEngine:
         # what is excluded, the history or a part of it, has been settled with the query
         inputs["exclude_seen"] = np.array(False)
         found, _ = self._session("recommend").run(inputs, TOP)
-        return [self._top(query, *row) for query, row in zip(queries, zip(*found.values(), strict=True), strict=True)]
+        return [
+            self._ranking(query, *row) for query, row in zip(queries, zip(*found.values(), strict=True), strict=True)
+        ]
 
     def _score(self, queries: list[Query]) -> list[Ranking]:
         candidates = pad([_candidates(query) for query in queries])
@@ -256,7 +258,7 @@ class GraphEngine:
         found, values = self._session("extend").run(inputs, outputs, kept)
         self._users.put(user_id, UserState(keys, values, self._session("extend").shape(values[0])[2]))
         if query.candidates is None:
-            return [self._top(query, found["top_rows"][0], found["top_scores"][0])]
+            return [self._ranking(query, found["top_rows"][0], found["top_scores"][0])]
         return [self._named(query, found[outputs[0]][0])]
 
     def _known(self, state: UserState, keys: NDArray[np.int32]) -> tuple[UserState, int]:
@@ -267,7 +269,7 @@ class GraphEngine:
         if self._in_place:
             values = state.values or self._new_buffers()
             return UserState(keys, values, self.layout.instruction_len + window), cached
-        if not cached or state.room > window:
+        if not cached or state.room > 2 * window:
             # what corrections left behind would grow without end
             return UserState(keys, [self._no_past()] * len(self._past)), 0
         return state, cached
@@ -307,9 +309,6 @@ class GraphEngine:
         if query.allowed is not None:
             closed = np.union1d(closed, np.setdiff1d(np.arange(self.catalogue.num_rows), query.allowed))
         return closed.astype(np.int64) if len(closed) else NOTHING
-
-    def _top(self, query: Query, rows: Array, scores: Array) -> Ranking:
-        return self._ranking(query, rows, scores)
 
     def _named(self, query: Query, scores: Array) -> Ranking:
         """The query's own candidates, padding cut off."""

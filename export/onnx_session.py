@@ -12,6 +12,7 @@ from speeder_engine.config import check
 from speeder_engine.errors import ArtifactError, ConfigError, MissingDependency
 
 Array = NDArray[Any]
+# by the names that callers use; what TensorRT can't take runs on CUDA
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
 
@@ -55,8 +56,9 @@ class GraphSession:
         options.enable_mem_pattern = False
         # threads that spin while they wait make everything slower as soon as another process wants a core
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        providers = [PROVIDERS[name] for name in ((provider, "cuda") if provider == "tensorrt" else (provider,))]
         try:
-            self._session = self.runtime.InferenceSession(path, options, providers=[PROVIDERS[provider]])
+            self._session = self.runtime.InferenceSession(path, options, providers=providers)
         except Exception as error:  # the runtime's own types say no more
             reason = " ".join(str(error).split())[:300]
             raise ArtifactError(f"{path}: ONNX Runtime can't load it on {provider!r}: {reason}") from error

@@ -33,25 +33,34 @@ class UserCache:
     def __init__(self, budget: int, position_bytes: int) -> None:
         self.budget, self.position_bytes = budget, position_bytes
         self._users: OrderedDict[str, UserState] = OrderedDict()
+        self._room = 0
 
     def __len__(self) -> int:
         return len(self._users)
 
+    @property
+    def num_bytes(self) -> int:
+        return self._room * self.position_bytes
+
     def take(self, user_id: str) -> UserState:
         """Out of the cache, while it is worked on: what fails in between is forgotten."""
-        return self._users.pop(user_id, UserState())
+        state = self._users.pop(user_id, UserState())
+        self._room -= state.room
+        return state
 
     def put(self, user_id: str, state: UserState) -> None:
+        """Of a user who has been taken."""
         self._users[user_id] = state
-        while self._users and self.num_bytes > self.budget:
-            self._users.popitem(last=False)
+        self._room += state.room
+        while self.num_bytes > self.budget:
+            self.take(next(iter(self._users)))
 
     def close(self, user_id: str) -> bool:
-        return self._users.pop(user_id, None) is not None
+        """True if there was anything."""
+        known = user_id in self._users
+        self.take(user_id)
+        return known
 
     def clear(self) -> None:
         self._users.clear()
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(state.room for state in self._users.values()) * self.position_bytes
+        self._room = 0

@@ -52,6 +52,7 @@ def make_tiny(
     family="llama",
     calendar=None,
     num_layers=3,
+    kv_heads=2,
 ) -> Tiny:
     torch.manual_seed(seed)
     shape = AutoConfig.for_model(
@@ -60,7 +61,7 @@ def make_tiny(
         hidden_size=48,
         num_hidden_layers=num_layers,
         num_attention_heads=6,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         head_dim=8,
         intermediate_size=80,
     )

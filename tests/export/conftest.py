@@ -45,5 +45,5 @@ def ort(tmp_path_factory) -> Exported:
 
 @pytest.fixture(scope="session")
 def compress(tmp_path_factory) -> Exported:
-    """The one graph that is traced in a second."""
-    return make(tmp_path_factory.mktemp("compress"), OnnxConfig(graphs=("compress",)))
+    """The one graph that is traced in a second; of a model without groups of queries."""
+    return make(tmp_path_factory.mktemp("compress"), OnnxConfig(graphs=("compress",)), kv_heads=6)
