@@ -148,7 +148,7 @@ def test_changes_at_run_time_reach_the_plan(plans, engine):
     [
         ({"k": 51}, "k: 51 are more than the 50 these plans take; export with --k 10,51"),
         ({"candidates": slice(0, 101)}, "candidates: 101 are more than the 100"),
-        ({"allow": slice(0, 5)}, "excluded: 115 are more than the 40"),
+        ({"allow": slice(0, 5)}, "excluded: 117 are more than the 40"),
         ({"head": "title", "candidates": slice(0, 5)}, "trained without a title head"),
     ],
 )
@@ -268,6 +268,33 @@ def test_a_missing_package_names_the_extra(engine_dir, tmp_path, monkeypatch):
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ConfigError, match=message):
         PlanConfig(**settings)
+
+
+def test_tensorrt_builds_for_the_gpu_that_is_there(engine_dir, tmp_path, monkeypatch):
+    """With a stand-in for builder and GPU: folders are named after the chip, the timing cache is read and written."""
+
+    class Builder(FakeBuilder):
+        def build(self, graph, shapes, limits, chip):
+            assert chip is None
+            self.timing_cache += b"measured "
+            return super().build(graph, shapes, limits, chip)
+
+    for name, value in {
+        "find_chip": lambda _: 90,
+        "check_installed": lambda *_: None,
+        "load_tensorrt": lambda *_: None,
+    }.items():
+        monkeypatch.setattr(to_tensorrt, name, value)
+    monkeypatch.setattr(to_tensorrt, "PlanBuilder", Builder)
+    monkeypatch.setattr(to_tensorrt, "version", lambda _: "1.2.3")
+    config = PlanConfig(runtime="tensorrt", chips=(), graphs=("compress",))
+    cache = tmp_path / "timing.cache"
+    for _ in range(2):
+        assert set(export_tensorrt(engine_dir, tmp_path / "out", config, cache)) == {"sm90/compress.plan"}
+    assert cache.read_bytes() == b"measured measured "
+    assert read_artifact(tmp_path / "out", PLANS).manifest["chips"] == [90]
+    with pytest.raises(ConfigError, match="is no timing cache"):
+        export_tensorrt(engine_dir, tmp_path / "out", config, tmp_path / "out")
 
 
 def test_a_profile_beyond_the_model_is_refused(engine_dir, tmp_path):

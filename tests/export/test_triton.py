@@ -3,16 +3,18 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import onnx
 import pytest
-from fake_tensorrt import small_parts
+from fake_tensorrt import FakeBuilder, FakeEngine, small_parts
 from fake_triton import FakeTriton, Refused, Tensor, ids, named, read_config
 from tritonclient.grpc import model_config_pb2 as schema
 
 from speeder_engine import Engine
 from speeder_engine.artifact import read_artifact
 from speeder_engine.errors import ArtifactError, ConfigError
+from speeder_engine.export import triton_server
 from speeder_engine.export.triton_config import SERVED, TRITON, TritonConfig, render
 from speeder_engine.export.triton_server import export_triton
 
@@ -251,6 +253,24 @@ def test_text_is_escaped():
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ConfigError, match=message):
         TritonConfig(**settings)
+
+
+def test_a_repository_of_plans(engine_dir, tmp_path, monkeypatch):
+    """Built by a stand-in: plans of tensorrt in the place of graphs, with the profile of the config."""
+    for name in ("find_chip", "check_installed", "load_tensorrt"):
+        monkeypatch.setattr(triton_server, name, lambda *_: SimpleNamespace())
+    monkeypatch.setattr(triton_server, "PlanBuilder", FakeBuilder)
+    monkeypatch.setattr(triton_server, "version", lambda _: "1.2.3")
+    settings = TritonConfig("tensorrt", "float32", ("score",), batch=(2, 4), candidates=(20, 40), excluded=(16, 64))
+    export_triton(engine_dir, tmp_path / "out", settings)
+    config = read_config(tmp_path / "out" / "score" / "config.pbtxt")
+    assert config.backend == "tensorrt" and config.default_model_filename == "model.plan"
+    assert [path.name for path in (tmp_path / "out" / "score" / "1").iterdir()] == ["model.plan"]
+    engine = FakeEngine((tmp_path / "out" / "score" / "1" / "model.plan").read_bytes())
+    assert engine.profile["candidates"] == [[1, 1], [2, 20], [4, 40]]
+    assert engine.profile["history"] == [[1, 1], [2, 12], [4, 12]]
+    assert {each.name for each in config.input} == set(engine.inputs)
+    assert read_artifact(tmp_path / "out", TRITON).manifest["tools"]["tensorrt"] == "1.2.3"
 
 
 def test_plans_need_a_gpu_and_the_package(engine_dir, tmp_path):
