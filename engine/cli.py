@@ -143,7 +143,7 @@ def export_onnx(
     for name, graph in manifest["graphs"].items():
         parity = graph["parity"]
         result = parity if parity == "not run" else f"largest error {parity['max_error']:.1e}"
-        typer.echo(f"{name:10}  {graph['export_seconds']:6.1f} s  compared with the engine: {result}")
+        typer.echo(f"{name:10}  {graph['export_cpu_seconds']:6.1f} s  compared with the engine: {result}")
     typer.echo(f"{config.flavour} ONNX of engine {manifest['engine_revision']} in {out}")
 
 
