@@ -65,7 +65,7 @@ class PlanFiles:
         if chip not in chips:
             held = ", ".join(map(str, chips))
             raise ConfigError(
-                f"chip: this GPU is an SM {chip}, {self.artifact.path} holds plans for {held}; export again"
+                f"chip: this GPU is an SM {chip}, {self.artifact.path} holds plans for {held}; {PLANS.again}"
             )
         return self.artifact.file(name), self.artifact.manifest["files"][name]["sha256"]
 

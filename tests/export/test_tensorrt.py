@@ -41,6 +41,14 @@ def engine_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def thin_dir(tmp_path_factory):
+    """For what is really built: one layer, so that four chips take seconds."""
+    out = tmp_path_factory.mktemp("thin") / "engine"
+    small_parts(num_layers=1).save(out)
+    return out
+
+
+@pytest.fixture(scope="module")
 def exported(engine_dir):
     """An export whose plans run on the stand-in."""
     out = engine_dir.parent / "exported"
@@ -62,8 +70,8 @@ def plans(exported):
 
 
 @needs_rtx
-def test_plans_are_built_for_four_chips_without_any(engine_dir, tmp_path):
-    sizes = export_tensorrt(engine_dir, tmp_path / "plans", PlanConfig(graphs=("recommend", "extend")))
+def test_plans_are_built_for_four_chips_without_any(thin_dir, tmp_path):
+    sizes = export_tensorrt(thin_dir, tmp_path / "plans", PlanConfig(graphs=("recommend", "extend")))
     chips = (80, 86, 89, 120)
     assert set(sizes) == {f"sm{chip}/{graph}.plan" for chip in chips for graph in ("recommend", "extend")}
     manifest = read_artifact(tmp_path / "plans", PLANS).manifest
@@ -84,9 +92,9 @@ def test_plans_are_built_for_four_chips_without_any(engine_dir, tmp_path):
 
 @needs_rtx
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float8"])
-def test_plans_of_other_types(engine_dir, tmp_path, dtype):
+def test_plans_of_other_types(thin_dir, tmp_path, dtype):
     config = PlanConfig(dtype=dtype, chips=(89,), graphs=("recommend",))
-    assert export_tensorrt(engine_dir, tmp_path / "plans", config)["sm89/recommend.plan"] > 10_000
+    assert export_tensorrt(thin_dir, tmp_path / "plans", config)["sm89/recommend.plan"] > 10_000
     assert [path.name for path in tmp_path.iterdir()] == ["plans"]
 
 
@@ -335,7 +343,7 @@ def test_every_failure_is_one_line_and_leaves_nothing(engine_dir, tmp_path, argu
     assert [path.name for path in tmp_path.iterdir()] == ["used"]
 
 
-def test_a_full_disk_leaves_nothing(engine_dir, tmp_path):
+def test_a_full_disk_leaves_nothing(thin_dir, tmp_path):
     """A limit on the size of files stands for it: it is met while a plan or graph is written."""
     for kind, options in (("tensorrt", ["--graphs", "compress", "--chips", "80"]), ("triton", ["--graphs", "score"])):
         code = (
@@ -343,7 +351,7 @@ def test_a_full_disk_leaves_nothing(engine_dir, tmp_path):
             "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
             "from speeder_engine.cli import main; main()"
         )
-        command = [sys.executable, "-c", code, "export", kind, str(engine_dir), str(tmp_path / "out"), *options]
+        command = [sys.executable, "-c", code, "export", kind, str(thin_dir), str(tmp_path / "out"), *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 1
         assert "File too large" in done.stderr and "choose another disk" in done.stderr, done.stderr
@@ -359,13 +367,11 @@ def test_a_full_disk_leaves_nothing(engine_dir, tmp_path):
         ("triton", ["--graphs", "recommend,score"], "recommend/1/model.onnx"),
     ],
 )
-def test_a_killed_export_leaves_nothing_that_loads(engine_dir, tmp_path, kind, options, sign):
+def test_a_killed_export_leaves_nothing_that_loads(thin_dir, tmp_path, kind, options, sign):
     """kill -9 in the middle: nothing stands in OUT's place, and the next export cleans up behind it."""
     out = tmp_path / "out"
     command = [sys.executable, "-c", "from speeder_engine.cli import main; main()"]
-    process = subprocess.Popen(
-        [*command, "export", kind, str(engine_dir), str(out), *options], stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([*command, "export", kind, str(thin_dir), str(out), *options], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while not list(tmp_path.glob(f".out.*.tmp/{sign}")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -377,16 +383,16 @@ def test_a_killed_export_leaves_nothing_that_loads(engine_dir, tmp_path, kind, o
     assert not (left / "export.json").exists()
     with pytest.raises(ArtifactError, match=r"has no export\.json"):
         read_artifact(left, PLANS)
-    done = speeder("export", kind, engine_dir, out, *options[:1], options[1].split(",")[0], *options[2:])
+    done = speeder("export", kind, thin_dir, out, *options[:1], options[1].split(",")[0], *options[2:])
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert json.loads((out / "export.json").read_text())["format"] == f"speeder-{kind}"
 
 
 @needs_rtx
-def test_the_command_tells_what_it_built(engine_dir, tmp_path):
+def test_the_command_tells_what_it_built(thin_dir, tmp_path):
     out = tmp_path / "plans"
-    done = speeder("export", "tensorrt", engine_dir, out, "--graphs", "compress", "--chips", "86,120", "--json")
+    done = speeder("export", "tensorrt", thin_dir, out, "--graphs", "compress", "--chips", "86,120", "--json")
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout)["plans"]) == {"sm86/compress.plan", "sm120/compress.plan"}
     assert Path(out / "sm86" / "compress.plan").is_file()
