@@ -8,7 +8,7 @@ from typing import Any
 from speeder_engine.artifact import Kind
 from speeder_engine.config import Config, check
 from speeder_engine.export.graph_spec import GraphSpec
-from speeder_engine.export.plan_config import PlanConfig, Range
+from speeder_engine.export.plan_config import MOST_K, PlanConfig, Range
 
 TRITON = Kind("speeder-triton", 1, "export.json", "Triton model repository", "`speeder export triton ENGINE OUT`")
 BACKENDS = ("onnxruntime", "tensorrt")
@@ -56,6 +56,8 @@ class TritonConfig(Config):
         check(not strange and len(self.graphs) > 0, f"graphs: {list(self.graphs)}; choose of {', '.join(SERVED)}")
         runs = self.backend == "tensorrt" or self.dtype not in ("bfloat16", "float8")
         check(runs, f"dtype: Triton's ONNX Runtime knows no {self.dtype}; choose float16, or backend tensorrt")
+        found = self.backend != "tensorrt" or self.k <= MOST_K
+        check(found, f"k: TensorRT finds at most {MOST_K} of the best, got {self.k}")
         for name in ("k", "queue_size", "queue_ms", "max_sessions", "session_idle_s"):
             check(getattr(self, name) > 0, f"{name}: must be positive, is {getattr(self, name)}")
         check(self.batch_wait_us >= 0, f"batch_wait_us: must not be negative, is {self.batch_wait_us}")
@@ -65,7 +67,7 @@ class TritonConfig(Config):
     def plans(self) -> PlanConfig:
         """How plans of these graphs are built: by tensorrt, since Triton reads no plans of tensorrt-rtx."""
         ranges = {"batch": self.batch, "candidates": self.candidates, "excluded": self.excluded}
-        return PlanConfig("tensorrt", self.dtype, (), ("score",), k=(1, min(self.k, 3840)), **ranges)
+        return PlanConfig("tensorrt", self.dtype, (), ("score",), k=(1, min(self.k, MOST_K)), **ranges)
 
 
 def render(message: Mapping[str, Any], indent: str = "") -> str:

@@ -246,6 +246,7 @@ def test_text_is_escaped():
         ({"dtype": "float8"}, "knows no float8"),
         ({"graphs": ("extend",)}, "choose of recommend, score, session"),
         ({"batch": (8, 4)}, "batch: expected TYPICAL,MOST"),
+        ({"k": 4000, "backend": "tensorrt"}, "k: TensorRT finds at most 3840"),
         ({"k": 0}, "k: must be positive"),
         ({"queue_size": 0}, "queue_size: must be positive"),
     ],
