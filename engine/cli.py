@@ -147,6 +147,88 @@ def export_onnx(
     typer.echo(f"{config.flavour} ONNX of engine {manifest['engine_revision']} in {out}")
 
 
+@export_app.command("tensorrt")
+def export_tensorrt(
+    engine: Annotated[Path, typer.Argument(help="An engine directory.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    runtime: Annotated[
+        str, typer.Option(help='"rtx" (ahead of time, no GPU needed) or "tensorrt" (for the GPU that is there).')
+    ] = "rtx",
+    dtype: Annotated[str, typer.Option(help='"float16", "bfloat16", "float32" or "float8".')] = "float16",
+    chips: Annotated[str, typer.Option(help="Compute capabilities without the dot; runtime rtx alone.")] = "",
+    graphs: Annotated[str, typer.Option(help="Which, separated by commas.")] = "score,recommend,extend,compress",
+    batch: Annotated[str, typer.Option(help="TYPICAL,MOST users at once.")] = "8,64",
+    history: Annotated[str, typer.Option(help="TYPICAL,MOST rows; the most is the model's window.")] = "",
+    candidates: Annotated[str, typer.Option(help="TYPICAL,MOST candidates of a request.")] = "20,100",
+    excluded: Annotated[str, typer.Option(help="TYPICAL,MOST items a request excludes, seen too.")] = "64,1024",
+    k: Annotated[str, typer.Option("-k", "--k", help="TYPICAL,MOST items of an answer.")] = "10,100",
+    timing_cache: Annotated[Path | None, typer.Option(help="File of measurements; runtime tensorrt alone.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Build TensorRT plans. What was built has not been run: that takes a GPU."""
+    from speeder_engine.export.plan_config import CHIPS_BY_DEFAULT, PlanConfig
+    from speeder_engine.export.to_tensorrt import export_tensorrt as export
+
+    ranges = {"batch": batch, "candidates": candidates, "excluded": excluded, "k": k, "history": history}
+    config = PlanConfig(
+        runtime,
+        dtype,
+        _numbers("chips", chips) or (CHIPS_BY_DEFAULT[dtype == "float8"] if runtime == "rtx" else ()),
+        _names(graphs),
+        **{name: _numbers(name, text) for name, text in ranges.items()},
+    )
+    sizes = export(engine, out, config, timing_cache)
+    if as_json:
+        typer.echo(json.dumps({"export": str(out), "plans": sizes}))
+        return
+    for name, size in sizes.items():
+        typer.echo(f"{name:24} {size:>14,} bytes")
+    typer.echo(f"{len(sizes)} plans in {out}, built and not run")
+
+
+@export_app.command("triton")
+def export_triton(
+    engine: Annotated[Path, typer.Argument(help="An engine directory.")],
+    out: Annotated[Path, typer.Argument(help="The model repository to write.")],
+    backend: Annotated[str, typer.Option(help='"onnxruntime", or "tensorrt" on a GPU host.')] = "onnxruntime",
+    dtype: Annotated[str, typer.Option(help='"float32" or "float16"; plans also "bfloat16".')] = "float32",
+    graphs: Annotated[str, typer.Option(help="Which, separated by commas.")] = "recommend,score,session",
+    batch: Annotated[str, typer.Option(help="TYPICAL,MOST requests of a batch.")] = "8,64",
+    candidates: Annotated[str, typer.Option(help="TYPICAL,MOST candidates of a request.")] = "20,128",
+    excluded: Annotated[str, typer.Option(help="TYPICAL,MOST items a request excludes, seen too.")] = "64,1024",
+    k: Annotated[int, typer.Option("-k", "--k", help="How many items are answered.")] = 100,
+    queue_size: Annotated[int, typer.Option(help="Requests that may wait; one more is rejected.")] = 256,
+    queue_ms: Annotated[int, typer.Option(help="How long one may wait before it is rejected.")] = 200,
+    batch_wait_us: Annotated[int, typer.Option(help="How long a request waits for company.")] = 500,
+    max_sessions: Annotated[int, typer.Option(help="Users with a state on each instance.")] = 1024,
+    session_idle_s: Annotated[int, typer.Option(help="When an idle user's state is forgotten.")] = 600,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model repository for NVIDIA's Triton Inference Server: item ids in, ranked item ids out."""
+    from speeder_engine.export.triton_config import TritonConfig
+    from speeder_engine.export.triton_server import export_triton as export
+
+    config = TritonConfig(
+        backend,
+        dtype,
+        _names(graphs),
+        _numbers("batch", batch),
+        _numbers("candidates", candidates),
+        _numbers("excluded", excluded),
+        k,
+        queue_size,
+        queue_ms,
+        batch_wait_us,
+        max_sessions,
+        session_idle_s,
+    )
+    models = export(engine, out, config)
+    if as_json:
+        typer.echo(json.dumps({"repository": str(out), "models": models}))
+        return
+    typer.echo(f"{len(models)} models in {out}; clients call {', '.join(m for m in models if m.endswith('_items'))}")
+
+
 @app.command()
 def recommend(
     engine: Annotated[Path, typer.Argument(help="An engine directory.")],
@@ -208,6 +290,19 @@ def inspect(engine: Annotated[Path, typer.Argument(help="An engine directory.")]
         from speeder_engine.tables import summary_table
 
         Console().print(summary_table(summary))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """`score,extend` -> its parts."""
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    """`8,64` -> its numbers; nothing -> none."""
+    try:
+        return tuple(int(number) for number in text.split(",")) if text else ()
+    except ValueError:
+        raise ConfigError(f"{name}: expected whole numbers between commas, got {text!r}") from None
 
 
 def _ids(values: list[str] | None) -> list[str]:

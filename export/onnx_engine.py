@@ -1,10 +1,10 @@
-"""OnnxEngine: an ONNX export under ONNX Runtime, with the face of `Engine`."""
+"""GraphEngine: exported graphs with the face of `Engine`; OnnxEngine: those of an ONNX export under ONNX Runtime."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -57,24 +57,50 @@ class OnnxFiles:
         return self.path / f"{name}.onnx"
 
 
-class OnnxEngine:
-    """Answers as `Engine` does. `OnnxEngine.load` makes one; every method may be called from several threads.
+class GraphFiles(Protocol):
+    """What an engine of exported graphs needs to know of their files."""
+
+    @property
+    def config(self) -> OnnxConfig: ...
+
+    @property
+    def model(self) -> ModelConfig: ...
+
+    @property
+    def table(self) -> ItemTable: ...
+
+    @property
+    def revision(self) -> str: ...
+
+
+class Runner(Protocol):
+    """One graph, ready to run: arrays in and out, some values kept on the device."""
+
+    def run(
+        self, inputs: Mapping[str, Any], outputs: Sequence[str], kept: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Array], list[Any]]: ...
+
+    def to_device(self, array: Array) -> Any: ...
+
+    def shape(self, value: Any) -> tuple[int, ...]: ...
+
+
+class GraphEngine:
+    """Exported graphs with the face of `Engine`; every method may be called from several threads.
 
     Requests with a user id go through `extend`, one by one, with keys and values kept: what is new is computed, or the
     last item again. The others go in batches. Availability and priors may change; new items need a new export.
     """
 
-    def __init__(self, files: OnnxFiles, provider: str = "cpu", kv_budget: str = "1GiB", threads: int = 0) -> None:
+    def __init__(
+        self, files: GraphFiles, sessions: Mapping[str, Runner], kv_budget: str, max_batch: int = MAX_BATCH
+    ) -> None:
         config, model = files.config, files.model
-        if provider == "tensorrt" and config.flavour == "ort":
-            raise ConfigError("provider: TensorRT knows no GroupQueryAttention; export with --flavour standard")
-        if provider == "cpu" and config.dtype == "bfloat16":
-            raise ConfigError("provider: ONNX Runtime has no bfloat16 on the CPU; export float32 or choose 'cuda'")
-        self.files, self.provider = files, provider
+        self.files, self.max_batch = files, max_batch
         self.layout = PromptLayout(model.prompt)
         # the tokens are in the graphs
         self.catalogue = Catalogue(files.table, torch.zeros(len(files.table), 0))
-        self._sessions = {name: GraphSession(files.graph(name), provider, threads) for name in config.graphs}
+        self._sessions = dict(sessions)
         self._past = cache_names("past_key_values", model.decoder.num_layers)
         self._present = cache_names("present", model.decoder.num_layers)
         decoder = model.decoder
@@ -84,16 +110,6 @@ class OnnxEngine:
         self._lock = threading.Lock()
         self._closed = False
         self.rows_computed = 0
-
-    @classmethod
-    def load(cls, path: str | Path, provider: str = "cpu", kv_budget: str = "1GiB", threads: int = 0) -> "OnnxEngine":
-        """Reads and verifies an ONNX export.
-
-        provider: "cpu", "cuda" or "tensorrt". kv_budget: bytes that users' keys and values may take. threads: of one
-        run on the CPU; 0: all. Raises ArtifactError for a path that is no whole export, MissingDependency where the
-        runtime lacks, ConfigError where it would run elsewhere than asked.
-        """
-        return cls(OnnxFiles.load(Path(path)), provider, kv_budget, threads)
 
     def __enter__(self) -> Self:
         return self
@@ -199,8 +215,8 @@ class OnnxEngine:
         cold = [place for place in range(len(queries)) if place not in set(known)]
         for answer, named in ((self._recommend, False), (self._score, True)):
             places = [place for place in cold if (queries[place].candidates is not None) == named]
-            for start in range(0, len(places), MAX_BATCH):
-                yield places[start : start + MAX_BATCH], answer
+            for start in range(0, len(places), self.max_batch):
+                yield places[start : start + self.max_batch], answer
 
     def _is_known(self, query: Query) -> bool:
         """Whether it goes through `extend`: a user with a history, and keys and values that numpy can hold."""
@@ -237,11 +253,10 @@ class OnnxEngine:
         inputs = self._histories([query], "rows", cached) | self._search_inputs([query], self._closed_rows(query)[None])
         inputs |= {"past_lengths": np.array([cached]), "candidates": _candidates(query)[None]}
         inputs |= dict(zip(self._past, state.values, strict=True))
-        in_place = self.files.config.flavour == "ort"
-        kept = dict(zip(self._present, state.values if in_place else [None] * len(self._present), strict=True))
+        kept = dict(zip(self._present, state.values if self._in_place else [None] * len(self._present), strict=True))
         outputs = TOP if query.candidates is None else (_scores_of(query),)
         found, values = self._session("extend").run(inputs, outputs, kept)
-        self._users.put(user_id, UserState(keys, values, values[0].shape()[2]))
+        self._users.put(user_id, UserState(keys, values, self._session("extend").shape(values[0])[2]))
         if query.candidates is None:
             return [self._ranking(query, found["top_rows"][0], found["top_scores"][0])]
         return [self._named(query, found[outputs[0]][0])]
@@ -251,33 +266,27 @@ class OnnxEngine:
         when there is nothing else to compute."""
         cached = min(state.common_len(keys), max(len(keys) - 1, 0))
         window = self.layout.config.window
-        if self.files.config.flavour == "ort":
+        if self._in_place:
             values = state.values or self._new_buffers()
             return UserState(keys, values, self.layout.instruction_len + window), cached
         if not cached or state.room > 2 * window:
             # what corrections left behind would grow without end
-            heads, size = self._kv_shape
-            empty = np.zeros((1, heads, 0, size), self._numpy_dtype)
-            return UserState(keys, [empty] * len(self._past)), 0
+            return UserState(keys, [self._no_past()] * len(self._past)), 0
         return state, cached
 
     @property
-    def _numpy_dtype(self) -> str:
-        return self.files.config.dtype
+    def _in_place(self) -> bool:
+        """Whether keys and values are written into the buffers they are read from."""
+        return False
+
+    def _no_past(self) -> Any:
+        """Keys or values of a layer before anything was computed."""
+        heads, size = self._kv_shape
+        return np.zeros((1, heads, 0, size), self.files.config.dtype)
 
     def _new_buffers(self) -> list[Any]:
         """Keys and values of a whole window, behind the instruction's, on the device."""
-        from safetensors.numpy import load_file
-
-        instruction = load_file(self.files.path / INSTRUCTION_FILE)
-        heads, size = self._kv_shape
-        session, buffers = self._session("extend"), []
-        for name in self._past:
-            first = instruction[name]
-            buffer = np.zeros((1, heads, first.shape[2] + self.layout.config.window, size), first.dtype)
-            buffer[:, :, : first.shape[2]] = first
-            buffers.append(session.to_device(buffer))
-        return buffers
+        raise NotImplementedError("only engines that write in place have buffers")
 
     def _histories(self, queries: Sequence[Query], name: str, start: int = 0) -> dict[str, Array]:
         """Windows from `start` on, padded, as inputs."""
@@ -313,7 +322,7 @@ class OnnxEngine:
         kept = min(query.request.k, int(np.isfinite(scores).sum()))
         return Ranking(self.catalogue.ids(rows[:kept].tolist()), tuple(scores[:kept].tolist()), query.unknown)
 
-    def _session(self, name: str) -> GraphSession:
+    def _session(self, name: str) -> Runner:
         self._check_open()
         if name not in self._sessions:
             raise InvalidRequest(f"this export has no graph {name!r}; export it with --graphs {name}")
@@ -321,7 +330,49 @@ class OnnxEngine:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise EngineClosed("the engine is closed; load another with OnnxEngine.load")
+            raise EngineClosed(f"the engine is closed; load another with {type(self).__name__}.load")
+
+
+class OnnxEngine(GraphEngine):
+    """An ONNX export under ONNX Runtime. `OnnxEngine.load` makes one."""
+
+    def __init__(self, files: OnnxFiles, provider: str = "cpu", kv_budget: str = "1GiB", threads: int = 0) -> None:
+        config = files.config
+        if provider == "tensorrt" and config.flavour == "ort":
+            raise ConfigError("provider: TensorRT knows no GroupQueryAttention; export with --flavour standard")
+        if provider == "cpu" and config.dtype == "bfloat16":
+            raise ConfigError("provider: ONNX Runtime has no bfloat16 on the CPU; export float32 or choose 'cuda'")
+        self.provider, self._folder = provider, files.path
+        sessions = {name: GraphSession(files.graph(name), provider, threads) for name in config.graphs}
+        super().__init__(files, sessions, kv_budget)
+
+    @classmethod
+    def load(cls, path: str | Path, provider: str = "cpu", kv_budget: str = "1GiB", threads: int = 0) -> "OnnxEngine":
+        """Reads and verifies an ONNX export.
+
+        provider: "cpu", "cuda" or "tensorrt". kv_budget: bytes that users' keys and values may take. threads: of one
+        run on the CPU; 0: all. Raises ArtifactError for a path that is no whole export, MissingDependency where the
+        runtime lacks, ConfigError where it would run elsewhere than asked.
+        """
+        return cls(OnnxFiles.load(Path(path)), provider, kv_budget, threads)
+
+    @property
+    def _in_place(self) -> bool:
+        return self.files.config.flavour == "ort"
+
+    def _new_buffers(self) -> list[Any]:
+        """Keys and values of a whole window, behind the instruction's, on the device."""
+        from safetensors.numpy import load_file
+
+        instruction = load_file(self._folder / INSTRUCTION_FILE)
+        heads, size = self._kv_shape
+        session, buffers = self._session("extend"), []
+        for name in self._past:
+            first = instruction[name]
+            buffer = np.zeros((1, heads, first.shape[2] + self.layout.config.window, size), first.dtype)
+            buffer[:, :, : first.shape[2]] = first
+            buffers.append(session.to_device(buffer))
+        return buffers
 
 
 def pad(rows: Sequence[Rows | NDArray[np.int64]], value: int = -1) -> NDArray[np.int64]:

@@ -97,6 +97,10 @@ class GraphSession:
             return self.runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
         return value
 
+    def shape(self, value: Any) -> tuple[int, ...]:
+        """Of a value that was kept."""
+        return tuple(value.shape())
+
     def to_device(self, array: Array) -> Any:
         """A copy of the array as a value on the device."""
         return self.runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)

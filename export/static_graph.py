@@ -156,15 +156,19 @@ class StaticModel(nn.Module):
         """User vectors [B, d] -> the best rows and scores [B, min(k, I)] of what `closed` (bool [B, I]) leaves open;
         equal scores in the catalogue's order, closed items last with -inf."""
         num_items = self.item_tokens.shape[0]
-        # the table stands on the left: on the right a second, transposed copy of it would be a constant too
-        scores = (self.item_tokens @ vectors.to(self.item_tokens.dtype).T).T.float()
-        scores = scores + self.retrieve.beta * overrides.prior
-        scores = scores.masked_fill(closed | ~overrides.available, float("-inf"))
+        scores = self.catalogue_scores(vectors, closed, overrides)
         depth = torch.minimum(k, torch.tensor([num_items])).item()
         torch._check(depth >= 1)  # type: ignore[no-untyped-call]
         torch._check(depth <= num_items)  # type: ignore[no-untyped-call]
         values, rows = torch.topk(scores, depth, dim=1)  # type: ignore[arg-type]
         return rows, values
+
+    def catalogue_scores(self, vectors: Tensor, closed: Tensor, overrides: Overrides) -> Tensor:
+        """User vectors [B, d] -> float32 [B, I], -inf for what is `closed` (bool [B, I]) or not available."""
+        # the table stands on the left: on the right a second, transposed copy of it would be a constant too
+        scores = (self.item_tokens @ vectors.to(self.item_tokens.dtype).T).T.float()
+        scores = scores + self.retrieve.beta * overrides.prior
+        return scores.masked_fill(closed | ~overrides.available, float("-inf"))
 
     def closed(self, rows: Tensor) -> Tensor:
         """Rows [B, E], -1 where there is none -> bool [B, I]: true for each that is named."""

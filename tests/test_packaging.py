@@ -14,6 +14,7 @@ import pytest
 
 OPTIONAL = {
     *("pydantic", "fastapi", "ray", "polars", "peft", "accelerate", "onnx", "onnxscript", "onnxruntime"),
+    *("tensorrt", "tensorrt_rtx", "tritonclient", "google.protobuf"),
     *("pandas", "matplotlib", "sklearn", "sentence_transformers", "torchmetrics", "yaml"),
 }
 SHIPPED = ("engine", "triton_kernels", "export", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE")

@@ -1,0 +1,172 @@
+"""An engine directory -> TensorRT plans of its graphs, for chips that need not be here. What is built is not run."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from speeder_engine.artifact import write_artifact
+from speeder_engine.config import check
+from speeder_engine.errors import ArtifactError
+from speeder_engine.export.float8 import use_float8
+from speeder_engine.export.graph_spec import GraphSpec, graph_specs
+from speeder_engine.export.onnx_file import WeightsFile, write_graph
+from speeder_engine.export.plan_builder import Limits, PlanBuilder, Shapes
+from speeder_engine.export.plan_config import PLANS, PlanConfig
+from speeder_engine.export.static_graph import StaticModel
+from speeder_engine.export.tensorrt_package import PACKAGES, check_installed, find_chip, load_tensorrt
+from speeder_engine.files import write_atomic
+from speeder_engine.parts import EngineParts
+from speeder_engine.progress import progress_bar
+
+MOST_CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class BuiltGraph:
+    """What the manifest says of a graph."""
+
+    spec: GraphSpec
+    limits: Limits
+
+    def to_json(self) -> dict[str, Any]:
+        inputs = {
+            name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(shape)}
+            for (name, tensor), shape in zip(self.spec.inputs.items(), input_shapes(self.spec).values(), strict=True)
+        }
+        named = {size for entry in inputs.values() for size in entry["shape"] if isinstance(size, str)}
+        named |= {"k"} & inputs.keys()
+        outputs = {name: list(shape) for name, shape in self.spec.outputs.items()}
+        return {
+            "inputs": inputs,
+            "outputs": outputs,
+            "profile": {name: list(self.limits[name]) for name in sorted(named)},
+        }
+
+
+def export_tensorrt(engine: Path, out: Path, config: PlanConfig, timing_cache: Path | None = None) -> dict[str, int]:
+    """Writes `out` in one step; returns each plan's size by its name. A killed export leaves nothing that loads.
+
+    timing_cache: a file that tensorrt's measurements are read from, if it is there, and written to. Raises
+    MissingDependency, ConfigError for limits beyond the model's, ExportError for a graph that can't be built and
+    ArtifactError for folders that can't be read or written.
+    """
+    check_installed(config.runtime, "building TensorRT plans")
+    here = config.runtime == "tensorrt"
+    # before the package: without a driver its libraries end the process
+    chips = (find_chip("building with tensorrt"),) if here else config.chips
+    trt = load_tensorrt(config.runtime, "building TensorRT plans")
+    check(timing_cache is None or here, "timing cache: tensorrt-rtx measures nothing to keep")
+    parts = EngineParts.load(engine)
+    config.check_model(parts.config)
+    known = _read_cache(timing_cache)
+    sizes: dict[str, int] = {}
+
+    def fill(folder: Path) -> dict[str, Any]:
+        nonlocal known
+        parts.catalogue.table().save(folder)
+        with graph_files(parts, config, folder) as graphs, plan_progress(len(graphs) * len(chips)) as step:
+            builder = PlanBuilder(trt, known, step.note)
+            built = {spec.name: BuiltGraph(spec, limits_of(spec, parts, config)) for spec in graphs.values()}
+            for chip in chips:
+                place = folder / f"sm{chip}"
+                place.mkdir()
+                for path, spec in graphs.items():
+                    step.begin(f"{spec.name} for SM {chip}")
+                    plan = builder.build(path, input_shapes(spec), built[spec.name].limits, None if here else chip)
+                    sizes[f"{place.name}/{spec.name}.plan"] = _write(place / f"{spec.name}.plan", plan)
+            known = builder.timing_cache
+        return {
+            "engine_revision": parts.revision,
+            "export": config.to_json(),
+            "chips": list(chips),
+            "model": parts.config.to_json(),
+            "limits": {"num_items": len(parts.catalogue), "window": parts.config.prompt.window},
+            "graphs": {name: graph.to_json() for name, graph in built.items()},
+            "tools": {name: version(name) for name in ("speeder-engine", "torch", "onnx", PACKAGES[config.runtime])},
+            "run": "built, not run",
+        }
+
+    write_artifact(out, fill, PLANS)
+    if timing_cache is not None and known is not None:
+        write_atomic(timing_cache, known)
+    return sizes
+
+
+@contextmanager
+def graph_files(parts: EngineParts, config: PlanConfig, folder: Path) -> Iterator[dict[Path, GraphSpec]]:
+    """The graphs as ONNX files below `folder`, with what they were traced from; gone when the block ends."""
+    place = folder / "graphs"
+    place.mkdir()
+    onnx = config.graph_config
+    graphs: dict[Path, GraphSpec] = {}
+    with WeightsFile(place) as weights:
+        for spec in graph_specs(parts, onnx):
+            model = getattr(spec.module, "model", None)
+            # the graphs share one model: the first changes it for all
+            if config.dtype == "float8" and isinstance(model, StaticModel) and not graphs:
+                use_float8(model)
+            graphs[write_graph(spec, onnx.opset, weights)] = spec
+    yield graphs
+    shutil.rmtree(place)
+
+
+def input_shapes(spec: GraphSpec) -> Shapes:
+    """Every input's dimensions: a number, or the name of one that varies."""
+    return {
+        name: tuple(spec.dynamic.get(name, {}).get(axis, size) for axis, size in enumerate(tensor.shape))
+        for name, tensor in spec.inputs.items()
+    }
+
+
+def limits_of(spec: GraphSpec, parts: EngineParts, config: PlanConfig) -> Limits:
+    limits = config.limits(parts.config)
+    # sessions are extended one by one
+    return limits | {"batch": (1, 1, config.batch[1])} if spec.name == "extend" else limits
+
+
+@dataclass
+class PlanProgress:
+    """A bar of plans, with the builder's phase beside it."""
+
+    bar: Any
+    task: Any
+    begun: int = 0
+
+    def begin(self, what: str) -> None:
+        self.bar.update(self.task, description=f"building {what}", completed=self.begun)
+        self.begun += 1
+
+    def note(self, phase: str) -> None:
+        self.bar.update(self.task, note=phase)
+
+
+@contextmanager
+def plan_progress(total: int) -> Iterator[PlanProgress]:
+    with progress_bar() as bar:
+        progress = PlanProgress(bar, bar.add_task("building plans", total=total, note=""))
+        yield progress
+        bar.update(progress.task, completed=total, note="")
+
+
+def _read_cache(path: Path | None) -> bytes | None:
+    """None: none is wanted; empty: a new one."""
+    if path is None:
+        return None
+    try:
+        if not path.exists():
+            return b""
+        check(path.is_file() and path.stat().st_size <= MOST_CACHE_BYTES, f"timing cache: {path} is no timing cache")
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path}: can't be read: {error.strerror}; choose another timing cache") from error
+
+
+def _write(path: Path, plan: Any) -> int:
+    """A plan's bytes as the builder holds them, without a second copy in memory; returns how many."""
+    content = memoryview(plan)
+    path.write_bytes(content)
+    return content.nbytes

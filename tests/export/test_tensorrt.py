@@ -1,0 +1,398 @@
+"""TensorRT plans: really built ahead of time for four chips; run on a stand-in that computes where it is told to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_tensorrt import CHIP, FakeBuilder, FakeEngine, fake_runtime, small_parts
+
+from speeder_engine import Engine
+from speeder_engine.artifact import read_artifact
+from speeder_engine.errors import ArtifactError, ConfigError, ExportError, InvalidRequest, MissingDependency
+from speeder_engine.export import tensorrt_package, to_tensorrt
+from speeder_engine.export.plan_config import PLANS, PlanConfig
+from speeder_engine.export.plan_session import PlanSession
+from speeder_engine.export.tensorrt_engine import PlanFiles, TensorRTEngine
+from speeder_engine.export.to_tensorrt import export_tensorrt
+
+RUN = PlanConfig(
+    dtype="float32",
+    chips=(CHIP,),
+    graphs=("score", "recommend", "extend"),
+    batch=(2, 4),
+    excluded=(8, 40),
+    k=(10, 50),
+)
+needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
+
+
+@pytest.fixture(scope="module")
+def engine_dir(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tensorrt") / "engine"
+    small_parts().save(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def thin_dir(tmp_path_factory):
+    """For what is really built: one layer, so that four chips take seconds."""
+    out = tmp_path_factory.mktemp("thin") / "engine"
+    small_parts(num_layers=1).save(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def exported(engine_dir):
+    """An export whose plans run on the stand-in."""
+    out = engine_dir.parent / "exported"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_tensorrt, "PlanBuilder", FakeBuilder)
+        patch.setattr(to_tensorrt, "load_tensorrt", lambda *_: None)
+        export_tensorrt(engine_dir, out, RUN)
+    return out
+
+
+@pytest.fixture
+def engine(engine_dir):
+    return Engine.load(engine_dir, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def plans(exported):
+    return TensorRTEngine(PlanFiles.load(exported), fake_runtime(), CHIP)
+
+
+@needs_rtx
+def test_plans_are_built_for_four_chips_without_any(thin_dir, tmp_path):
+    sizes = export_tensorrt(thin_dir, tmp_path / "plans", PlanConfig(graphs=("recommend", "extend")))
+    chips = (80, 86, 89, 120)
+    assert set(sizes) == {f"sm{chip}/{graph}.plan" for chip in chips for graph in ("recommend", "extend")}
+    manifest = read_artifact(tmp_path / "plans", PLANS).manifest
+    assert manifest["chips"] == list(chips)
+    assert manifest["run"] == "built, not run"
+    assert {name: manifest["files"][name]["size"] for name in sizes} == sizes
+    assert set(manifest["files"]) == {*sizes, "items.parquet"}
+    assert manifest["tools"]["tensorrt-rtx"] and manifest["tools"]["torch"]
+    recommend = manifest["graphs"]["recommend"]
+    assert recommend["inputs"]["history"] == {"dtype": "int64", "shape": ["batch", "history"]}
+    assert recommend["profile"] == {
+        "batch": [1, 8, 64], "history": [1, 12, 12], "excluded": [1, 64, 1024], "k": [1, 10, 100],
+    }  # fmt: skip
+    # one chip's plan is not another's
+    plans = {(tmp_path / "plans" / f"sm{chip}" / "extend.plan").read_bytes()[:4096] for chip in chips}
+    assert len(plans) == len(chips)
+
+
+@needs_rtx
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float8"])
+def test_plans_of_other_types(thin_dir, tmp_path, dtype):
+    config = PlanConfig(dtype=dtype, chips=(89,), graphs=("recommend",))
+    assert export_tensorrt(thin_dir, tmp_path / "plans", config)["sm89/recommend.plan"] > 10_000
+    assert [path.name for path in tmp_path.iterdir()] == ["plans"]
+
+
+HISTORIES = [
+    {"length": 5},
+    {"length": 0},
+    {"length": 31, "k": 7},
+    {"length": 5, "candidates": slice(20, 40)},
+    {"length": 5, "user_id": "ada"},
+    {"length": 7, "user_id": "ada"},
+    {"length": 7, "user_id": "ada", "candidates": slice(4, 9)},
+    {"length": 20, "user_id": "ada"},
+    {"length": 6, "user_id": "ada", "deny": slice(50, 60)},
+    {"length": 0, "user_id": "bob"},
+]
+
+
+def test_answers_as_the_engine_does(plans, engine):
+    ids = engine.catalogue.item_ids
+    for case in HISTORIES:
+        options = {name: list(ids[part]) if isinstance(part, slice) else part for name, part in case.items()}
+        history = list(ids[: options.pop("length")])
+        expected, found = engine.recommend(history, **options), plans.recommend(history, **options)
+        assert found.items == expected.items, case
+        assert found.scores == pytest.approx(expected.scores, abs=1e-4)
+
+
+def test_a_returning_user_costs_new_rows_alone(plans, engine):
+    ids = list(engine.catalogue.item_ids)
+    plans.recommend(ids[:6], user_id="ada")
+    before = plans.rows_computed
+    plans.recommend(ids[:7], user_id="ada")
+    assert plans.rows_computed - before == 1
+    assert plans.close_session("ada") and not plans.close_session("ada")
+
+
+def test_large_batches_are_cut_to_the_profile(plans, engine):
+    ids = list(engine.catalogue.item_ids)
+    from speeder_engine import Request
+
+    requests = [Request(ids[i : i + 3]) for i in range(11)]
+    assert [ranking.items for ranking in plans.recommend_many(requests)] == [
+        ranking.items for ranking in engine.recommend_many(requests)
+    ]
+
+
+def test_changes_at_run_time_reach_the_plan(plans, engine):
+    ids = list(engine.catalogue.item_ids)
+    first = plans.recommend(ids[:3]).items[0]
+    for each in (plans, engine):
+        each.set_available([first], False)
+        each.set_prior({ids[77]: 50.0})
+    assert plans.recommend(ids[:3]).items == engine.recommend(ids[:3]).items
+    assert plans.recommend(ids[:3]).items[0] == ids[77]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 51}, "k: 51 are more than the 50 these plans take; export with --k 10,51"),
+        ({"candidates": slice(0, 101)}, "candidates: 101 are more than the 100"),
+        ({"allow": slice(0, 5)}, "excluded: 117 are more than the 40"),
+        ({"head": "title", "candidates": slice(0, 5)}, "trained without a title head"),
+    ],
+)
+def test_what_no_profile_takes_is_refused(plans, engine, options, message):
+    ids = list(engine.catalogue.item_ids)
+    options = {name: ids[part] if isinstance(part, slice) else part for name, part in options.items()}
+    with pytest.raises(InvalidRequest, match=message):
+        plans.recommend(ids[:2], **options)
+
+
+def test_a_session_checks_every_shape(exported):
+    runtime = fake_runtime()
+    engine = runtime.deserialize(*PlanFiles.load(exported).plan("score", CHIP))
+    session = PlanSession("score", runtime, engine)
+    good = {
+        "history": np.zeros((1, 3), np.int64),
+        "lengths": np.array([3]),
+        "candidates": np.zeros((1, 2), np.int64),
+        "available": np.ones(120, bool),
+        "prior": np.zeros(120, np.float32),
+    }
+    arrays, [kept] = session.run(good, ["scores"], {"retrieve_scores": None})
+    assert arrays["scores"].shape == (1, 2) and session.shape(kept) == (1, 2)
+    for name, value in {
+        "history": np.zeros((1, 13), np.int64),
+        "lengths": np.zeros(5, np.int64),
+        "candidates": np.zeros((1, 0), np.int64),
+        "available": np.ones(119, bool),
+        "prior": np.zeros((120, 1), np.float32),
+    }.items():
+        with pytest.raises(InvalidRequest, match=f"{name}: .* is beyond the profile"):
+            session.run(good | {name: value}, ["scores"])
+    session._context.execute_async_v3 = lambda _: False
+    with pytest.raises(ExportError, match="plan score: failed while it ran: as it was told to"):
+        session.run(good, ["scores"])
+
+
+def test_an_altered_plan_is_not_loaded(exported, tmp_path, monkeypatch):
+    files = PlanFiles.load(exported)
+    path, sha256 = files.plan("score", CHIP)
+    content = path.read_bytes()
+    loaded = []
+    runtime = fake_runtime()
+    monkeypatch.setattr(
+        runtime.runtime, "deserialize_cuda_engine", lambda plan: loaded.append(plan) or FakeEngine(plan)
+    )
+    try:
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(ArtifactError, match=r"score\.plan: has the hash .*: altered"):
+            PlanFiles.load(exported)
+        # altered behind our back, after the directory was verified
+        with pytest.raises(ArtifactError, match=r"score\.plan: is not the plan that the manifest lists"):
+            runtime.deserialize(path, sha256)
+        assert loaded == []
+        (path.parent / "foreign.plan").write_bytes(content)
+        path.write_bytes(content)
+        with pytest.raises(ArtifactError, match=r"foreign\.plan' is not listed"):
+            PlanFiles.load(exported)
+    finally:
+        path.write_bytes(content)
+        (path.parent / "foreign.plan").unlink(missing_ok=True)
+    monkeypatch.setattr(runtime.runtime, "deserialize_cuda_engine", lambda _: None)
+    with pytest.raises(ArtifactError, match="TensorRT can't load it: as it was told to"):
+        runtime.deserialize(path, sha256)
+
+
+def test_a_plan_is_one_chips_and_one_versions(exported, monkeypatch):
+    files = PlanFiles.load(exported)
+    with pytest.raises(ConfigError, match=r"this GPU is an SM 90, .* holds plans for 89; export it again"):
+        files.plan("score", 90)
+    monkeypatch.setattr("speeder_engine.export.tensorrt_engine.installed_version", lambda _: "9.9")
+    with pytest.raises(ArtifactError, match=r"built with tensorrt-rtx .*, here is 9\.9; install that version"):
+        files.check_tool()
+
+
+def test_without_a_driver_it_says_so_and_lives(exported):
+    code = (
+        "import sys\nfrom speeder_engine.errors import ConfigError\n"
+        "from speeder_engine.export.tensorrt_engine import TensorRTEngine\n"
+        "try: TensorRTEngine.load(sys.argv[1])\n"
+        "except ConfigError as error: print(error)\n"
+        "print('tensorrt_rtx' in sys.modules)"
+    )
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(exported)], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    message, imported = done.stdout.splitlines()
+    assert "TensorRTEngine needs an NVIDIA GPU and its driver: " in message
+    assert imported == "False"
+
+
+def test_a_missing_package_names_the_extra(engine_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorrt_package, "find_spec", lambda _: None)
+    for runtime, chips in (("rtx", (80,)), ("tensorrt", ())):
+        with pytest.raises(MissingDependency, match=rf"speeder-engine\[{runtime}\]"):
+            export_tensorrt(engine_dir, tmp_path / "out", PlanConfig(runtime=runtime, chips=chips))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"runtime": "cuda"}, "runtime: 'cuda' is not one of rtx, tensorrt"),
+        ({"dtype": "fp7"}, "dtype: 'fp7' is not one of"),
+        ({"chips": (80, 90)}, r"chips: \[90\] can't be built for ahead; choose of 75, 80"),
+        ({"chips": ()}, "chips: none named"),
+        ({"runtime": "tensorrt"}, "chips: tensorrt builds for the GPU that is there"),
+        ({"dtype": "float8"}, r"chips: \[80, 86\] multiply no float8"),
+        ({"graphs": ("title",)}, "choose of score"),
+        ({"batch": (8,)}, "batch: expected TYPICAL,MOST with 1 <= TYPICAL <= MOST, got 8"),
+        ({"candidates": (0, 5)}, "candidates: expected TYPICAL,MOST"),
+        ({"k": (10, 5000)}, "k: TensorRT finds at most 3840"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        PlanConfig(**settings)
+
+
+def test_tensorrt_builds_for_the_gpu_that_is_there(engine_dir, tmp_path, monkeypatch):
+    """With a stand-in for builder and GPU: folders are named after the chip, the timing cache is read and written."""
+
+    class Builder(FakeBuilder):
+        def build(self, graph, shapes, limits, chip):
+            assert chip is None
+            self.timing_cache += b"measured "
+            return super().build(graph, shapes, limits, chip)
+
+    for name, value in {
+        "find_chip": lambda _: 90,
+        "check_installed": lambda *_: None,
+        "load_tensorrt": lambda *_: None,
+    }.items():
+        monkeypatch.setattr(to_tensorrt, name, value)
+    monkeypatch.setattr(to_tensorrt, "PlanBuilder", Builder)
+    monkeypatch.setattr(to_tensorrt, "version", lambda _: "1.2.3")
+    config = PlanConfig(runtime="tensorrt", chips=(), graphs=("compress",))
+    cache = tmp_path / "timing.cache"
+    for _ in range(2):
+        assert set(export_tensorrt(engine_dir, tmp_path / "out", config, cache)) == {"sm90/compress.plan"}
+    assert cache.read_bytes() == b"measured measured "
+    assert read_artifact(tmp_path / "out", PLANS).manifest["chips"] == [90]
+    with pytest.raises(ConfigError, match="is no timing cache"):
+        export_tensorrt(engine_dir, tmp_path / "out", config, tmp_path / "out")
+
+
+def test_a_profile_beyond_the_model_is_refused(engine_dir, tmp_path):
+    with pytest.raises(ConfigError, match="history: the profile takes 60 rows, the model's window is 12"):
+        export_tensorrt(engine_dir, tmp_path / "out", PlanConfig(history=(20, 60)))
+    with pytest.raises(ConfigError, match="timing cache: tensorrt-rtx measures nothing"):
+        export_tensorrt(engine_dir, tmp_path / "out", PlanConfig(), tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
+
+
+def speeder(*arguments):
+    command = [sys.executable, "-c", "from speeder_engine.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tensorrt", "{engine}", "{tmp}/out", "--chips", "80,x"], "chips: expected whole numbers between commas"),
+        (["tensorrt", "{engine}", "{tmp}/out", "--chips", "90"], "chips: [90] can't be built for ahead"),
+        (["tensorrt", "{engine}", "{tmp}/out", "--dtype", "int2"], "dtype: 'int2' is not one of"),
+        (["tensorrt", "{engine}", "{tmp}/out", "--history", "5,50"], "the model's window is 12"),
+        (["tensorrt", "{tmp}", "{tmp}/out"], "no engine directory"),
+        (["tensorrt", "{engine}", "{tmp}/used", "--graphs", "compress", "--chips", "80"], "used: is not a"),
+        (["triton", "{engine}", "{tmp}/out", "--backend", "onnx"], "backend: 'onnx' is not one of"),
+        (["triton", "{engine}", "{tmp}/out", "--batch", "9,3"], "batch: expected TYPICAL,MOST"),
+        (["triton", "{engine}", "{tmp}/used"], "used: is not a"),
+    ],
+)
+def test_every_failure_is_one_line_and_leaves_nothing(engine_dir, tmp_path, arguments, message):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine.txt").touch()
+    done = speeder("export", *(each.format(engine=engine_dir, tmp=tmp_path) for each in arguments))
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(errors) == 1, done.stderr
+    assert errors[0].startswith("error: ") and message in errors[0], errors[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["used"]
+
+
+def test_a_full_disk_leaves_nothing(thin_dir, tmp_path):
+    """A limit on the size of files stands for it: it is met while a plan or graph is written."""
+    for kind, options in (("tensorrt", ["--graphs", "compress", "--chips", "80"]), ("triton", ["--graphs", "score"])):
+        code = (
+            "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+            "from speeder_engine.cli import main; main()"
+        )
+        command = [sys.executable, "-c", code, "export", kind, str(thin_dir), str(tmp_path / "out"), *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 1
+        assert "File too large" in done.stderr and "choose another disk" in done.stderr, done.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@needs_rtx
+@pytest.mark.parametrize(
+    ("kind", "options", "sign"),
+    [
+        ("tensorrt", ["--graphs", "compress", "--chips", "80,86,89,120"], "sm86/compress.plan"),
+        ("triton", ["--graphs", "recommend,score"], "recommend/1/model.onnx"),
+    ],
+)
+def test_a_killed_export_leaves_nothing_that_loads(thin_dir, tmp_path, kind, options, sign):
+    """kill -9 in the middle: nothing stands in OUT's place, and the next export cleans up behind it."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", "from speeder_engine.cli import main; main()"]
+    process = subprocess.Popen([*command, "export", kind, str(thin_dir), str(out), *options], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob(f".out.*.tmp/{sign}")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    [left] = tmp_path.iterdir()
+    assert not (left / "export.json").exists()
+    with pytest.raises(ArtifactError, match=r"has no export\.json"):
+        read_artifact(left, PLANS)
+    done = speeder("export", kind, thin_dir, out, *options[:1], options[1].split(",")[0], *options[2:])
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert json.loads((out / "export.json").read_text())["format"] == f"speeder-{kind}"
+
+
+@needs_rtx
+def test_the_command_tells_what_it_built(thin_dir, tmp_path):
+    out = tmp_path / "plans"
+    done = speeder("export", "tensorrt", thin_dir, out, "--graphs", "compress", "--chips", "86,120", "--json")
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)["plans"]) == {"sm86/compress.plan", "sm120/compress.plan"}
+    assert Path(out / "sm86" / "compress.plan").is_file()

@@ -1,0 +1,288 @@
+"""Triton repositories: configs against Triton's own schema and against the graphs, answers against the engine."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import onnx
+import pytest
+from fake_tensorrt import FakeBuilder, FakeEngine, small_parts
+from fake_triton import FakeTriton, Refused, Tensor, ids, named, read_config
+from tritonclient.grpc import model_config_pb2 as schema
+
+from speeder_engine import Engine
+from speeder_engine.artifact import read_artifact
+from speeder_engine.errors import ArtifactError, ConfigError
+from speeder_engine.export import triton_server
+from speeder_engine.export.triton_config import SERVED, TRITON, TritonConfig, render
+from speeder_engine.export.triton_server import export_triton
+
+CONFIG = TritonConfig(k=20, candidates=(20, 40), excluded=(16, 64), batch=(2, 4))
+ONNX_TYPES = {
+    onnx.TensorProto.INT64: schema.TYPE_INT64,
+    onnx.TensorProto.FLOAT: schema.TYPE_FP32,
+    onnx.TensorProto.FLOAT16: schema.TYPE_FP16,
+}
+
+
+@pytest.fixture(scope="module")
+def engine_dir(tmp_path_factory):
+    out = tmp_path_factory.mktemp("triton") / "engine"
+    small_parts().save(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def repository(engine_dir):
+    out = engine_dir.parent / "repository"
+    export_triton(engine_dir, out, CONFIG)
+    return out
+
+
+@pytest.fixture(scope="module")
+def engine(engine_dir):
+    return Engine.load(engine_dir, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def server(repository):
+    return FakeTriton(repository)
+
+
+def dims(value):
+    return [entry.dim_value or -1 for entry in value.type.tensor_type.shape.dim]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_configs_say_what_the_graphs_are(repository, name):
+    config = read_config(repository / name / "config.pbtxt")
+    graph = onnx.load(repository / name / "1" / config.default_model_filename, load_external_data=False).graph
+    states = config.sequence_batching.state
+    declared = {each.name: (each.data_type, list(each.dims)) for each in config.input}
+    declared |= {each.input_name: (each.data_type, list(each.dims)) for each in states}
+    found = {each.name: (ONNX_TYPES[each.type.tensor_type.elem_type], dims(each)[1:]) for each in graph.input}
+    assert declared == found
+    # batches are stacked: everything begins with them, under one name
+    assert {each.type.tensor_type.shape.dim[0].dim_param for each in (*graph.input, *graph.output)} == {"batch"}
+    answers = {each.name: (ONNX_TYPES[each.type.tensor_type.elem_type], dims(each)[1:]) for each in graph.output}
+    for each in config.output:
+        assert answers[each.name] == (each.data_type, list(each.dims))
+    for each in states:
+        assert answers[each.output_name] == (each.data_type, list(each.dims))
+        assert -1 not in each.dims
+    assert {each.name for each in config.output} | {each.output_name for each in states} == set(answers)
+
+
+@pytest.mark.parametrize("name", ["recommend", "score"])
+def test_queues_are_bounded_and_reject(repository, name):
+    for model in (name, f"{name}_encode"):
+        batching = read_config(repository / model / "config.pbtxt").dynamic_batching
+        assert batching.max_queue_delay_microseconds == CONFIG.batch_wait_us
+        policy = batching.default_queue_policy
+        assert policy.timeout_action == schema.ModelQueuePolicy.REJECT
+        assert policy.max_queue_size == CONFIG.queue_size
+        assert policy.default_timeout_microseconds == 1000 * CONFIG.queue_ms
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_ensembles_fit_together(repository, name):
+    """Types and dimensions of every tensor on its way; what a step takes was made before; no step lacks an input."""
+    configs = {path.parent.name: read_config(path) for path in repository.glob("*/config.pbtxt")}
+    ensemble = configs[f"{name}_items"]
+    known = {each.name: (each.data_type, list(each.dims)) for each in ensemble.input}
+    for step in ensemble.ensemble_scheduling.step:
+        model = configs[step.model_name]
+        assert model.max_batch_size >= ensemble.max_batch_size
+        assert {each.name for each in model.input} == set(step.input_map)
+        for each in model.input:
+            data_type, shape = known[step.input_map[each.name]]
+            assert data_type == each.data_type
+            assert all(-1 in pair or pair[0] == pair[1] for pair in zip(shape, each.dims, strict=True))
+        made = {each.name: (each.data_type, list(each.dims)) for each in model.output}
+        known |= {value: made[key] for key, value in step.output_map.items()}
+    for each in ensemble.output:
+        assert known[each.name][0] == each.data_type
+
+
+def test_the_step_imports_nothing_else(root):
+    source = (root / "export" / "triton_ids.py").read_text()
+    lines = [line for line in source.splitlines() if line.startswith(("import", "from"))]
+    modules = {line.split()[1].split(".")[0] for line in lines}
+    assert modules == {"json", "pathlib", "typing", "numpy", "triton_python_backend_utils"}
+
+
+def test_the_manifest_is_last_and_whole(repository, engine_dir):
+    manifest = read_artifact(repository, TRITON).manifest
+    assert manifest["engine_revision"] == json.loads((engine_dir / "engine.json").read_text())["revision"]
+    assert set(manifest["models"]) == {path.parent.name for path in repository.glob("*/config.pbtxt")}
+    assert manifest["tools"]["onnx"]
+    assert manifest["run"] == "built, not run"
+    copy = repository / "score" / "1" / "model.onnx"
+    content = copy.read_bytes()
+    copy.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ArtifactError, match="altered"):
+        read_artifact(repository, TRITON)
+    copy.write_bytes(content)
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 12, 13, 31])
+def test_recommend_answers_as_the_engine(server, engine, length):
+    items = list(engine.catalogue.item_ids)
+    history, deny = items[40 : 40 + length], items[3:5]
+    answer = server.infer("recommend_items", history=ids(history), excluded=ids(deny))
+    expected = engine.recommend(history, k=20, deny=deny)
+    found, scores = named(answer["item_ids"], answer["item_scores"])
+    assert found == list(expected.items)
+    assert scores == pytest.approx(expected.scores, abs=1e-4)
+
+
+def test_score_answers_as_the_engine(server, engine):
+    items = list(engine.catalogue.item_ids)
+    history, candidates = items[10:25], items[20:35]
+    answer = server.infer("score_items", history=ids(history), candidates=ids(candidates))
+    expected = engine.recommend(history, k=15, candidates=candidates)
+    found, scores = named(answer["item_ids"], answer["item_scores"])
+    assert found == list(expected.items)
+    assert scores == pytest.approx(expected.scores, abs=1e-4)
+
+
+def test_requests_share_a_batch_and_a_request_may_be_one(server, engine):
+    items = list(engine.catalogue.item_ids)
+    histories = [items[:3], items[5:12], items[20:21], items[30:60]]
+    apart = server.infer_many("recommend_items", [{"history": ids(h), "excluded": ids([])} for h in histories])
+    together = server.infer("recommend_items", history=ids(*histories), excluded=ids([], [], [], []))
+    for place, history in enumerate(histories):
+        expected = list(engine.recommend(history, k=20).items)
+        assert named(apart[place]["item_ids"], apart[place]["item_scores"])[0] == expected
+        row = slice(place, place + 1)
+        assert named(together["item_ids"][row], together["item_scores"][row])[0] == expected
+
+
+def test_sessions_answer_as_the_engine(server, engine):
+    """Two users by turns and in one batch, their state as long as it is."""
+    items = list(engine.catalogue.item_ids)
+    steps = {"ada": [items[:5], items[5:6], items[6:9]], "bob☕": [[], items[70:72], items[72:73]]}
+    for turn in range(3):
+        requests = [
+            {
+                "sequence": user,
+                "start": turn == 0,
+                "history": ids(parts[turn]),
+                "candidates": ids(items[100:110]),
+                "excluded": ids(items[90:92]),
+            }
+            for user, parts in steps.items()
+        ]
+        answers = server.infer_many("session_items", requests)
+        for (user, parts), answer in zip(steps.items(), answers, strict=True):
+            history = [item_id for part in parts[: turn + 1] for item_id in part]
+            expected = engine.recommend(history, k=20, deny=items[90:92])
+            found, scores = named(answer["item_ids"], answer["item_scores"])
+            assert found == list(expected.items), user
+            assert scores == pytest.approx(expected.scores, abs=1e-4)
+            ranked = engine.recommend(history, k=10, candidates=items[100:110])
+            assert named(answer["candidate_ids"], answer["candidate_id_scores"])[0] == list(ranked.items)
+
+
+def session(server, history, **controls):
+    return server.infer("session_items", history=ids(history), candidates=ids([]), excluded=ids([]), **controls)
+
+
+def test_a_session_is_refused_where_it_would_be_wrong(server, engine):
+    items = list(engine.catalogue.item_ids)
+    with pytest.raises(Refused, match="START flag"):
+        session(server, items[:2], sequence="eve")
+    session(server, items[:10], sequence="eve", start=True)
+    with pytest.raises(Refused, match="nothing new in the history"):
+        session(server, [], sequence="eve")
+    with pytest.raises(Refused, match="14 items are more than the window of 12; start the sequence again"):
+        session(server, items[10:14], sequence="eve")
+    with pytest.raises(Refused, match="start a sequence with the last 11"):
+        session(server, items[:15], sequence="eve", start=True)
+    # as the engine cuts a history of 15
+    answer = session(server, items[4:15], sequence="eve", start=True)
+    expected = engine.recommend(items[:15], k=20, deny=items[:4])
+    found = named(answer["item_ids"], answer["item_scores"])[0]
+    assert [item_id for item_id in found if item_id not in items[:4]][:15] == list(expected.items)[:15]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"history": ids(["nope", "gone"])}, "history: unknown item 'nope', 'gone'"),
+        ({"excluded": ids([f"x{i}" for i in range(9)])}, r"excluded: unknown item 'x0', .* \(and 4 more\)"),
+        ({"history": ids([f"{i:07d}" for i in range(70)])}, "excluded: 70 items are more than the 64"),
+    ],
+)
+def test_bad_requests_are_refused(server, inputs, message):
+    with pytest.raises(Refused, match=message):
+        server.infer("recommend_items", **{"history": ids([]), "excluded": ids([]), **inputs})
+
+
+def test_one_bad_request_is_no_others(server, engine):
+    items = list(engine.catalogue.item_ids)
+    model = server.models["recommend_encode"]
+    given = [
+        {"history": Tensor("history", ids([name])), "excluded": Tensor("excluded", ids([]))} for name in ("?", items[0])
+    ]
+    bad, good = model.execute(given)
+    assert bad.error.message.startswith("history: unknown item '?'")
+    assert good.error is None
+
+
+def test_text_is_escaped():
+    text = render({"name": 'a "b"\n☕', "dims": [1, -1], "flag": True, "step": [{"x": 1}, {"x": 2}]})
+    assert text.splitlines()[0] == 'name: "a \\"b\\"\\n\\u2615"'
+    assert "dims: [ 1, -1 ]" in text and "flag: true" in text and text.count("step {") == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backend": "tensorflow"}, "backend: 'tensorflow' is not one of onnxruntime, tensorrt"),
+        ({"dtype": "int3"}, "dtype: 'int3' is not one of"),
+        ({"dtype": "bfloat16"}, "knows no bfloat16"),
+        ({"dtype": "float8"}, "knows no float8"),
+        ({"graphs": ("extend",)}, "choose of recommend, score, session"),
+        ({"batch": (8, 4)}, "batch: expected TYPICAL,MOST"),
+        ({"k": 4000, "backend": "tensorrt"}, "k: TensorRT finds at most 3840"),
+        ({"k": 0}, "k: must be positive"),
+        ({"queue_size": 0}, "queue_size: must be positive"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        TritonConfig(**settings)
+
+
+def test_a_repository_of_plans(engine_dir, tmp_path, monkeypatch):
+    """Built by a stand-in: plans of tensorrt in the place of graphs, with the profile of the config."""
+    for name in ("find_chip", "check_installed", "load_tensorrt"):
+        monkeypatch.setattr(triton_server, name, lambda *_: SimpleNamespace())
+    monkeypatch.setattr(triton_server, "PlanBuilder", FakeBuilder)
+    monkeypatch.setattr(triton_server, "version", lambda _: "1.2.3")
+    settings = TritonConfig("tensorrt", "float32", ("score",), batch=(2, 4), candidates=(20, 40), excluded=(16, 64))
+    export_triton(engine_dir, tmp_path / "out", settings)
+    config = read_config(tmp_path / "out" / "score" / "config.pbtxt")
+    assert config.backend == "tensorrt" and config.default_model_filename == "model.plan"
+    assert [path.name for path in (tmp_path / "out" / "score" / "1").iterdir()] == ["model.plan"]
+    engine = FakeEngine((tmp_path / "out" / "score" / "1" / "model.plan").read_bytes())
+    assert engine.profile["candidates"] == [[1, 1], [2, 20], [4, 40]]
+    assert engine.profile["history"] == [[1, 1], [2, 12], [4, 12]]
+    assert {each.name for each in config.input} == set(engine.inputs)
+    assert read_artifact(tmp_path / "out", TRITON).manifest["tools"]["tensorrt"] == "1.2.3"
+
+
+def test_plans_need_a_gpu_and_the_package(engine_dir, tmp_path):
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from speeder_engine.errors import SpeederError\n"
+        "from speeder_engine.export.triton_server import export_triton, TritonConfig\n"
+        "try: export_triton(Path(sys.argv[1]), Path(sys.argv[2]), TritonConfig(backend='tensorrt'))\n"
+        "except SpeederError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", code, str(engine_dir), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert "speeder-engine[tensorrt]" in done.stdout or "needs an NVIDIA GPU" in done.stdout, done.stderr
+    assert list(tmp_path.iterdir()) == []
