@@ -13,7 +13,7 @@ LAYOUT := build/layout/speeder_engine
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint types kernels sanitize clean
+.PHONY: help setup demo test lint types kernels gpu sanitize clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ types: setup  ## mypy, strict on the package
 
 kernels: setup  ## compile every Triton kernel for every GPU, with none here: registers, spills, shared memory
 	$(BIN)/python bench/compile_kernels.py
+
+# nothing of .venv: the machine's own Python, with CUDA's torch in it
+gpu:  ## build, test and measure on a machine with CUDA, with its own python3 and no network (OUT=folder)
+	@$(PYTHON) bench/make_gpu.py $(if $(OUT),--out "$(OUT)")
 
 SANITIZE = $(CXX) -std=c++20 -g -O1 -Icsrc tests/native/stress.cpp csrc/[bs]*_*.cpp
 TIMES_TEN := $(if $(FULL),0)

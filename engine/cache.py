@@ -27,7 +27,7 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What one step reads and writes. The arrays are copies: they outlive the next plan."""
+    """What one step reads and writes. The arrays are the planner's own: they hold until the next plan."""
 
     step: int
     cached_len: Ints  # [B] history positions that need no row
@@ -124,7 +124,10 @@ class KVCache:
         wanted = "kv_budget, max_batch_users: keys and values"
         self.keys = _zeros(wanted, decoder.num_layers, size.num_blocks, *shape, device=device, dtype=dtype)
         self.values = _zeros(wanted, *self.keys.shape, device=device, dtype=dtype)
-        self.last_hidden = torch.zeros(size.num_slots, decoder.hidden_size, device=device, dtype=dtype)
+        # behind the sessions' slots: the instruction's own, which is that of an empty history, and one for what nobody
+        # keeps
+        self.instruction_slot, self.scratch_slot = size.num_slots, size.num_slots + 1
+        self.last_hidden = torch.zeros(size.num_slots + 2, decoder.hidden_size, device=device, dtype=dtype)
         # block-major: one block is one contiguous copy
         pinned = device.type == "cuda" and size.host > 0
         self.host = _zeros("host_budget: it", size.host, 2, decoder.num_layers, *shape, dtype=dtype, pin_memory=pinned)
@@ -152,7 +155,7 @@ class KVCache:
         """
         self._end_interrupted()
         buffers, size = self._buffers, len(users)
-        lengths = buffers.fill(keys)
+        buffers.fill(keys)
         try:
             step, num_new_rows, num_copies, num_restores = self.manager.plan(
                 list(users),
@@ -167,16 +170,17 @@ class KVCache:
             )
         except _C.CacheExhausted as error:
             raise CacheExhausted(f"kv_budget: {error}; raise it, or send fewer users at once") from None
-        cached_len = buffers.cached_len[:size].copy()
+        tables, extend_len = buffers.block_tables[:size], buffers.extend_len[:size]
+        np.subtract(np.diff(buffers.offsets[: size + 1]), buffers.cached_len[:size], out=extend_len)
         return CachePlan(
             step=step,
-            cached_len=cached_len,
-            extend_len=np.array(lengths, dtype=np.int32) - cached_len,
-            session_slots=buffers.session_slots[:size].copy(),
-            block_tables=np.maximum(buffers.block_tables[:size], 0),
-            slot_mapping=buffers.slot_mapping[:num_new_rows].copy(),
-            copies=buffers.copies[:num_copies].copy(),
-            restores=buffers.restores[:num_restores].copy(),
+            cached_len=buffers.cached_len[:size],
+            extend_len=extend_len,
+            session_slots=buffers.session_slots[:size],
+            block_tables=np.maximum(tables, 0, out=tables),
+            slot_mapping=buffers.slot_mapping[:num_new_rows],
+            copies=buffers.copies[:num_copies],
+            restores=buffers.restores[:num_restores],
         )
 
     def cached_len(self, users: Sequence[str | None], keys: Sequence[Ints]) -> list[int]:
@@ -212,12 +216,9 @@ class KVCache:
         self.keys[layer].flatten(0, 1)[slots] = keys.to(self.keys.dtype)
         self.values[layer].flatten(0, 1)[slots] = values.to(self.values.dtype)
 
-    def keep_last_hidden(self, plan: CachePlan, last_hidden: Tensor) -> None:
-        """Keeps h(last) [B, d] with the sessions that were extended: the same history again costs no row."""
-        kept = np.flatnonzero((plan.session_slots >= 0) & (plan.extend_len > 0))
-        if len(kept):
-            slots = torch.from_numpy(plan.session_slots[kept].astype(np.int64)).to(last_hidden.device)
-            self.last_hidden[slots] = last_hidden[torch.from_numpy(kept).to(last_hidden.device)]
+    def keep_instruction(self, last_hidden: Tensor) -> None:
+        """h(last) [1, d] of an empty history."""
+        self.last_hidden[self.instruction_slot] = last_hidden[0]
 
     def commit(self, plan: CachePlan) -> None:
         """Sessions take the step over; what is over budget then goes to the host tier or is forgotten."""
@@ -277,6 +278,7 @@ class _PlanBuffers:
         self.offsets = np.zeros(max_users + 1, np.int32)
         self.keys = np.zeros((max_users * window, KEY_WIDTH), np.int32)
         self.cached_len = np.zeros(max_users, np.int32)
+        self.extend_len = np.zeros(max_users, np.int32)
         self.session_slots = np.zeros(max_users, np.int32)
         self.block_tables = np.zeros((max_users, blocks), np.int32)
         self.slot_mapping = np.zeros(max_users * window, np.int32)
@@ -285,10 +287,9 @@ class _PlanBuffers:
         # a step brings at most its own blocks over budget: as many may have to leave
         self.offloads = np.zeros((2 * max_users * blocks, 2), np.int32)
 
-    def fill(self, keys: Sequence[Ints]) -> list[int]:
-        """Lays the windows' keys one behind the other; returns their lengths."""
+    def fill(self, keys: Sequence[Ints]) -> None:
+        """Lays the windows' keys one behind the other."""
         lengths = [len(each) for each in keys]
         self.offsets[: len(keys) + 1] = [0, *accumulate(lengths)]
         if any(lengths):
             np.concatenate(keys, out=self.keys[: sum(lengths)])
-        return lengths

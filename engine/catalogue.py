@@ -159,7 +159,7 @@ class Catalogue:
 
     def ids(self, rows: Iterable[int]) -> tuple[str, ...]:
         """Item ids of these rows, in order."""
-        return tuple(self._ids[row] for row in rows)
+        return tuple(map(self._ids.__getitem__, rows))
 
     def rows(self, item_ids: Iterable[str], where: str) -> Rows:
         """Rows of these ids, in order, removed items included. Raises UnknownItem with all that are unknown; `where`

@@ -204,6 +204,11 @@ def parse_bytes(size: str | int, where: str = "kv_budget") -> int:
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 
+ROW_TILE = 16  # rows of a pass are padded to it
+# steps of 16 where a pass is bound by launches and weights, then by a third or a half: at most a third is padding
+ROW_BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+
+
 @dataclass(frozen=True)
 class EngineConfig(Config):
     """How an engine runs: where, in which precision, and how much it may hold and compute at once."""
@@ -220,6 +225,9 @@ class EngineConfig(Config):
     catalogue_capacity: int | None = None  # items that fit; none: a quarter more than there are, at least 1,024
     max_waiting: int = 1024  # submitted requests that may wait; one more is refused
     batch_wait_ms: float = 0.0  # how long a submitted request waits for company while the engine is idle
+    graphs: str = "auto"  # CUDA graphs: "auto" captures on a GPU, "on" runs their buckets on a CPU too, "off" never
+    row_buckets: tuple[int, ...] = ROW_BUCKETS  # passes that are captured, by rows; larger ones run without a graph
+    freeze_gc: bool = True  # what stands after the warm-up is never again searched for garbage, in the whole process
     debug: bool = False  # freed blocks are filled with junk, the cache's books checked after every step
 
     def __post_init__(self) -> None:
@@ -233,6 +241,13 @@ class EngineConfig(Config):
             value = getattr(self, name)
             whole = isinstance(value, int) and 0 < value <= MOST_INT32
             check(whole, f"EngineConfig.{name} must be a whole number within 1..{MOST_INT32}, is {value!r}")
+        check(
+            self.graphs in ("auto", "on", "off"), f"EngineConfig.graphs: {self.graphs!r}; choose 'auto', 'on' or 'off'"
+        )
+        tiles = all(size > 0 and size % ROW_TILE == 0 for size in self.row_buckets)
+        rising = list(self.row_buckets) == sorted(set(self.row_buckets)) and len(self.row_buckets) > 0
+        wanted = f"rising multiples of {ROW_TILE}, at least one"
+        check(tiles and rising, f"EngineConfig.row_buckets must be {wanted}, are {list(self.row_buckets)}")
         check(self.batch_wait_ms >= 0, f"EngineConfig.batch_wait_ms can't be negative, is {self.batch_wait_ms}")
 
     def capacity_for(self, num_items: int) -> int:

@@ -1,6 +1,7 @@
 """Engine: what users hold: one serving at work, the queue before it, histories of sessions, changes between steps."""
 
 import asyncio
+import gc
 import math
 import threading
 import weakref
@@ -50,6 +51,7 @@ class Engine:
         self.device = pick_device(self.config.device)
         self._dtype = pick_dtype(self.config.dtype, self.device)
         self._serving: Serving | None = Serving(parts, self.config, self.device, self._dtype)
+        self._is_warm = False
         self._sessions: dict[str, Session] = {}
         self._scheduler = Scheduler(self.config)
         self._worker = Worker(self._scheduler, _serving_of(weakref.ref(self)))
@@ -75,7 +77,26 @@ class Engine:
             if settings.get(name) is not None
         }
         config = EngineConfig.from_json(settings | sizes)
-        return cls(EngineParts.load(_path(path, "Engine.load")), config)
+        engine = cls(EngineParts.load(_path(path, "Engine.load")), config)
+        if engine.device.type == "cuda":
+            engine.warm_up()
+        return engine
+
+    def warm_up(self) -> None:
+        """Captures the CUDA graphs, compiles what is compiled when first used and, unless `freeze_gc` is off, takes all
+        that stands by now out of the garbage collector's sight, whose pauses would be a step's. `load` does it on a
+        GPU, `reload` wherever it has been done. A second time is harmless."""
+        serving = self._now()
+        with serving.lock:
+            serving.warm_up()
+        self._is_warm = True
+        self._freeze()
+
+    def _freeze(self) -> None:
+        if self.config.freeze_gc:
+            gc.unfreeze()  # what has become garbage since the last time is found once more
+            gc.collect()
+            gc.freeze()
 
     def __enter__(self) -> "Engine":
         self._now()
@@ -325,8 +346,13 @@ class Engine:
         with self._changing:
             self._now()
             parts = EngineParts.load(_path(path, "reload"))
-            self._serving = Serving(parts, self.config, self.device, self._dtype)
-            return parts.revision
+            serving = Serving(parts, self.config, self.device, self._dtype)
+            if self._is_warm:
+                serving.warm_up()
+            self._serving = serving
+        if self._is_warm:
+            self._freeze()
+        return parts.revision
 
     def stats(self) -> EngineStats:
         return self._now().stats(num_waiting=len(self._scheduler))

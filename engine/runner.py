@@ -20,19 +20,35 @@ class ModelRunner:
         self.model = model
         self.cache = cache
         self.rows_computed = 0
-        self.instruction_hidden = self._run_instruction()
+        prompt = model.config.prompt
+        device = model.instruction.device
+        # of every position that rows of items can have: the window's, and one behind it for candidates
+        longest = len(prompt.instruction_ids) + prompt.window + 1
+        self.cos, self.sin = model.decoder.rotary(torch.arange(longest, device=device))
+        cache.keep_instruction(self._run_instruction())
 
-    @torch.inference_mode()
     def forward(self, batch: Batch, item_tokens: Tensor) -> Tensor:
         """Final hidden states [R, d] of the batch's read rows, gathered from item_tokens [I, d]."""
-        if batch.num_rows == 0:
-            return self.instruction_hidden[:0]
         self.rows_computed += batch.num_rows
+        return self.hidden_states(batch, item_tokens)
+
+    @torch.inference_mode()
+    def hidden_states(self, batch: Batch, item_tokens: Tensor) -> Tensor:
+        """The same, not counted. On a GPU it waits for nothing and reads nothing on the host, so that it can be
+        captured, unless the batch has text."""
+        if batch.num_rows == 0:
+            return item_tokens[:0]
         embedded, normed = item_embed(self.model.embed_tables(item_tokens), _embed_rows(batch))
         positions = pad_to_tile(batch.positions)
-        attend = PagedAttend(self.cache, batch, *self.model.decoder.rotary(positions))
+        attend = PagedAttend(self.cache, batch, *self._rotary(batch, positions))
         hidden: Tensor = self.model.decoder(embedded, positions, attend, pad_to_tile(batch.read_rows), normed)
         return hidden[: batch.read_rows.shape[0]]
+
+    def _rotary(self, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
+        if batch.text is not None:
+            cos, sin = self.model.decoder.rotary(positions)
+            return cos, sin
+        return self.cos[positions], self.sin[positions]
 
     def _run_instruction(self) -> Tensor:
         """Fills the shared blocks; returns the instruction's last hidden state [1, d]: an empty history's h(last)."""
@@ -70,7 +86,8 @@ class PagedAttend:
         )  # fmt: skip
         attention, real = self._rows(rows, batch.num_item_rows)
         own_k, own_v = (k, v) if rows is None else (k[rows], v[rows])
-        out = torch.zeros_like(q)
+        # rows that attend to nothing are padding
+        out = torch.empty_like(q) if real == q.shape[0] else torch.zeros_like(q)
         compressed_attention(q[:real], own_k[:real], own_v[:real], keys, values, attention, out=out[:real])
         if batch.text is not None:
             text = slice(batch.num_item_rows, batch.num_rows)
@@ -83,8 +100,7 @@ class PagedAttend:
         """The rows that attend, padding left out."""
         if rows is None:
             return self.batch.attention, num_rows
-        real = self.batch.num_item_reads
-        return self.batch.attention.select(rows[:real]), real
+        return self.batch.read_attention, self.batch.num_item_reads
 
 
 class _StoringAttend(CausalAttend):

@@ -1,44 +1,33 @@
 """The heads at inference: hidden states -> scored rows. Knows no cache and no users."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from speeder_engine.batch import pad_to_tile
+from speeder_engine.batch import Reads, pad_to_tile
 from speeder_engine.catalogue import Catalogue
+from speeder_engine.models.heads import RankHead, RetrieveHead
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.query import Query, Rows
 from speeder_engine.title_scorer import title_scores
-from speeder_engine.triton_kernels.top_scores import Answerable, stable_top, top_scores
+from speeder_engine.transfer import Transfer
+from speeder_engine.triton_kernels.top_scores import Answerable, RowLists, stable_top, top_scores
 
 Scored = tuple[Rows, list[float]]  # rows, best first, and their scores
+Floats = NDArray[np.float32]
 
 
 class HeadScorer:
     """Scores queries with the model's heads over one catalogue."""
 
-    def __init__(self, model: ServingModel, catalogue: Catalogue) -> None:
+    def __init__(self, model: ServingModel, catalogue: Catalogue, transfer: Transfer) -> None:
         self.model = model
         self.catalogue = catalogue
-
-    @torch.inference_mode()
-    def score(self, queries: Sequence[Query], last_hidden: Tensor, candidate_hidden: Sequence[Tensor]) -> list[Scored]:
-        """last_hidden [B, d] is h(last) of every query; candidate_hidden[b] what its head reads besides: [C, d] of the
-        candidates where they are ranked, [R, d] of the trie's rows from `first_read` on where titles are scored."""
-        vectors = self.user_vectors(last_hidden)
-        searches = [b for b, query in enumerate(queries) if query.candidates is None]
-        found = dict(zip(searches, self._search([queries[b] for b in searches], vectors[searches]), strict=True))
-        titled = [b for b, query in enumerate(queries) if query.trie is not None]
-        tries = [query.trie for query in queries if query.trie is not None]
-        likelihoods = title_scores(self.model, tries, [candidate_hidden[b] for b in titled])
-        found |= {b: self._titles(queries[b], scores) for b, scores in zip(titled, likelihoods, strict=True)}
-        return [
-            found[b] if b in found else self._candidates(query, vectors[b], candidate_hidden[b])
-            for b, query in enumerate(queries)
-        ]
+        self.transfer = transfer
 
     @torch.inference_mode()
     def user_vectors(self, last_hidden: Tensor) -> Tensor:
@@ -47,61 +36,151 @@ class HeadScorer:
         return vectors[: last_hidden.shape[0]]
 
     @torch.inference_mode()
+    def rank_scores(self, hidden: Tensor, vectors: Tensor, reads: Reads) -> Tensor | None:
+        """fp32 [R]: hidden [R, d] of the rows read as candidates of the rank head, -inf where unavailable; None
+        without such a head."""
+        if not self.model.config.heads.rank:
+            return None
+        retrieved = self._products(vectors, reads.sequence, reads.items)
+        return self._weighed(self.model.rank(hidden, retrieved), reads.items, self.model.rank)
+
+    @torch.inference_mode()
+    def score(
+        self,
+        queries: Sequence[Query],
+        vectors: Tensor,
+        rank_scores: Tensor | None,
+        candidate_reads: Sequence[slice],
+        title_hidden: Sequence[Tensor],
+    ) -> list[Scored]:
+        """vectors [B, d] of the queries; rank_scores [R] of the rows read, of which `candidate_reads[b]` are query b's
+        ranked candidates; title_hidden [R, d] of each trie's rows from `first_read` on.
+
+        Everything is launched, then fetched at once, then cut into answers.
+        """
+        searches = [b for b, query in enumerate(queries) if query.candidates is None]
+        retrieved = [b for b, query in enumerate(queries) if query.head == "retrieve" and query.candidates is not None]
+        titled = [b for b, query in enumerate(queries) if query.trie is not None]
+        ranked = [b for b, query in enumerate(queries) if query.num_ranked]
+        launched = (
+            *self._search([queries[b] for b in searches], searches, vectors),
+            self._retrieve([queries[b] for b in retrieved], retrieved, vectors),
+            self._titles([queries[b] for b in titled], title_hidden),
+            rank_scores if rank_scores is not None and ranked else _nothing(vectors),
+        )
+        top, rows, by_retrieve, by_title, by_rank = self.transfer.fetch(launched)
+        found = {b: _cut(queries[b], top[i], rows[i]) for i, b in enumerate(searches)}
+        for members, scores in ((retrieved, by_retrieve), (titled, by_title)):
+            found |= {b: _best(queries[b], part) for b, part in _parts(queries, members, scores)}
+        found |= {b: _best(queries[b], by_rank[candidate_reads[b]]) for b in ranked}
+        return [found[b] for b in range(len(queries))]
+
+    @torch.inference_mode()
     def similar(self, query: Query) -> Scored:
         """The items nearest by cosine to the one item of the query's history."""
         tokens = F.normalize(self.catalogue.tokens.float(), dim=1)
-        scores = self._answerable([query]).hide((tokens @ tokens[int(query.window[0])])[None])
+        answerable = Answerable.build(self.catalogue.available, [query.excluded], [query.allowed])
+        scores = answerable.hide((tokens @ tokens[int(query.window[0])])[None])
         values, rows = stable_top(scores, min(query.request.k, scores.shape[1]))
-        return self._cut(query, values[0], rows[0])
+        return _cut(query, values[0].cpu().numpy(), rows[0].cpu().numpy())
 
-    def _search(self, queries: Sequence[Query], vectors: Tensor) -> list[Scored]:
-        """The best of the whole catalogue."""
+    def may_answer(self, query: Query, rows: Rows) -> NDArray[np.bool_]:
+        """bool [n]: which of these rows of the catalogue."""
+        available = self.catalogue.available
+        there: NDArray[np.bool_] = available[torch.from_numpy(rows.astype(np.int64)).to(available.device)].cpu().numpy()
+        return there & _is_named(query, rows)
+
+    def _search(self, queries: Sequence[Query], members: Sequence[int], vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """The best of the whole catalogue: scores and rows [S, k]."""
         if not queries:
-            return []
+            return _nothing(vectors), _nothing(vectors)
+        answerable = self._answerable(queries)
+        # most often everybody searches
+        chosen = None if members == range(len(members)) else self.transfer.put(np.array(members))
+        self.transfer.send()
+        vectors = vectors[: len(members)] if chosen is None else vectors[chosen]
         prior = self.model.retrieve.beta * self.catalogue.prior
         deepest = max(query.request.k for query in queries)
-        scores, rows = top_scores(vectors, self.catalogue.tokens, prior, self._answerable(queries), deepest)
-        return [self._cut(query, scores[b], rows[b]) for b, query in enumerate(queries)]
+        return top_scores(vectors, self.catalogue.tokens, prior, answerable, deepest)
 
     def _answerable(self, queries: Sequence[Query]) -> Answerable:
-        """Of the whole catalogue."""
-        excluded, allowed = [query.excluded for query in queries], [query.allowed for query in queries]
-        return Answerable.build(self.catalogue.available, excluded, allowed)
+        """Of the whole catalogue; on the device once it is sent."""
+        excluded = self._lists([query.excluded for query in queries])
+        limited = np.array([query.allowed is not None for query in queries])
+        if not limited.any():
+            return Answerable(self.catalogue.available, excluded)
+        allowed = self._lists([query.excluded[:0] if query.allowed is None else query.allowed for query in queries])
+        return Answerable(self.catalogue.available, excluded, allowed, self.transfer.put(limited))
 
-    def may_answer(self, query: Query, rows: Rows) -> Tensor:
-        """bool [n]: which of these rows of the catalogue."""
-        named = ~np.isin(rows, query.excluded)
-        if query.allowed is not None:
-            named &= np.isin(rows, query.allowed)
-        available = self.catalogue.available
-        return torch.from_numpy(named).to(available.device) & available[_indices(rows, available.device)]
+    def _lists(self, lists: Sequence[Rows]) -> RowLists:
+        starts = np.zeros(len(lists) + 1, np.int32)
+        np.cumsum([len(each) for each in lists], out=starts[1:])
+        return RowLists(self.transfer.put_int32(np.concatenate(lists)), self.transfer.put_int32(starts))
 
-    def _candidates(self, query: Query, vector: Tensor, hidden: Tensor) -> Scored:
-        """The named candidates, by the query's head."""
-        assert query.candidates is not None
-        rows = _indices(query.candidates, vector.device)
+    def _retrieve(self, queries: Sequence[Query], members: Sequence[int], vectors: Tensor) -> Tensor:
+        """fp32 [C] of all named candidates, by the retrieve head."""
+        if not queries:
+            return _nothing(vectors)
+        named = [query.candidates for query in queries if query.candidates is not None]
+        rows = self.transfer.put(np.concatenate(named))
+        users = self.transfer.put(np.repeat(members, [len(each) for each in named]))
+        self.transfer.send()
+        return self._weighed(self._products(vectors, users, rows), rows, self.model.retrieve)
+
+    def _titles(self, queries: Sequence[Query], hidden: Sequence[Tensor]) -> Tensor:
+        """fp32 [C] of all named candidates, by their titles' likelihood: no prior, which is learned with the other
+        heads."""
+        if not queries:
+            return _nothing(self.catalogue.tokens)
+        named = [query.candidates for query in queries if query.candidates is not None]
+        rows = self.transfer.put(np.concatenate(named))
+        self.transfer.send()
+        scores = torch.cat(title_scores(self.model, [q.trie for q in queries if q.trie is not None], hidden))
+        return scores.masked_fill(~self.catalogue.available[rows], float("-inf"))
+
+    def _products(self, vectors: Tensor, users: Tensor, rows: Tensor) -> Tensor:
         # summed per candidate: its score must not depend on which others were named
-        retrieved = (vector * self.catalogue.tokens[rows]).sum(dim=-1)
-        head = self.model.rank if query.head == "rank" else self.model.retrieve
-        scores = self.model.rank(hidden, retrieved) if query.head == "rank" else retrieved
-        return self._best(query, rows, scores.float() + head.beta.float() * self.catalogue.prior[rows].float())
+        return (vectors[users] * self.catalogue.tokens[rows]).sum(dim=-1)
 
-    def _titles(self, query: Query, scores: Tensor) -> Scored:
-        """The named candidates by their titles' likelihood: no prior, which is learned with the other heads."""
-        assert query.candidates is not None
-        return self._best(query, _indices(query.candidates, scores.device), scores)
-
-    def _best(self, query: Query, rows: Tensor, scores: Tensor) -> Scored:
-        assert query.candidates is not None
-        scores = scores.masked_fill(~self.may_answer(query, query.candidates), float("-inf"))
-        values, order = stable_top(scores[None], len(rows))
-        return self._cut(query, values[0], rows[order[0]])
-
-    @staticmethod
-    def _cut(query: Query, scores: Tensor, rows: Tensor) -> Scored:
-        kept = min(query.request.k, int((scores > float("-inf")).sum()))
-        return rows[:kept].cpu().numpy().astype(np.int32), scores[:kept].tolist()
+    def _weighed(self, scores: Tensor, rows: Tensor, head: RankHead | RetrieveHead) -> Tensor:
+        """With the prior; -inf for what is unavailable."""
+        scores = scores.float() + head.beta.float() * self.catalogue.prior[rows].float()
+        return scores.masked_fill(~self.catalogue.available[rows], float("-inf"))
 
 
-def _indices(rows: Rows, device: torch.device) -> Tensor:
-    return torch.from_numpy(rows.astype(np.int64)).to(device)
+def _nothing(like: Tensor) -> Tensor:
+    return like.new_zeros(0, dtype=torch.float32)
+
+
+def _parts(queries: Sequence[Query], members: Sequence[int], scores: Floats) -> Iterator[tuple[int, Floats]]:
+    """The scores of each member's candidates, which stand one behind the other."""
+    start = 0
+    for b in members:
+        candidates = queries[b].candidates
+        assert candidates is not None
+        yield b, scores[start : start + len(candidates)]
+        start += len(candidates)
+
+
+def _is_named(query: Query, rows: Rows) -> NDArray[np.bool_]:
+    """Whether the request itself lets these rows be answered."""
+    named = np.ones(len(rows), np.bool_)
+    if len(query.excluded):
+        named &= ~np.isin(rows, query.excluded)
+    if query.allowed is not None:
+        named &= np.isin(rows, query.allowed)
+    return named
+
+
+def _best(query: Query, scores: Floats) -> Scored:
+    """The named candidates in order, equal scores by row."""
+    assert query.candidates is not None
+    if len(query.excluded) or query.allowed is not None:
+        scores = np.where(_is_named(query, query.candidates), scores, np.float32("-inf"))
+    order = np.argsort(-scores, kind="stable")
+    return _cut(query, scores[order], query.candidates[order])
+
+
+def _cut(query: Query, scores: Floats, rows: NDArray[np.int64] | Rows) -> Scored:
+    kept = min(query.request.k, int((scores > float("-inf")).sum()))
+    return rows[:kept].astype(np.int32), scores[:kept].tolist()

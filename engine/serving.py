@@ -14,22 +14,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from speeder_engine.batch import Batch, make_batch
+from speeder_engine.batch import RowLayout, lay_out, make_batch, make_reads
 from speeder_engine.cache import CachePlan, KVCache
 from speeder_engine.config import EngineConfig
 from speeder_engine.embedder import ItemEmbedder
 from speeder_engine.generation import TitleGenerator
+from speeder_engine.graphs import StepGraphs, pick_capture, transfer_words
 from speeder_engine.parts import EngineParts
 from speeder_engine.prompt import PromptLayout
 from speeder_engine.query import Query, resolve
-from speeder_engine.request import Generation, Ranking, Request
+from speeder_engine.request import Generation, Head, Ranking, Request
 from speeder_engine.runner import ModelRunner
 from speeder_engine.scheduler import cut_into_steps
 from speeder_engine.scorer import HeadScorer, Scored
+from speeder_engine.step import Outcome, StepModel
+from speeder_engine.text_rows import TextRows, make_text_rows
 from speeder_engine.title import TitleTrie
 from speeder_engine.title_text import TitleText, rows_by_answer
+from speeder_engine.transfer import Transfer
 
 Floats = NDArray[np.float32]
+WARM_K, WARM_CANDIDATES = 10, 20
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,20 @@ class EngineStats:
     blocks_restored: int  # from there
     blocks_copied: int  # of corrected pasts
     num_waiting: int  # submitted requests
+    graphs_captured: int  # at warm-up, and never after
+    graph_replays: int  # steps whose pass was one of them
+    eager_steps: int  # steps whose pass was not; those without a row to compute are neither
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a step's forward pass leaves for its heads, on the device, until the next step."""
+
+    vectors: Tensor  # [B, d] user vectors
+    scores: Tensor | None  # [R] of read rows, as candidates of the rank head
+    candidate_reads: tuple[slice, ...]  # [B] which of them are ranked candidates
+    title_hidden: list[Tensor]  # [R, d] of each trie's rows from `first_read` on
+    block_tables: Tensor  # [B, blocks] that hold the histories
 
 
 class Serving:
@@ -64,11 +83,28 @@ class Serving:
         self.catalogue = parts.catalogue.to(device, dtype, config.capacity_for(len(parts.catalogue)))
         self.cache = KVCache(config, parts.config.decoder, self.layout, device, dtype)
         self.runner = ModelRunner(self.model, self.cache)
-        self.scorer = HeadScorer(self.model, self.catalogue)
+        capture = pick_capture(config.graphs, device)
+        staged = capture is not None or device.type == "cuda"
+        self.transfer = Transfer(device, transfer_words(config, self.cache.size) if staged else 0)
+        self.scorer = HeadScorer(self.model, self.catalogue, self.transfer)
+        self.model_step = StepModel(self.runner, self.scorer, self.cache, self.catalogue)
+        self.graphs = StepGraphs(capture, self.model_step, self.layout, self.transfer, config)
         self.embedder = ItemEmbedder(parts.config.compressor, parts.compressor, parts.find_encoder, device)
         self._title_text: TitleText | None = None
         self.num_requests = 0
         self.num_steps = 0
+        self.eager_steps = 0
+
+    def warm_up(self) -> None:
+        """Captures the graphs and answers once with each head, so that nothing is compiled or allocated later."""
+        self.graphs.warm_up()
+        some = self.catalogue.item_ids[: min(len(self.catalogue), WARM_CANDIDATES)]
+        heads: list[Head] = ["retrieve", "rank"] if self.parts.config.heads.rank else ["retrieve"]
+        requests = [Request([], WARM_K), *(Request([], candidates=some, head=head) for head in heads if some)]
+        counted = self.num_requests, self.num_steps, self.eager_steps, self.runner.rows_computed, self.graphs.replays
+        for request in requests:
+            self.step([self.resolve(request)])
+        self.num_requests, self.num_steps, self.eager_steps, self.runner.rows_computed, self.graphs.replays = counted
 
     def resolve(self, request: Request) -> Query:
         query = resolve(request, self.catalogue, self.layout, self.parts.config)
@@ -104,75 +140,72 @@ class Serving:
 
     def step(self, queries: Sequence[Query]) -> list[Ranking]:
         """One forward pass over these queries; a failure leaves every session as it was."""
-        with self.forward(queries) as (last_hidden, candidate_hidden, _):
-            scored = self.scorer.score(queries, last_hidden, candidate_hidden)
+        with self.forward(queries) as done:
+            scored = self.scorer.score(queries, done.vectors, done.scores, done.candidate_reads, done.title_hidden)
         self.num_requests += len(queries)
         return [self.ranking(query, result) for query, result in zip(queries, scored, strict=True)]
 
     def generate(self, queries: Sequence[Query], max_tokens: int) -> list[Generation]:
         """Greedily written titles, one step and a decode loop behind it."""
         generator = TitleGenerator(self.runner, self.title_text)
-        with self.forward(queries) as (_, _, block_tables):
-            texts = generator.generate([len(query.window) for query in queries], block_tables, max_tokens)
+        with self.forward(queries) as done:
+            texts = generator.generate([len(query.window) for query in queries], done.block_tables, max_tokens)
         self.num_requests += len(queries)
         titled = rows_by_answer(self.catalogue.titles)
         return [self._generation(query, text, titled) for query, text in zip(queries, texts, strict=True)]
 
     def user_vectors(self, queries: Sequence[Query]) -> Floats:
         """[B, d], one step."""
-        with self.forward(queries) as (last_hidden, _, _):
-            return to_numpy(self.scorer.user_vectors(last_hidden))
+        with self.forward(queries) as done:
+            return to_numpy(done.vectors)
 
     def item_vectors(self, ids: Sequence[str]) -> Floats:
         rows = torch.from_numpy(self.catalogue.rows(ids, "item_vectors").astype(np.int64))
         return to_numpy(self.catalogue.tokens[rows.to(self.device)])
 
     @contextmanager
-    def forward(self, queries: Sequence[Query]) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
-        """Plans and runs a step; yields h(last) [B, d], what each query's head of candidates reads (hidden states
-        [C, d]), and the blocks [B, blocks] that hold the histories.
+    def forward(self, queries: Sequence[Query]) -> Iterator[Pass]:
+        """Plans and runs a step.
 
         The step is a transaction: sessions take it over when the body ends well, and are as they were if it raises.
         """
         plan = self.cache.plan([query.request.user_id for query in queries], self._keys(queries))
         try:
-            batch = make_batch(queries, plan, self.layout, self.cache.shared_blocks, self.device)
-            self.cache.prepare(plan)
-            hidden = self.runner.forward(batch, self.catalogue.tokens)
-            last_hidden = self._last_hidden(queries, plan, batch, hidden)
-            reads = [hidden[part] for part in batch.candidate_reads]
-            yield last_hidden, reads, batch.attention.block_tables
-            self.cache.keep_last_hidden(plan, last_hidden)
+            yield self._run(queries, plan)
         except BaseException:
             self.cache.release(plan)
             raise
         self.cache.commit(plan)
         self.num_steps += 1
 
+    def _run(self, queries: Sequence[Query], plan: CachePlan) -> Pass:
+        rows = lay_out(queries, plan, self.cache.instruction_slot, self.cache.scratch_slot)
+        text = make_text_rows(queries, plan, self.layout, self.cache.shared_blocks, self.device)
+        self.cache.prepare(plan)
+        graph = self.graphs.find(rows) if text is None else None
+        if graph is not None:
+            self.runner.rows_computed += rows.num_rows
+            return _pass(graph.run(rows, plan), rows, graph.block_tables)
+        self.eager_steps += rows.num_rows > 0 or text is not None
+        put = self.transfer.put
+        self.transfer.begin()
+        batch = make_batch(rows, plan, self.layout, self.cache.shared_blocks, put)
+        reads = make_reads(rows, put)
+        self.transfer.send()
+        outcome = self.model_step.run(batch if text is None else batch.with_text(text), reads)
+        return _pass(outcome, rows, batch.attention.block_tables, text)
+
     def _keys(self, queries: Sequence[Query]) -> list[NDArray[np.int32]]:
         return [self.catalogue.keys(query.window, query.buckets) for query in queries]
-
-    def _last_hidden(self, queries: Sequence[Query], plan: CachePlan, batch: Batch, hidden: Tensor) -> Tensor:
-        """h(last) [B, d]: just computed, or kept with an unchanged session, or the instruction's own."""
-        last = []
-        for b, query in enumerate(queries):
-            if batch.last_read[b] >= 0:
-                last.append(hidden[int(batch.last_read[b])])
-            elif len(query.window) == 0:
-                last.append(self.runner.instruction_hidden[0])
-            else:
-                last.append(self.cache.last_hidden[int(plan.session_slots[b])])
-        return torch.stack(last)
 
     def ranking(self, query: Query, scored: Scored) -> Ranking:
         rows, scores = scored
         return Ranking(self.catalogue.ids(rows.tolist()), tuple(scores), query.unknown)
 
     def _generation(self, query: Query, text: str, titled: dict[str, list[int]]) -> Generation:
-        candidates = query.candidates
         found = np.array(titled.get(text, ()), np.int32)
-        named = found if candidates is None else found[np.isin(found, candidates)]
-        rows = named[self.scorer.may_answer(query, named).cpu().numpy()].tolist()
+        named = found if query.candidates is None else found[np.isin(found, query.candidates)]
+        rows = named[self.scorer.may_answer(query, named)].tolist()
         return Generation(text, self.catalogue.ids(rows)[0] if rows else None, bool(rows))
 
     def stats(self, num_waiting: int) -> EngineStats:
@@ -193,7 +226,19 @@ class Serving:
             blocks_restored=counts["restores"],
             blocks_copied=counts["copies"],
             num_waiting=num_waiting,
+            graphs_captured=self.graphs.captured,
+            graph_replays=self.graphs.replays,
+            eager_steps=self.eager_steps,
         )
+
+
+def _pass(outcome: Outcome, rows: RowLayout, block_tables: Tensor, text: TextRows | None = None) -> Pass:
+    titles = []
+    if text is not None and outcome.hidden is not None:
+        behind = outcome.hidden[rows.num_reads :]
+        titles = [behind[part] for part in text.reads if part.stop > part.start]
+    num_users = len(rows.last_read)
+    return Pass(outcome.vectors[:num_users], outcome.scores, rows.candidate_reads(), titles, block_tables[:num_users])
 
 
 def to_numpy(tensor: Tensor) -> Floats:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speeder_engine.batch import ROW_TILE, pad_to_tile
+from speeder_engine.batch import pad_to_tile
+from speeder_engine.config import ROW_TILE
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.title import Ints, TitleTrie
 

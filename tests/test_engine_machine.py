@@ -406,7 +406,7 @@ class EngineMachine(RuleBasedStateMachine):
             "forward": (serving.runner, "forward"),
             "store": (serving.cache, "store"),
             "score": (serving.scorer, "score"),
-            "keep": (serving.cache, "keep_last_hidden"),
+            "keep": (serving.model_step, "read"),
         }[where]
         submit = submit and error is not KeyboardInterrupt  # which comes to the main thread alone
         with mock.patch.object(owner, name, breaking(getattr(owner, name), error, nth, after)):

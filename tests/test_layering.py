@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 ORDER = [
-    "_C _cpu triton_kernels errors config request item progress files",
+    "_C _cpu triton_kernels errors config request item progress files transfer",
     "catalogue models encoders",
     "checkpoint artifact prompt title title_text",
     "query parts cache",
     "text_rows",
     "batch",
-    "title_scorer embedder",
+    "title_scorer embedder step_buffers",
     "scorer",
     "scheduler runner session device",
-    "generation",
+    "step",
+    "generation graphs",
     "serving",
     "worker",
     "engine",

@@ -1,0 +1,177 @@
+"""Kernels and latency on a GPU: `make gpu` runs it, `python bench/gpu.py --out DIR` alone.
+
+Ceilings of the chip first, then every kernel, then whole steps at 0.5B, 1.5B and 7B with random weights, then
+transformers on as many rows. Every section has its share of the time; results are written after each.
+`--cpu-smoke` runs all of it with tiny shapes on the CPU, so that it keeps working; its figures mean nothing.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from kernel_cases import Maker
+from measure import Ceilings, Clock, OutOfTime, device_seconds, measure_ceilings
+from steps import Load, latency, saturated, transformers_latency
+
+from speeder_engine.random_engine import SHAPES
+
+SCHEMA = 1
+SECTIONS = ("machine", "kernels", "steps", "transformers", "failed", "skipped")
+
+
+class Report:
+    """What was measured so far, as a file."""
+
+    def __init__(self, out: Path, smoke: bool) -> None:
+        self.path = out / "gpu.json"
+        self.found: dict[str, Any] = {"schema": SCHEMA, "is_smoke": smoke, "machine": {}, "kernels": {}, "steps": {}}
+        self.found |= {"transformers": {}, "failed": {}, "skipped": []}
+        out.mkdir(parents=True, exist_ok=True)
+
+    def run(self, name: str, clock: Clock, seconds: float, section: Callable[[Clock], None]) -> None:
+        """A section within its share; what it measured before the time was up, or before it failed, stays."""
+        share = Clock.of(min(seconds, clock.left))
+        if share.seconds <= 0:
+            self.found["skipped"].append(name)
+            print(f"{name}: skipped, the time is up", flush=True)
+            return
+        try:
+            section(share)
+        except OutOfTime:
+            self.found["skipped"].append(f"{name}: the rest of it")
+        except Exception as error:  # one section's failure must not cost the others
+            self.found["failed"][name] = f"{type(error).__name__}: {error}"
+            traceback.print_exc()
+        self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+        print(f"{name}: {share.seconds - share.left:.0f} s", flush=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the next section's shapes are others
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    named = {"torch": torch.__version__, "python": platform.python_version(), "cuda": torch.version.cuda}
+    if device.type != "cuda":
+        return {"name": "cpu", **named}
+    import triton
+
+    held = torch.cuda.get_device_properties(device)
+    return {"name": held.name, "memory_gib": held.total_memory / 2**30, "triton": triton.__version__, **named}
+
+
+def kernels(report: Report, device: torch.device, ceilings: Ceilings, smoke: bool, clock: Clock) -> None:
+    dtype = torch.float32 if smoke else torch.bfloat16
+    for name in ("tiny",) if smoke else ("0.5b", "1.5b", "7b"):
+        for num_rows in (32,) if smoke else (32, 64, 256, 1024):
+            maker = Maker(SHAPES[name], num_rows, device, dtype)
+            makers = [*maker.all(1000)]
+            if num_rows == (32 if smoke else 64):
+                makers.append(lambda maker=maker: maker.search(500 if smoke else 100_000, 4 if smoke else 64))
+            for make in makers:
+                clock.check()
+                one_kernel(report, name, make, device, ceilings)
+
+
+def one_kernel(report: Report, shape: str, make: Callable[[], Any], device: torch.device, ceilings: Ceilings) -> None:
+    try:
+        case = make()
+        with torch.inference_mode():
+            seconds = device_seconds(case.call, device)
+    except Exception as error:  # the other kernels are measured all the same
+        report.found["failed"][f"kernel at {shape}: {getattr(make, '__name__', 'case')}"] = str(error)[:500]
+        return
+    report.found["kernels"][f"{shape} {case.name}"] = {
+        "us": seconds * 1e6,
+        "gb_s": case.num_bytes / seconds / 1e9,
+        "tflop_s": case.flops / seconds / 1e12,
+        "of_ceiling": ceilings.fraction(case.num_bytes, case.flops, seconds),
+    }
+
+
+def steps(report: Report, shape: str, device: torch.device, ceilings: Ceilings, smoke: bool, clock: Clock) -> None:
+    num_items, num_users = (200, 4) if smoke else (100_000, 256)
+    load = Load(shape, device, "float32" if smoke else "bfloat16", num_items, num_users)
+    found = report.found["steps"][shape] = {"graphs_captured": load.engine.stats().graphs_captured}
+    try:
+        found["latency"] = latency(load, ceilings, clock, 4 if smoke else 300)
+        found["saturated"] = saturated(load, clock, (2,) if smoke else (1, 8, 16, 32, 64))
+        if shape in ("0.5b", "tiny"):
+            report.found["transformers"][shape] = transformers_latency(load, clock, 2 if smoke else 50)
+    finally:
+        found["graph_replays"], found["eager_steps"] = (
+            load.engine.stats().graph_replays,
+            load.engine.stats().eager_steps,
+        )
+        load.engine.close()
+
+
+def table(found: dict[str, Any]) -> str:
+    """For people: what the file has, in lines."""
+    lines = [
+        f"{found['machine'].get('name', 'unknown')}{' (a smoke test: these figures mean nothing)' * found['is_smoke']}"
+    ]
+    ceilings = found["machine"].get("ceilings")
+    if ceilings:
+        copy, matmul = ceilings["copy_bytes"] / 1e9, ceilings["matmul_flops"] / 1e12
+        lines.append(f"ceilings: copy {copy:,.0f} GB/s, bf16 product {matmul:,.1f} TFLOP/s")
+    lines += ["", f"{'kernel':58} {'us':>9} {'GB/s':>8} {'TFLOP/s':>8} {'of ceiling':>10}"]
+    for name, row in found["kernels"].items():
+        lines.append(f"{name:58} {row['us']:9.1f} {row['gb_s']:8.0f} {row['tflop_s']:8.1f} {row['of_ceiling']:10.0%}")
+    for shape, step in found["steps"].items():
+        heads = f"{'device us':>10} {'launches':>9} {'p50 ms':>8} {'p95':>8} {'p99':>8} {'users/s':>9}"
+        lines += ["", f"{shape + ', random weights':40} {heads}"]
+        for name, row in {**step.get("latency", {}), **step.get("saturated", {})}.items():
+            numbers = [row.get("device_us"), row.get("launches"), *(row[f"p{p}_ms"] for p in (50, 95, 99))]
+            cells = [*numbers, row.get("users_s")]
+            widths, digits = (10, 9, 8, 8, 8, 9), (1, 0, 3, 3, 3, 0)
+            shown = [
+                f"{'-' if cell is None else f'{cell:,.{digit}f}':>{width}}"
+                for cell, width, digit in zip(cells, widths, digits, strict=True)
+            ]
+            lines.append(f"{name:40} {' '.join(shown)}")
+        for name, row in found["transformers"].get(shape, {}).items():
+            lines.append(f"{'transformers, ' + name:61} {row['p50_ms']:8.3f} {row['p95_ms']:8.3f} {row['p99_ms']:8.3f}")
+    lines += ["", *(f"FAILED {name}: {why}" for name, why in found["failed"].items())]
+    lines += [f"skipped for want of time: {name}" for name in found["skipped"]]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--cpu-smoke", action="store_true", help="tiny shapes on the CPU; the figures mean nothing")
+    options = parser.parse_args()
+    smoke = options.cpu_smoke
+    if not smoke and not torch.cuda.is_available():
+        print("bench/gpu.py: no CUDA device is usable here; run it on a machine with one, or with --cpu-smoke")
+        return 1
+    device = torch.device("cpu" if smoke else "cuda")
+    report, clock = Report(options.out, smoke), Clock.of(options.seconds)
+    ceilings = measure_ceilings(device, smoke)
+    report.found["machine"] = {**machine(device), "ceilings": asdict(ceilings)}
+    shapes = (("tiny", 20.0),) if smoke else (("0.5b", 80.0), ("1.5b", 50.0), ("7b", 60.0))
+    for name, seconds in shapes:
+        report.run(
+            f"steps {name}",
+            clock,
+            seconds,
+            lambda share, name=name: steps(report, name, device, ceilings, smoke, share),
+        )
+    # the kernels last: what whole steps take matters most
+    report.run("kernels", clock, 120, lambda share: kernels(report, device, ceilings, smoke, share))
+    print(table(report.found))
+    (options.out / "gpu.txt").write_text(table(report.found) + "\n")
+    return 1 if report.found["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

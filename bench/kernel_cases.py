@@ -1,0 +1,167 @@
+"""Every kernel at the shapes of real steps: what it is called with, the bytes and operations it can't do without."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from speeder_engine.config import CompressorConfig, DecoderConfig
+from speeder_engine.models.compressor import Compressor
+from speeder_engine.triton_kernels.add_rms_norm import add_rms_norm
+from speeder_engine.triton_kernels.compressed_attention import AttentionRows, compressed_attention
+from speeder_engine.triton_kernels.item_embed import EmbedRows, EmbedTables, item_embed
+from speeder_engine.triton_kernels.linear_w8 import linear_w8, quantize_weight
+from speeder_engine.triton_kernels.modality_experts import modality_experts
+from speeder_engine.triton_kernels.qk_norm_rope_store import qk_norm_rope_store
+from speeder_engine.triton_kernels.swiglu import swiglu
+from speeder_engine.triton_kernels.top_scores import Answerable, top_scores
+
+INSTRUCTION, HISTORY, BLOCK = 30, 30, 16
+WIDTHS = {"text": 384, "image": 256, "collaborative": 64}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    call: Callable[[], object]
+    num_bytes: float  # read and written once each
+    flops: float
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Cases of one decoder's shape, for a number of rows."""
+
+    shape: DecoderConfig
+    num_rows: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def draw(self, *size: int) -> Tensor:
+        return torch.randn(*size, device=self.device, dtype=self.dtype)
+
+    def below(self, most: int, *size: int) -> Tensor:
+        return torch.randint(0, most, size, device=self.device)
+
+    def case(self, name: str, call: Callable[[], object], num_bytes: float, flops: float = 0) -> Case:
+        return Case(f"{name} {self.num_rows} rows", call, num_bytes, flops)
+
+    def all(self, num_items: int) -> Iterator[Callable[[], Case]]:
+        yield self.norm
+        yield self.gated
+        yield lambda: self.embed(num_items)
+        yield self.rope
+        yield self.attention
+        yield self.linear
+        yield lambda: self.small_linear("int8")
+        yield lambda: self.small_linear("fp8")
+        yield self.experts
+
+    def norm(self) -> Case:
+        size, itemsize = self.shape.hidden_size, self.dtype.itemsize
+        residual, x, weight = self.draw(self.num_rows, size), self.draw(self.num_rows, size), self.draw(size)
+        return self.case(
+            "add_rms_norm", lambda: add_rms_norm(residual, x, weight, 1e-6), 4 * residual.numel() * itemsize
+        )
+
+    def gated(self) -> Case:
+        gate_up = self.draw(self.num_rows, 2 * self.shape.intermediate_size)
+        return self.case("swiglu", lambda: swiglu(gate_up), 1.5 * gate_up.numel() * self.dtype.itemsize)
+
+    def embed(self, num_items: int) -> Case:
+        size, rows = self.shape.hidden_size, self.num_rows
+        tables = EmbedTables(self.draw(num_items, size), self.draw(64, size), self.draw(size), self.draw(size), 1e-6)
+        items = EmbedRows(
+            self.below(num_items, rows),
+            self.below(64, rows),
+            self.below(1, rows),
+            self.below(2, rows).bool(),
+            None,
+            rows,
+        )
+        return self.case("item_embed", lambda: item_embed(tables, items), 4 * rows * size * self.dtype.itemsize)
+
+    def rope(self) -> Case:
+        shape, rows = self.shape, self.num_rows
+        heads = shape.num_heads + 2 * shape.num_kv_heads
+        wide = self.draw(rows, heads, shape.head_dim)
+        q, k, v = wide.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
+        angles = torch.randn(rows, shape.head_dim, device=self.device)
+        caches = [self.draw(rows // BLOCK + 1, BLOCK, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
+        slots = torch.arange(rows, device=self.device)
+        cos, sin = angles.cos(), angles.sin()
+        num_bytes = 2 * wide.numel() * self.dtype.itemsize + 2 * angles.numel() * 4
+        return self.case("qk_norm_rope_store", lambda: qk_norm_rope_store(q, k, v, cos, sin, *caches, slots), num_bytes)
+
+    def attention(self) -> Case:
+        """Warm users: one new item and 20 candidates each, behind the instruction and 30 items."""
+        shape, each = self.shape, 21
+        users = -(-self.num_rows // each)
+        rows = users * each
+        width, shared = -(-(HISTORY + 1) // BLOCK), -(-INSTRUCTION // BLOCK)
+        caches = [self.draw(shared + users * width, BLOCK, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
+        local = torch.arange(rows, device=self.device) % each
+        attention = AttentionRows(
+            sequence=torch.arange(users, device=self.device).repeat_interleave(each),
+            local=local,
+            visible=torch.full_like(local, HISTORY + 1),
+            candidate=local > 0,
+            rows_per_sequence=32,
+            block_tables=torch.arange(users * width, device=self.device).view(users, width) + shared,
+            shared_blocks=torch.arange(shared, device=self.device),
+            shared_len=INSTRUCTION,
+        )
+        q, k, v = (self.draw(rows, n, shape.head_dim) for n in (shape.num_heads, *[shape.num_kv_heads] * 2))
+        keys = INSTRUCTION + users * (HISTORY + 1)
+        row_bytes = (2 * q.numel() + 2 * k.numel()) * self.dtype.itemsize
+        num_bytes = row_bytes + 2 * keys * shape.num_kv_heads * shape.head_dim * self.dtype.itemsize
+        flops = 4 * rows * (INSTRUCTION + HISTORY + 2) * shape.num_heads * shape.head_dim
+        return self.case(
+            "compressed_attention", lambda: compressed_attention(q, k, v, *caches, attention), num_bytes, flops
+        )
+
+    def _product(self) -> tuple[Tensor, Tensor, float]:
+        size, wide = self.shape.hidden_size, 2 * self.shape.intermediate_size
+        return self.draw(self.num_rows, size), self.draw(wide, size) * size**-0.5, 2 * self.num_rows * size * wide
+
+    def linear(self) -> Case:
+        """torch's own, to compare the 8-bit ones with."""
+        x, weight, flops = self._product()
+        num_bytes = (x.numel() + weight.numel() + self.num_rows * weight.shape[0]) * self.dtype.itemsize
+        return self.case("F.linear gate_up", lambda: F.linear(x, weight), num_bytes, flops)
+
+    def small_linear(self, kind: str) -> Case:
+        x, weight, flops = self._product()
+        small = quantize_weight(weight, kind)  # type: ignore[arg-type]
+        num_bytes = weight.numel() + (x.numel() + self.num_rows * weight.shape[0]) * self.dtype.itemsize
+        return self.case(f"linear_w8 {kind} gate_up", lambda: linear_w8(x, small), num_bytes, flops)
+
+    def experts(self) -> Case:
+        """Items of an upsert, by the compressor."""
+        made = Compressor(CompressorConfig(WIDTHS, self.shape.hidden_size)).to(self.device, self.dtype)
+        made.requires_grad_(False)
+        mixture = made.mixture()
+        features = [self.draw(self.num_rows, width) for width in WIDTHS.values()]
+        present = torch.ones(self.num_rows, len(WIDTHS), dtype=torch.bool, device=self.device)
+        weights = sum(parameter.numel() for parameter in made.parameters())
+        num_bytes = (weights + sum(each.numel() for each in features)) * self.dtype.itemsize
+        return self.case(
+            "modality_experts",
+            lambda: modality_experts(features, present, mixture),
+            num_bytes,
+            2 * weights * self.num_rows,
+        )
+
+    def search(self, num_items: int, num_users: int, k: int = 10) -> Case:
+        """The whole catalogue, 30 items excluded for each user."""
+        size = self.shape.hidden_size
+        vectors, table = self.draw(num_users, size), self.draw(num_items, size)
+        prior = torch.randn(num_items, device=self.device)
+        excluded = [torch.randperm(num_items)[:HISTORY].sort()[0].int().numpy() for _ in range(num_users)]
+        available = torch.ones(num_items, dtype=torch.bool, device=self.device)
+        given = Answerable.build(available, excluded, [None] * num_users)
+        flops, num_bytes = 2 * num_users * num_items * size, table.numel() * self.dtype.itemsize
+        name = f"top_scores {num_items} items, {num_users} users, k={k}"
+        return Case(name, lambda: top_scores(vectors, table, prior, given, k), num_bytes, flops)

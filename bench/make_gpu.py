@@ -1,0 +1,158 @@
+"""`make gpu`: builds in place, tests and measures on a machine with CUDA, with its own Python and no network.
+
+    python3 bench/make_gpu.py [--out bench/results] [--seconds 520] [--cpu-smoke]
+
+The repository's folders become the package through a tree of links under build/gpu, which PYTHONPATH names: nothing is
+installed. Tests of the engine and the kernels' own tests on the device run beside one another, benchmarks alone behind
+them. Ends with exit code 1 and the names of what failed, if anything did. It needs nothing but the standard
+library itself.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACE = ROOT / "build" / "gpu"
+CUDA = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+
+
+@dataclass
+class Run:
+    """The command's clock, and what has failed so far."""
+
+    seconds: float
+    started: float = field(default_factory=time.monotonic)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - self.started)
+
+    def step(self, commands: dict[str, list[str]], environment: dict[str, str], most: float) -> None:
+        """Processes beside one another, ended when their share of the time is up; what they say comes one by one."""
+        share = min(most, self.left)
+        if share <= 5:
+            self.failures += [f"{name}: not run, the time was up" for name in commands]
+            return
+        print(f"== {', '.join(commands)} (at most {share:.0f} s)", flush=True)
+        until = time.monotonic() + share
+        logs = {name: (PLACE / f"{name}.log").open("w+") for name in commands}
+        running = {
+            name: subprocess.Popen(command, cwd=ROOT, env=environment, stdout=logs[name], stderr=subprocess.STDOUT)
+            for name, command in commands.items()
+        }
+        for name, process in running.items():
+            try:
+                code = process.wait(max(until - time.monotonic(), 0.1))
+                self.failures += [f"{name}: exit code {code}"] if code else []
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                self.failures.append(f"{name}: ended after {share:.0f} s")
+            with logs[name] as log:
+                log.seek(0)
+                print(f"-- {name}\n{log.read().rstrip()}", flush=True)
+
+
+def cuda_device() -> str:
+    """The name of the device; empty where none is usable, or torch isn't there."""
+    found = subprocess.run([sys.executable, "-c", CUDA], capture_output=True, text=True, cwd="/")
+    return found.stdout.strip().splitlines()[-1] if found.returncode == 0 and found.stdout.strip() else ""
+
+
+def make_layout() -> None:
+    """build/gpu/speeder_engine: links to the modules, and the extension."""
+    package = PLACE / "speeder_engine"
+    shutil.rmtree(PLACE, ignore_errors=True)
+    package.mkdir(parents=True)
+    sources = [*(ROOT / "engine").iterdir(), ROOT / "triton_kernels", ROOT / "export"]
+    for path in sources:
+        if path.name != "__pycache__" and path.suffix != ".so":
+            (package / path.name).symlink_to(path)
+    build_extension(package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")
+
+
+def build_extension(target: Path) -> None:
+    """With the compiler alone; what another Python has built lies elsewhere and stays."""
+    includes = [f"-I{path}" for path in (sysconfig.get_path("include"), pybind11_headers())]
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *includes]
+    objects = {path: PLACE / f"{path.stem}.o" for path in sorted((ROOT / "csrc").glob("*.cpp"))}
+    building = [subprocess.Popen([*compiler, *flags, "-c", path, "-o", made]) for path, made in objects.items()]
+    codes = [process.wait() for process in building]
+    if any(codes):
+        raise SystemExit("make gpu: the extension does not compile")
+    subprocess.run([*compiler, "-shared", *objects.values(), "-o", target], check=True)
+
+
+def pybind11_headers() -> str:
+    """pybind11's own, or those that torch brings."""
+    for package, folder in (("pybind11", "include"), ("torch", "include")):
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin is not None:
+            headers = Path(spec.origin).parent / folder
+            if (headers / "pybind11" / "pybind11.h").is_file():
+                return str(headers)
+    raise SystemExit("make gpu: pybind11's headers are not there; install pybind11")
+
+
+def environment(smoke: bool) -> dict[str, str]:
+    # the root itself must not be named: its folders bear the names of other people's packages
+    return {
+        **os.environ,
+        "PYTHONPATH": str(PLACE),
+        "PYTHONUNBUFFERED": "1",
+        "TRITON_INTERPRET": "1" if smoke else "0",
+        "SPEEDER_TEST_DEVICE": "cpu" if smoke else "cuda",
+        "SPEEDER_PROGRESS": "0",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def test_commands(smoke: bool) -> dict[str, list[str]]:
+    """A process a file of kernels: what takes them time is the compiler, and it uses one core."""
+    pytest = [sys.executable, "-m", "pytest", "-c", "tests/gpu/pytest.ini", "--rootdir", str(ROOT), "-q"]
+    commands = {"engine": [*pytest, "tests/gpu"]}
+    for path in sorted((ROOT / "tests" / "kernels").glob("test_swiglu.py" if smoke else "test_*.py")):
+        # shapes at random are many compilations, and were tried in the interpreter
+        commands[path.stem.removeprefix("test_")] = [*pytest, "-p", "on_cuda", str(path), "-k", "not any_"]
+    return commands
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--seconds", type=float, default=520)
+    parser.add_argument("--cpu-smoke", action="store_true", help="tiny shapes on the CPU: that this command works")
+    options = parser.parse_args()
+    run, smoke = Run(options.seconds), options.cpu_smoke
+    name = "cpu-smoke" if smoke else cuda_device()
+    if not name:
+        print("make gpu: no CUDA device is usable from this python3; run it on a machine with one")
+        return 1
+    make_layout()
+    print(f"{name}: built in {run.seconds - run.left:.0f} s", flush=True)
+    out = options.out / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    settings = environment(smoke)
+    run.step(test_commands(smoke), settings, 230)
+    measured = [sys.executable, "bench/gpu.py", "--out", str(out), *(["--cpu-smoke"] if smoke else [])]
+    # alone: they are timed
+    run.step({"benchmarks": [*measured, "--seconds", str(max(run.left - 15, 5))]}, settings, run.left - 5)
+    print("\n".join(["", *(f"FAILED {each}" for each in run.failures)]) if run.failures else "all passed")
+    print(f"{run.seconds - run.left:.0f} s; results in {out}")
+    return 1 if run.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

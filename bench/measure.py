@@ -1,0 +1,144 @@
+"""Timing, the same for every benchmark: medians, device events where there is a device, ceilings of the chip itself."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+
+class OutOfTime(Exception):
+    """A section's time is up; what it has measured stands."""
+
+
+@dataclass
+class Clock:
+    """How much of a benchmark's time is left."""
+
+    seconds: float
+    started: float
+
+    @classmethod
+    def of(cls, seconds: float) -> "Clock":
+        return cls(seconds, time.monotonic())
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - self.started)
+
+    def check(self) -> None:
+        if self.left <= 0:
+            raise OutOfTime
+
+    @contextmanager
+    def limited(self, seconds: float) -> Iterator["Clock"]:
+        """A part of it, no longer than what is left."""
+        yield Clock.of(min(seconds, self.left))
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_seconds(call: Call, device: torch.device, repeats: int = 20, rounds: int = 7) -> float:
+    """Median seconds of one call on the device, launches left out: repeated in a CUDA graph, whose replays are timed by
+    events. On a CPU, the clock."""
+    if device.type != "cuda":
+        return statistics.median(_clocked(call) for _ in range(3))
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    return replay_seconds(graph.replay, rounds) / repeats
+
+
+def replay_seconds(replay: Call, rounds: int = 20) -> float:
+    """Median seconds between two events around one call that launches work."""
+    for _ in range(3):
+        replay()
+    timed = []
+    for _ in range(rounds):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        replay()
+        after.record()
+        after.synchronize()
+        timed.append(before.elapsed_time(after) / 1e3)
+    return statistics.median(timed)
+
+
+def _clocked(call: Call) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def wall_seconds(calls: Sequence[Call], clock: Clock) -> list[float]:
+    """Of each call, from before it to its answer; as many as the clock allows."""
+    found = []
+    for call in calls:
+        found.append(_clocked(call))
+        if clock.left <= 0:
+            break
+    return found
+
+
+def quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """p50, p95 and p99 in milliseconds, and of how many."""
+    ordered = sorted(seconds)
+    at = {f"p{p}_ms": ordered[min(len(ordered) - 1, len(ordered) * p // 100)] * 1e3 for p in (50, 95, 99)}
+    return {**at, "count": len(ordered)}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the chip does at best, as measured: a large copy, a large bf16 product."""
+
+    copy_bytes: float  # a second, read and written counted
+    matmul_flops: float  # a second
+
+    def fraction(self, num_bytes: float, flops: float, seconds: float) -> float:
+        """Of the larger of the two times that this much work takes at the ceilings."""
+        return max(num_bytes / self.copy_bytes, flops / self.matmul_flops) / seconds
+
+
+def measure_ceilings(device: torch.device, small: bool) -> Ceilings:
+    size, side = (1 << 22, 256) if small else (1 << 30, 8192)
+    return Ceilings(2 * size / _copying(size, device), 2 * side**3 / _multiplying(side, device))
+
+
+def _copying(size: int, device: torch.device) -> float:
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return device_seconds(lambda: target.copy_(source), device, repeats=2)
+
+
+def _multiplying(side: int, device: torch.device) -> float:
+    # random data: zeros run faster than anything real
+    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = torch.empty_like(left)
+    return device_seconds(lambda: torch.mm(left, right, out=product), device, repeats=2)
+
+
+def count_launches(call: Call, device: torch.device) -> int | None:
+    """Kernels and copies that one call puts on the device, by torch's profiler; None without a device."""
+    if device.type != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        call()
+        torch.cuda.synchronize(device)
+    on_device = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return len(on_device)

@@ -1,0 +1,159 @@
+"""Whole steps of an engine with random weights: device time, end to end, launches, saturated users a second."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from measure import Ceilings, Clock, count_launches, quantiles, replay_seconds, synchronize, wall_seconds
+
+from speeder_engine import Engine, EngineConfig, Request
+from speeder_engine.config import DecoderConfig
+from speeder_engine.random_engine import random_parts
+
+HISTORY, CANDIDATES, WINDOW = 30, 20, 50
+
+
+class Load:
+    """An engine, and users whose histories grow by an item with every request."""
+
+    def __init__(self, shape: str, device: torch.device, dtype: str, num_items: int, num_users: int) -> None:
+        kind = getattr(torch, dtype)
+        parts = random_parts(shape, num_items=num_items, window=WINDOW, dtype=kind, device=str(device))
+        self.shape: DecoderConfig = parts.config.decoder
+        settings: dict[str, Any] = {"device": str(device), "dtype": dtype, "freeze_gc": False, "kv_budget": "4GiB"}
+        if device.type != "cuda":
+            settings |= {"kv_budget": "64MiB", "graphs": "on", "row_buckets": (32, 64), "max_batch_users": 8}
+        config = EngineConfig(**settings)
+        self.device, self.num_users = device, num_users
+        self.engine = Engine(parts, config)
+        self.engine.warm_up()
+        rng = np.random.default_rng(0)
+        self.items = self.engine.catalogue.item_ids
+        self.histories = [rng.integers(0, num_items, WINDOW) for _ in range(num_users)]
+        self.candidates = [self.items[row] for row in rng.permutation(num_items)[:CANDIDATES]]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(p.numel() * p.itemsize for p in self.engine.model.decoder.parameters())
+
+    @property
+    def num_weights(self) -> int:
+        return sum(parameter.numel() for parameter in self.engine.model.decoder.parameters())
+
+    def request(self, user: int, length: int, ranked: bool, session: bool = True) -> Request:
+        history = [self.items[row] for row in self.histories[user][:length]]
+        named = self.candidates if ranked else None
+        return Request(history, 10, user_id=f"u{user}" if session else None, candidates=named)
+
+    def warm(self, length: int = HISTORY) -> None:
+        self.engine.recommend_many([self.request(user, length, False) for user in range(self.num_users)])
+
+    def warm_calls(self, batch: int, ranked: bool) -> list[Callable[[], object]]:
+        """Every user appends an item a request, until the window is full."""
+        calls: list[Callable[[], object]] = []
+        for length in range(HISTORY + 1, WINDOW + 1):
+            for start in range(0, self.num_users - batch + 1, batch):
+                asked = [self.request(user, length, ranked) for user in range(start, start + batch)]
+                calls.append(lambda asked=asked: self.engine.recommend_many(asked))
+        return calls
+
+    def cold_calls(self, count: int) -> list[Callable[[], object]]:
+        asked = [self.request(i % self.num_users, HISTORY, True, session=False) for i in range(count)]
+        return [lambda each=each: self.engine.recommend_many([each]) for each in asked]
+
+
+def replayed(load: Load, num_rows: int, num_reads: int, ceilings: Ceilings) -> dict[str, Any]:
+    """The captured pass that this many rows take, alone on the device."""
+    graphs = load.engine._now().graphs
+    bucket = min(b for b in graphs._graphs if b.rows >= num_rows and b.reads >= num_reads)
+    graph = graphs._graphs[bucket]
+    if load.device.type != "cuda":
+        graph._replay()
+        return {"bucket_rows": bucket.rows, "bucket_reads": bucket.reads}
+    seconds = replay_seconds(graph._replay)
+    flops = 2 * load.num_weights * num_rows
+    return {
+        "bucket_rows": bucket.rows,
+        "bucket_reads": bucket.reads,
+        "device_us": seconds * 1e6,
+        "gb_s": load.weight_bytes / seconds / 1e9,
+        "tflop_s": flops / seconds / 1e12,
+        "of_ceiling": ceilings.fraction(load.weight_bytes, flops, seconds),
+        "launches": count_launches(graph._replay, load.device),
+    }
+
+
+def latency(load: Load, ceilings: Ceilings, clock: Clock, count: int) -> dict[str, Any]:
+    """One request at a time: cold, and warm with one new item; 20 candidates, or the whole catalogue."""
+    found: dict[str, Any] = {}
+    cases = {
+        "cold 30 + 20": (load.cold_calls(count + 6), HISTORY + CANDIDATES, CANDIDATES + 1),
+        "warm 1 + 20": (load.warm_calls(1, True), 1 + CANDIDATES, 1 + CANDIDATES),
+        "warm 1, catalogue": (load.warm_calls(1, False), 1, 1),
+    }
+    for name, (calls, rows, reads) in cases.items():
+        load.warm()
+        wall_seconds(calls[:5], clock)
+        row = replayed(load, rows, reads, ceilings) if load.engine._now().graphs._graphs else {}
+        row |= quantiles(wall_seconds(calls[5 : 5 + count], clock))
+        row["launches_end_to_end"] = count_launches(calls[min(5 + count, len(calls) - 1)], load.device)
+        found[name] = row
+        clock.check()
+    return found
+
+
+def saturated(load: Load, clock: Clock, batches: tuple[int, ...]) -> dict[str, Any]:
+    """Users a second with warm sessions, batch after batch."""
+    found: dict[str, Any] = {}
+    for ranked in (True, False):
+        for batch in batches:
+            load.warm()
+            synchronize(load.device)
+            calls = load.warm_calls(batch, ranked)
+            seconds = wall_seconds(calls, Clock.of(min(3.0, clock.left)))
+            name = f"batch {batch}, {'1 + 20 ranked' if ranked else '1, catalogue'}"
+            found[name] = {"users_s": batch * len(seconds) / sum(seconds), **quantiles(seconds)}
+            clock.check()
+    return found
+
+
+def transformers_latency(load: Load, clock: Clock, count: int) -> dict[str, Any]:
+    """The same backbone shape in transformers (sdpa, eager launches): 30 + 30 + 20 rows as one prompt, and 1 + 20 rows
+    behind a cache of 60. What it computes is not the same (its candidates see one another); the rows are as many."""
+    from transformers import DynamicCache, Qwen2Config, Qwen2Model
+
+    shape, device = load.shape, load.device
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        intermediate_size=shape.intermediate_size,
+        attn_implementation="sdpa",
+    )
+    model = Qwen2Model(config).to(device, load.engine.model.instruction.dtype).eval()
+    found: dict[str, Any] = {}
+
+    @torch.inference_mode()
+    def seconds(rows: int, cached: int) -> float:
+        """Of a pass over `rows`, behind a cache that is filled before."""
+        size, cache = shape.hidden_size, DynamicCache(config=config)
+        before, embeds = (torch.randn(1, count, size, device=device, dtype=model.dtype) for count in (cached, rows))
+        if cached:
+            model(inputs_embeds=before, past_key_values=cache)
+        synchronize(device)
+        return _wall(lambda: model(inputs_embeds=embeds, past_key_values=cache)[0].sum().item())
+
+    for name, rows, cached in (("30 + 30 + 20 rows", 80, 0), ("1 + 20 rows behind 60", 21, 60)):
+        timed = []
+        for _ in range(count + 3):
+            timed.append(seconds(rows, cached))
+            clock.check()
+        found[name] = quantiles(timed[3:])
+    return found
+
+
+def _wall(call: Callable[[], object]) -> float:
+    return wall_seconds([call], Clock.of(60.0))[0]

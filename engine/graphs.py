@@ -1,0 +1,150 @@
+"""CUDA graphs: the whole pass, heads included, captured for every bucket at warm-up and replayed from then on.
+
+What is captured reads fixed places alone: the step's buffers, weights, the caches, and the catalogue's tensors, which
+are written in place and never moved. All captures share one pool of memory: one runs at a time, and what it leaves is
+read before the next.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from speeder_engine.batch import RowLayout
+from speeder_engine.cache import CachePlan, CacheSize
+from speeder_engine.config import EngineConfig
+from speeder_engine.progress import track
+from speeder_engine.prompt import PromptLayout
+from speeder_engine.step import Outcome, StepModel
+from speeder_engine.step_buffers import Bucket, StepBuffers, bucket_words, make_buckets, num_users
+from speeder_engine.transfer import Transfer
+
+WARM_RUNS = 2  # before a capture: what is compiled, tuned or allocated at first must be
+EXTRA_WORDS = 1 << 17  # of a step beside its rows: lists of excluded items, named candidates
+
+
+class Capture(Protocol):
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        """What does what `run` did, on the same tensors, as often as it is called."""
+        ...
+
+
+class CudaCapture:
+    """Real graphs, from one pool, captured on a stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        with torch.cuda.device(self.device):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_RUNS):
+                    run()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                run()
+        return graph.replay
+
+
+def run_again(run: Callable[[], None]) -> Callable[[], None]:
+    """Where there are no graphs: the same computation on the same static tensors, for tests of all around it."""
+    return run
+
+
+def pick_capture(graphs: str, device: torch.device) -> Capture | None:
+    if graphs == "off" or (graphs == "auto" and device.type != "cuda"):
+        return None
+    return CudaCapture(device) if device.type == "cuda" else run_again
+
+
+class StepGraph:
+    """One bucket's pass: filled in, sent, replayed."""
+
+    def __init__(self, buffers: StepBuffers, model: StepModel, outcome: Outcome, capture: Capture) -> None:
+        self.buffers = buffers
+        self._model, self._outcome = model, outcome
+        buffers.clear()
+        self._replay = capture(self._compute)
+
+    @property
+    def block_tables(self) -> Tensor:
+        return self.buffers.batch.attention.block_tables
+
+    def run(self, rows: RowLayout, plan: CachePlan) -> Outcome:
+        """The outcome is overwritten by the next step."""
+        self.buffers.fill(rows, plan.block_tables)
+        self._replay()
+        return self._outcome
+
+    @torch.inference_mode()
+    def _compute(self) -> None:
+        model, batch = self._model, self.buffers.batch
+        hidden = model.runner.hidden_states(batch, model.catalogue.tokens)
+        found = model.read(hidden, self.buffers.reads)
+        self._outcome.vectors.copy_(found.vectors)
+        if self._outcome.scores is not None and found.scores is not None:
+            self._outcome.scores.copy_(found.scores)
+
+
+class StepGraphs:
+    """All buckets' graphs: none until `warm_up`, and never another after it."""
+
+    def __init__(
+        self,
+        capture: Capture | None,
+        model: StepModel,
+        layout: PromptLayout,
+        transfer: Transfer,
+        config: EngineConfig,
+    ) -> None:
+        self._capture, self._model = capture, model
+        self._layout, self._transfer = layout, transfer
+        self._buckets = make_buckets(config.row_buckets, config.max_batch_rows)
+        self._row_sizes = [bucket.rows for bucket in self._buckets]
+        self._graphs: dict[Bucket, StepGraph] = {}
+        self.captured = 0
+        self.replays = 0
+
+    def warm_up(self) -> None:
+        """Captures every bucket, the largest first: the smaller ones then fit into its memory."""
+        if self._capture is None or self._graphs:
+            return
+        graphs = {}
+        widest = self._outcome()
+        for bucket in track(self._buckets[::-1], "capturing CUDA graphs"):
+            buffers = StepBuffers(bucket, self._model.cache, self._layout, self._transfer)
+            scores = None if widest.scores is None else widest.scores[: bucket.reads]
+            graphs[bucket] = StepGraph(buffers, self._model, Outcome(widest.vectors, scores), self._capture)
+            self.captured += 1
+        self._graphs = graphs
+
+    def _outcome(self) -> Outcome:
+        """Static tensors for the results of every bucket."""
+        model = self._model
+        tokens, reads = model.catalogue.tokens, max(bucket.reads for bucket in self._buckets)
+        vectors = tokens.new_zeros(num_users(model.cache.size), tokens.shape[1])
+        has_rank = model.runner.model.config.heads.rank
+        return Outcome(vectors, tokens.new_zeros(reads, dtype=torch.float32) if has_rank else None)
+
+    def find(self, rows: RowLayout) -> StepGraph | None:
+        """The smallest that holds these rows; none for no rows at all, or more than any holds."""
+        if not self._graphs or rows.num_rows == 0:
+            return None
+        at = bisect_left(self._row_sizes, rows.num_rows)
+        for bucket in self._buckets[at : at + 2]:
+            if bucket.reads >= rows.num_reads:
+                self.replays += 1
+                return self._graphs[bucket]
+        return None
+
+
+def transfer_words(config: EngineConfig, size: CacheSize) -> int:
+    """Room in a transfer's arena for every bucket, and for what a step sends besides."""
+    buckets = make_buckets(config.row_buckets, config.max_batch_rows)
+    return max(bucket_words(bucket, size) for bucket in buckets) + EXTRA_WORDS

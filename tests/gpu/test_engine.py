@@ -1,0 +1,182 @@
+"""The engine on a GPU: its invariants within the type's bound, graphs against none, the host tier, waiting for nothing.
+
+Skipped where there is no CUDA device.
+"""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from reference import make_tiny, make_titled, reference_scores
+
+from speeder_engine import Engine, EngineConfig, Item, Request
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: make gpu"),
+]
+BOUND = {"float32": 2e-4, "float16": 5e-3, "bfloat16": 4e-2}  # of scores of order one
+SETTINGS = {"device": "cuda", "dtype": "float32", "kv_budget": "4MiB", "max_batch_users": 8, "freeze_gc": False}
+SETTINGS |= {"row_buckets": (16, 48, 96, 160), "max_batch_rows": 150}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return make_tiny(window=12, step=4)
+
+
+def made(tiny, warm=True, **settings):
+    engine = Engine(tiny.parts(), EngineConfig(**SETTINGS | settings))
+    if warm:
+        engine.warm_up()
+    return engine
+
+
+def assert_near(found, expected, bound):
+    """Equal scores within the bound; the ranking equal but for items whose scores are nearer than that."""
+    for ours, theirs in zip(found, expected, strict=True):
+        known = dict(theirs)
+        for item_id, score in ours:
+            if item_id in known:
+                assert abs(known[item_id] - score) <= bound
+        for mine, other in zip(ours.scores, theirs.scores, strict=True):
+            assert abs(mine - other) <= bound
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine[0] == other[0] or abs(mine[1] - other[1]) <= 2 * bound
+
+
+def random_requests(tiny, rng, sessions=True):
+    asked = []
+    for user in rng.permutation(12)[: rng.integers(1, 9)]:
+        options = {}
+        if rng.random() < 0.6:
+            options = {"candidates": tiny.ids(rng.permutation(120)[: rng.integers(1, 12)])}
+            options["head"] = "rank" if rng.random() < 0.7 else "retrieve"
+        if rng.random() < 0.2:
+            options["allow"] = tiny.ids(rng.permutation(120)[:60])
+        history = tiny.ids(rng.integers(0, 120, rng.integers(0, 20)))
+        asked.append(Request(history, 10, user_id=f"{user}" if sessions else None, **options))
+    return asked
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_answers_equal_transformers(family):
+    other, rng = make_tiny(window=12, step=4, family=family), np.random.default_rng(0)
+    engine = made(other)
+    for length in (0, 1, 5, 12, 17):
+        rows, candidates = rng.integers(0, 120, length), rng.permutation(120)[:9]
+        retrieve, rank = reference_scores(other, rows, candidates)
+        for user in (None, "a", "a"):
+            found = dict(engine.recommend(other.ids(rows), k=120, exclude_seen=False, user_id=user))
+            scores = torch.tensor([found[item_id] for item_id in other.item_ids])
+            torch.testing.assert_close(scores, retrieve, atol=2e-4, rtol=1e-4)
+            found = dict(engine.recommend(other.ids(rows), candidates=other.ids(candidates), k=9, user_id=user))
+            scores = torch.tensor([found[item_id] for item_id in other.ids(candidates)])
+            torch.testing.assert_close(scores, rank, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", list(BOUND))
+def test_graphs_warm_cold_and_packed_answer_alike(tiny, dtype):
+    graphs, eager = made(tiny, dtype=dtype), made(tiny, dtype=dtype, graphs="off")
+    cold, rng = made(tiny, dtype=dtype, kv_budget="0"), np.random.default_rng(1)
+    on_cpu = Engine(tiny.parts(), EngineConfig(device="cpu", dtype="float32"))
+    for _ in range(20):
+        asked = random_requests(tiny, rng)
+        found = graphs.recommend_many(asked)
+        assert_near(found, eager.recommend_many(asked), BOUND[dtype])
+        assert_near(found, cold.recommend_many(asked), BOUND[dtype])
+        assert_near(found, [cold.recommend_many([each])[0] for each in asked], BOUND[dtype])
+        assert_near(found, on_cpu.recommend_many(asked), 2 * BOUND[dtype])
+        graphs.check_integrity()
+    assert graphs.stats().graph_replays > 15
+    assert graphs.stats().eager_steps == 0
+    assert eager.stats().graph_replays == 0
+
+
+def test_titles_equal_the_cpus():
+    titled = make_titled()
+    on_gpu, on_cpu = made(titled), Engine(titled.parts(), EngineConfig(device="cpu", dtype="float32"))
+    ids = titled.ids(range(12))
+    for options in ({"head": "title"}, {}):
+        asked = [Request(ids[:8], candidates=ids[:6], user_id="a", **options)]
+        found, expected = (dict(engine.recommend_many(asked)[0]) for engine in (on_gpu, on_cpu))
+        assert found.keys() == expected.keys()
+        for item_id, score in expected.items():
+            assert found[item_id] == pytest.approx(score, abs=2e-3, rel=1e-3)
+
+
+def test_the_host_tier_restores_before_the_pass(tiny):
+    tiered, cold = made(tiny, kv_budget="26KB", host_budget="1MiB", debug=True), made(tiny, kv_budget="0")
+    assert tiered._now().cache.host.is_pinned()
+    rng = np.random.default_rng(3)
+    histories = {f"{user}": tiny.ids(rng.integers(0, 120, 11)) for user in range(20)}
+    for _ in range(4):
+        for user, history in histories.items():
+            asked = [Request(history[: rng.integers(5, 12)], user_id=user, candidates=tiny.ids(range(4)))]
+            assert_near(tiered.recommend_many(asked), cold.recommend_many(asked), BOUND["float32"])
+            tiered.check_integrity()
+    assert tiered.stats().blocks_restored > 0
+
+
+def test_upserts_after_the_capture(tiny):
+    graphs, eager = made(tiny), made(tiny, graphs="off")
+    tokens = graphs.catalogue.tokens.data_ptr()
+    ids = tiny.ids(range(6))
+    asked = [Request(ids, 50, user_id="ada"), Request(ids, candidates=tiny.ids(range(4, 12)))]
+    before = graphs.recommend_many(asked)
+    for engine in (graphs, eager):
+        engine.upsert([Item("new", vectors={"text": [0.5] * 8}), Item("0002", vectors={"text": [-0.5] * 8})])
+        engine.set_available(["0005"], False)
+    after = graphs.recommend_many(asked)
+    assert after != before
+    assert_near(after, eager.recommend_many(asked), BOUND["float32"])
+    assert "0005" not in after[1].items
+    assert graphs.catalogue.tokens.data_ptr() == tokens
+    assert graphs.stats().graphs_captured == 5
+
+
+def test_nothing_is_captured_later_and_memory_does_not_grow(tiny):
+    engine, rng = made(tiny), np.random.default_rng(4)
+    captured = engine.stats().graphs_captured
+    for _ in range(10):
+        engine.recommend_many(random_requests(tiny, rng))
+    gc.collect()
+    torch.cuda.synchronize()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    for _ in range(100):
+        engine.recommend_many(random_requests(tiny, rng))
+    torch.cuda.synchronize()
+    assert engine.stats().graphs_captured == captured
+    assert torch.cuda.memory_allocated() <= allocated + 4096
+    assert torch.cuda.memory_reserved() == reserved
+
+
+@pytest.mark.parametrize("options", [{}, {"candidates": 9}, {"candidates": 9, "head": "retrieve"}])
+def test_a_warm_step_waits_for_its_answer_alone(tiny, options):
+    """torch raises where an operation would wait; the answer is waited for by an event, which it doesn't count."""
+    engine = made(tiny)
+    if "candidates" in options:
+        options = options | {"candidates": tiny.ids(range(options["candidates"]))}
+    users = [Request(tiny.ids(range(u, u + 6)), user_id=f"{u}", **options) for u in range(4)]
+    more = [Request(tiny.ids(range(u, u + 7)), user_id=f"{u}", **options) for u in range(4)]
+    engine.recommend_many(users)
+    engine.recommend_many(users)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = engine.recommend_many(more)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(len(ranking) for ranking in found)
+
+
+def test_steps_in_a_row_do_not_overwrite_one_another(tiny):
+    """`warm` never waits for its pass: the next step must not spoil what is still on its way."""
+    engine, cold = made(tiny), made(tiny, kv_budget="0")
+    histories = [tiny.ids(np.random.default_rng(u).integers(0, 120, 9)) for u in range(30)]
+    for user, history in enumerate(histories):
+        engine.warm(f"{user}", history)
+    for user, history in enumerate(histories):
+        asked = [Request(history, user_id=f"{user}")]
+        assert_near(engine.recommend_many(asked), cold.recommend_many(asked), BOUND["float32"])

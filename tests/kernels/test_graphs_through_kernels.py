@@ -1,0 +1,30 @@
+"""A captured bucket through the kernels, interpreted: padding rows beside real ones, with and without graphs."""
+
+import pytest
+import torch
+from reference import make_tiny
+
+from speeder_engine import Engine, EngineConfig, Request
+from speeder_engine.triton_kernels import add_rms_norm, compressed_attention, item_embed, qk_norm_rope_store, swiglu
+
+KERNELS = (add_rms_norm, compressed_attention, item_embed, qk_norm_rope_store, swiglu)
+
+
+def test_padding_disturbs_no_kernel(monkeypatch):
+    tiny = make_tiny(window=6, step=2)
+    ids = tiny.ids(range(30))
+    settings = {"dtype": "float32", "kv_budget": "4MiB", "max_batch_users": 2, "row_buckets": (16,)}
+    expected = Engine(tiny.parts(), EngineConfig(**settings))
+    engine = Engine(tiny.parts(), EngineConfig(**settings, graphs="on", freeze_gc=False, debug=True))
+    engine.warm_up()
+    for kernel in KERNELS:
+        monkeypatch.setattr(kernel, "runs_triton", lambda *tensors: True)
+    asked = [Request(ids[:3], user_id="a"), Request(ids[4:6], candidates=ids[20:23])]
+    found = engine.recommend_many(asked)
+    shared = engine._now().cache.shared_blocks
+    monkeypatch.undo()
+    assert torch.equal(engine._now().cache.keys[:, shared], expected._now().cache.keys[:, shared])
+    for ours, theirs in zip(found, expected.recommend_many(asked), strict=True):
+        assert ours.items == theirs.items
+        assert list(ours.scores) == pytest.approx(list(theirs.scores), abs=1e-4)
+    assert engine.stats().graph_replays == 1

@@ -1,0 +1,45 @@
+"""`make gpu` where there is no GPU: what it says, and that its benchmarks run, on tiny shapes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def run(root, script, *options, **environment):
+    command = [sys.executable, str(root / "bench" / script), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+
+
+def test_the_benchmarks_run_on_tiny_shapes(root, tmp_path):
+    done = run(root, "gpu.py", "--cpu-smoke", "--out", tmp_path, "--seconds", 120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["schema"] == 1
+    assert found["is_smoke"] is True
+    assert found["failed"] == {}
+    assert found["machine"]["ceilings"].keys() == {"copy_bytes", "matmul_flops"}
+    names = ("add_rms_norm", "swiglu", "item_embed", "qk_norm_rope_store", "compressed_attention", "linear_w8")
+    for name in (*names, "modality_experts", "top_scores"):
+        rows = [row for case, row in found["kernels"].items() if name in case]
+        assert rows and all(row.keys() == {"us", "gb_s", "tflop_s", "of_ceiling"} for row in rows), name
+    step = found["steps"]["tiny"]
+    assert step["latency"].keys() == {"cold 30 + 20", "warm 1 + 20", "warm 1, catalogue"}
+    assert all({"bucket_rows", "p50_ms", "p95_ms", "p99_ms"} <= row.keys() for row in step["latency"].values())
+    assert step["graphs_captured"] == 2
+    assert step["graph_replays"] > 0
+    if not found["skipped"]:
+        assert found["transformers"]["tiny"].keys() == {"30 + 30 + 20 rows", "1 + 20 rows behind 60"}
+    assert "these figures mean nothing" in (tmp_path / "gpu.txt").read_text()
+
+
+@pytest.mark.parametrize("script", ["make_gpu.py", "gpu.py"])
+def test_without_a_gpu_one_line_says_so(root, tmp_path, script):
+    done = run(root, script, "--out", tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    assert done.stderr == ""
+    [line] = done.stdout.splitlines()
+    assert "no CUDA device is usable" in line
+    assert list(tmp_path.iterdir()) == []
