@@ -53,7 +53,7 @@ class DenseAttend:
 
     def __call__(self, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor, only_read: bool) -> Tensor:
         """q [B, T + C, H, D], k and v [B, T + C, H_kv, D] -> [B, T + C, H, D], or [B, 1 + C, H, D] of what is read."""
-        q, k = rotate(layer.norm_q(q), self.cos, self.sin), rotate(layer.norm_k(k), self.cos, self.sin)
+        q, k = self._rotate(layer.norm_q(q)), self._rotate(layer.norm_k(k))
         q = self.rows.read(q) if only_read else q
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         num_new, num_queries = self.rows.num_history, 1 if only_read else self.rows.num_history
@@ -63,6 +63,9 @@ class DenseAttend:
             isolated = isolated_attention(q[:, :, num_queries:], *own, keys, values, self._exists(keys.shape[2]))
             out = torch.cat([out, isolated], dim=2)
         return out.transpose(1, 2)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        return rotate(x.float(), self.cos, self.sin).to(x.dtype)
 
     def _history(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values [B, H_kv, S, D] of everything a candidate may see, and the history rows' own result."""
@@ -158,8 +161,7 @@ def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) 
     group = q.shape[1] // keys.shape[1]
     rows = _by_key_head(q, group) / math.sqrt(q.shape[-1])
     seen = visible.unsqueeze(1).repeat(1, 1, group, 1)
-    logits = (rows @ keys.transpose(2, 3)).float().masked_fill(~seen, float("-inf"))
-    out = logits.softmax(dim=-1).to(values.dtype) @ values
+    out = (rows @ keys.transpose(2, 3)).masked_fill(~seen, float("-inf")).softmax(dim=-1) @ values
     return torch.unflatten(out, 2, (group, q.shape[2])).flatten(1, 2)
 
 
@@ -171,13 +173,15 @@ def _by_key_head(q: Tensor, group: int) -> Tensor:
 def isolated_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, exists: Tensor) -> Tensor:
     """Candidates q [B, H, C, D] over a prefix [B, H_kv, S, D] where `exists` [B, S], and each over its own k, v.
 
-    One softmax over the prefix and the one own key: no candidate sees another, and no C x C mask exists.
+    One softmax over the prefix and the one own key: no candidate sees another, and no C x C mask exists. In float32, as
+    the engine computes attention above its inputs' precision: a half's logits of 16 are off by a hundredth.
     """
-    count, group = k.shape[2], q.shape[1] // k.shape[1]
+    dtype, count, group = q.dtype, k.shape[2], q.shape[1] // k.shape[1]
+    q, k, v, keys, values = (part.float() for part in (q, k, v, keys, values))
     q = _by_key_head(q, group) / math.sqrt(q.shape[-1])
     own_keys, own_values = (part.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(2, 3) for part in (k, v))
-    own = (q * own_keys).sum(dim=-1, keepdim=True).float()
-    prefix = (q @ keys.transpose(2, 3)).float().masked_fill(~exists[:, None, None], float("-inf"))
-    weights = torch.cat([prefix, own], dim=-1).softmax(dim=-1).to(v.dtype)
+    own = (q * own_keys).sum(dim=-1, keepdim=True)
+    prefix = (q @ keys.transpose(2, 3)).masked_fill(~exists[:, None, None], float("-inf"))
+    weights = torch.cat([prefix, own], dim=-1).softmax(dim=-1)
     out = weights[..., :-1] @ values + weights[..., -1:] * own_values
-    return torch.unflatten(out, 2, (group, count)).flatten(1, 2)
+    return torch.unflatten(out, 2, (group, count)).flatten(1, 2).to(dtype)

@@ -15,7 +15,7 @@ from speeder_engine.models.compressor import Compressor
 from speeder_engine.progress import track
 from speeder_engine.request import Ranking, Request
 
-# of a score; a score beyond 1 may be off in proportion, since half precision is relative
+# of a score, where a ranking's largest is 1 at most; half precision is relative, so beyond that in proportion
 BOUNDS = {"float32": 1e-4, "float16": 5e-3}
 TOP = 10
 MOST_AT_ONCE = 32
@@ -24,12 +24,14 @@ MOST_CANDIDATES = 40
 
 @dataclass(frozen=True)
 class Parity:
-    """`max_error`: the worst score, over max(1, its size). `same_top`: the share of users with the same ten items in
-    the same order; the others differ by swaps inside the bound."""
+    """`max_error`: the worst score, over max(1, the size of its ranking's largest); `max_absolute_error`: as it is.
+    `same_top`: the share of users with the same ten items in the same order; the others differ by swaps inside the
+    bound."""
 
     users: int
     bound: float
     max_error: float
+    max_absolute_error: float
     same_top: float
 
     def check(self, graph: str) -> None:
@@ -58,8 +60,14 @@ def run_parity(reference: Engine, exported: OnnxEngine, num_users: int, seed: in
 def measure(pairs: Sequence[tuple[Ranking, Ranking]], bound: float) -> Parity:
     """Pairs of what was expected and what was found."""
     errors = [ranking_error(expected, found) for expected, found in pairs]
+    scaled = [error / _scale(expected) for error, (expected, _) in zip(errors, pairs, strict=True)]
     same = [expected.items[:TOP] == found.items[:TOP] for expected, found in pairs]
-    return Parity(len(pairs), bound, float(np.max(errors, initial=0.0)), float(np.mean(same)) if same else 1.0)
+    worst, absolute = (float(np.max(each, initial=0.0)) for each in (scaled, errors))
+    return Parity(len(pairs), bound, worst, absolute, float(np.mean(same)) if same else 1.0)
+
+
+def _scale(ranking: Ranking) -> float:
+    return max([1.0, *map(abs, ranking.scores)])
 
 
 def ranking_error(expected: Ranking, found: Ranking) -> float:
@@ -72,7 +80,7 @@ def ranking_error(expected: Ranking, found: Ranking) -> float:
     for (item_id, score), place in zip(found, expected.scores, strict=True):
         # an item beyond the expected ones scores at most as the last of them
         own = scores.get(item_id, min(score, expected.scores[-1]))
-        worst = max(worst, max(abs(score - own), abs(score - place)) / max(1.0, abs(score)))
+        worst = max(worst, abs(score - own), abs(score - place))
     return worst
 
 
@@ -128,9 +136,9 @@ def _compress_parity(reference: Engine, exported: OnnxEngine, count: int, rng: n
         values[rng.random(count) < 0.3] = np.nan
         features[name] = values
     expected = _compressed(config, reference.parts.compressor, features)
-    error = float(np.abs(exported.compress(features) - expected).max(initial=0.0)) / config.scale
+    error = float(np.abs(exported.compress(features) - expected).max(initial=0.0))
     # item tokens are float32 in every export
-    return Parity(count, BOUNDS["float32"], error, 1.0)
+    return Parity(count, BOUNDS["float32"], error / config.scale, error, 1.0)
 
 
 def _compressed(

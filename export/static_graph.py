@@ -38,7 +38,8 @@ class Overrides:
 
 
 class StaticModel(nn.Module):
-    """An engine's weights as constants of a graph: decoder and item tokens in `dtype`, heads and scores in float32."""
+    """An engine's weights as constants of a graph: matrices, item tokens, keys and values in `dtype`; what is small and
+    costs accuracy (prompts, norms, rotations, the rows that layers add to, heads and scores) in float32."""
 
     item_tokens: Tensor
     cos: Tensor
@@ -55,20 +56,18 @@ class StaticModel(nn.Module):
         self.window = parts.config.prompt.window
         positions = len(parts.config.prompt.instruction_ids) + torch.arange(self.window + 1)
         cos, sin = model.decoder.rotary(positions)
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
         constants = {
-            "item_tokens": parts.catalogue.tokens[: parts.catalogue.num_rows].float(),
-            "cos": cos,
-            "sin": sin,
+            "item_tokens": parts.catalogue.tokens[: parts.catalogue.num_rows],
             "instruction_keys": torch.stack([keys for keys, _ in instruction.pairs]),
             "instruction_values": torch.stack([values for _, values in instruction.pairs]),
         }
         for name, value in constants.items():
             self.register_buffer(name, value.to(dtype))
         self.register_buffer("instruction_hidden", instruction.hidden)
-        self.decoder = _with_torch_norms(model.decoder).to(dtype)
-        self.prompts = model.prompts.to(dtype)
-        self.times = None if model.times is None else model.times.to(dtype)
-        self.role = nn.Parameter(model.rank.role.to(dtype))
+        self.decoder = in_half(model.decoder, dtype)
+        self.prompts, self.times = model.prompts, model.times
         self.has_rank = parts.config.heads.rank
         self.retrieve, self.rank = model.retrieve, model.rank
         self.requires_grad_(False).eval()
@@ -98,7 +97,7 @@ class StaticModel(nn.Module):
             only_read = layer.index == len(self.decoder.layers) - 1
             mixed = attend(layer, *layer.project(layer.input_norm(hidden)), only_read)
             hidden = _finish(layer, rows.read(hidden) if only_read else hidden, mixed)
-        hidden = self.decoder.norm(hidden).float()
+        hidden = self.decoder.norm(hidden)
         last_hidden = torch.where((rows.lengths == 0).unsqueeze(1), self.instruction_hidden, hidden[:, 0])
         return last_hidden, hidden[:, 1:], attend.present
 
@@ -128,12 +127,12 @@ class StaticModel(nn.Module):
 
     def _embed(self, history: Tensor, candidates: Tensor | None, buckets: Tensor | None, slots: Tensor) -> Tensor:
         """[B, T + C, d], as `ServingModel.embed`."""
-        embedded = self.tokens(history)
+        embedded = self.tokens(history).float()
         if self.times is not None:
             assert buckets is not None, "a model that reads times takes buckets"
             embedded = embedded + self.times(buckets)
         if candidates is not None:
-            embedded = torch.cat([embedded, self.tokens(candidates) + self.role], dim=1)
+            embedded = torch.cat([embedded, self.tokens(candidates).float() + self.rank.role], dim=1)
         out: Tensor = embedded + self.prompts(slots)
         return out
 
@@ -304,12 +303,24 @@ def _finish(layer: DecoderLayer, hidden: Tensor, mixed: Tensor) -> Tensor:
     return out
 
 
-def _with_torch_norms(decoder: Decoder) -> Decoder:
-    """The decoder with torch's own RMSNorm in place of ours: the exporter knows it as one operator."""
-    for module in list(decoder.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, RMSNorm):
-                norm = nn.RMSNorm(child.weight.shape[0], eps=child.eps)
-                norm.weight = child.weight
-                setattr(module, name, norm)
+class WideNorm(nn.RMSNorm):
+    """torch's own RMSNorm, which the exporter knows as one operator, in float32; the result in `dtype`."""
+
+    def __init__(self, norm: RMSNorm, dtype: torch.dtype) -> None:
+        super().__init__(norm.weight.shape[0], eps=norm.eps)
+        self.weight = nn.Parameter(norm.weight.float())
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(self.dtype)
+
+
+def in_half(decoder: Decoder, dtype: torch.dtype) -> Decoder:
+    """Matrices in `dtype`, norms in float32, and so the rows that all layers add to: in half precision every layer
+    would round them again."""
+    norms = [(module, name, child) for module in decoder.modules() for name, child in module.named_children()]
+    decoder = decoder.to(dtype)
+    for module, name, child in norms:
+        if isinstance(child, RMSNorm):
+            setattr(module, name, WideNorm(child, torch.float32 if module is decoder else dtype))
     return decoder

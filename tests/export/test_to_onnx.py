@@ -155,7 +155,7 @@ def test_a_folder_of_something_else_is_not_replaced(compress, tmp_path):
 
 
 def test_answers_that_differ_are_not_published(compress, tmp_path, monkeypatch):
-    wrong = {"compress": Parity(40, 1e-4, 2e-3, 1.0)}
+    wrong = {"compress": Parity(40, 1e-4, 2e-3, 2e-3, 1.0)}
     monkeypatch.setattr(to_onnx, "run_parity", lambda *_: wrong)
     with pytest.raises(ExportError, match=r"graph compress: scores are off by 0\.002, at most 1e-04 is allowed"):
         export_onnx(compress.engine_dir, tmp_path / "out", FEW)
@@ -165,7 +165,7 @@ def test_answers_that_differ_are_not_published(compress, tmp_path, monkeypatch):
 def test_what_counts_as_an_error():
     expected = Ranking(("a", "b", "c"), (3.0, 2.0, 1.0))
     assert ranking_error(expected, expected) == 0
-    assert ranking_error(expected, Ranking(("b", "a", "c"), (3.0, 2.0, 1.0))) == 0.5  # two items changed places
+    assert ranking_error(expected, Ranking(("b", "a", "c"), (3.0, 2.0, 1.0))) == 1  # two items changed places
     assert ranking_error(expected, Ranking(("a", "b", "d"), (3.0, 2.0, 1.0))) == 0  # as good as the last one
     assert ranking_error(expected, Ranking(("d", "a", "b"), (3.0, 3.0, 2.0))) > 0.3
     assert ranking_error(expected, Ranking(("a", "b"), (3.0, 2.0))) == float("inf")
@@ -174,6 +174,8 @@ def test_what_counts_as_an_error():
         with pytest.raises(ExportError):
             found.check("score")
     assert measure([], 1e-4).same_top == 1.0
+    off = measure([(expected, Ranking(("a", "b", "c"), (3.0, 2.0, 1.03)))], 5e-3)
+    assert off.max_absolute_error == pytest.approx(0.03) and off.max_error == pytest.approx(0.01)
 
 
 KILLED = """
