@@ -25,8 +25,7 @@ MOST_CANDIDATES = 40
 @dataclass(frozen=True)
 class Parity:
     """`max_error`: the worst score, over max(1, the size of its ranking's largest); `max_absolute_error`: as it is.
-    `same_top`: the share of users with the same ten items in the same order; the others differ by swaps inside the
-    bound."""
+    `same_top`: the share of users with the same ten items in order; the others differ by swaps inside the bound."""
 
     users: int
     bound: float
