@@ -181,8 +181,8 @@ def partial_options(length: int, num_items: int, num_users: int, element_size: i
 def merge_lists(lists: Tensor, scores: Tensor, rows: Tensor) -> None:
     """Lists of keys [B, L, K], in any order, -> scores and rows [B, k], best first."""
     num_users, num_lists, kept = lists.shape
-    options = merge_options(kept)
     while True:
+        options = merge_options(kept, num_lists)
         num_merged = triton.cdiv(num_lists, options["LISTS"])
         merged = torch.empty(num_users, num_merged, kept, dtype=torch.int64, device=lists.device)
         _merge_lists_kernel[(num_users, num_merged)](
@@ -193,8 +193,8 @@ def merge_lists(lists: Tensor, scores: Tensor, rows: Tensor) -> None:
         lists, num_lists = merged, num_merged
 
 
-def merge_options(kept: int) -> dict[str, int]:
-    lists = max(2, MERGED_KEYS // kept)
+def merge_options(kept: int, num_lists: int) -> dict[str, int]:
+    lists = min(MERGED_KEYS // kept, next_power_of_2(num_lists))
     return {"K": kept, "DEPTH": kept.bit_length() - 1, "LISTS": lists, "FOLDS": lists.bit_length() - 1}
 
 
@@ -332,7 +332,7 @@ def _merge_specimen(k: int, last: bool) -> Specimen:
     types = {"lists": "*i64", "merged": "*i64", "scores": "*fp32", "rows": "*i64"}
     numbers = dict.fromkeys(("num_lists", "num_merged", "k"), "i32")
     label = f"k {k}{' last' if last else ''}"
-    return Specimen(label, _merge_lists_kernel, {**types, **numbers, "LAST": last, **merge_options(k)})
+    return Specimen(label, _merge_lists_kernel, {**types, **numbers, "LAST": last, **merge_options(k, 1000)})
 
 
 SPECIMENS = (
