@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-WORD = 8  # bytes: every array begins at a whole one
+WORD = 8  # bytes
+ALIGNED = 2  # words: Triton compiles a kernel anew for pointers that are no multiple of 16 bytes
 
 
 class Transfer:
@@ -97,7 +98,8 @@ def _event(is_cuda: bool) -> torch.cuda.Event | None:
 
 
 def words_of(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    return -(-math.prod(shape) * dtype.itemsize // WORD)
+    """Of an array with what keeps the next one aligned."""
+    return -(-math.prod(shape) * dtype.itemsize // (ALIGNED * WORD)) * ALIGNED
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:

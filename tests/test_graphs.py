@@ -15,6 +15,7 @@ from speeder_engine import ConfigError, Engine, EngineConfig, Item, Request
 from speeder_engine.batch import ROW_TILE
 from speeder_engine.config import CalendarConfig
 from speeder_engine.step_buffers import Bucket, make_buckets
+from speeder_engine.transfer import Transfer
 
 SETTINGS = {"dtype": "float32", "kv_budget": "4MiB", "max_batch_users": 8, "max_batch_rows": 150, "debug": True}
 SETTINGS |= {"row_buckets": (16, 48, 96, 160), "freeze_gc": False}
@@ -354,3 +355,15 @@ def test_every_tensor_of_a_captured_batch_lies_in_the_arena(tiny):
             for name, tensor in tensors.items():
                 if isinstance(tensor, torch.Tensor) and name != "shared_blocks":
                     assert tensor.data_ptr() in inside, name
+
+
+def test_whatever_is_put_begins_at_sixteen_bytes():
+    transfer = Transfer(torch.device("cpu"), 64)
+    transfer.begin(6)
+    arrays = [np.arange(3), np.array([True]), np.arange(5)]
+    found = [transfer.put(each) for each in arrays] + [transfer.put_int32(np.arange(3))]
+    transfer.send()
+    for tensor, array in zip(found, [*arrays, np.arange(3)], strict=True):
+        assert (tensor.data_ptr() - transfer.arena.data_ptr()) % 16 == 0
+        assert tensor.tolist() == array.tolist()
+    assert transfer.put(np.arange(60)).tolist() == list(range(60))  # no room: sent by itself
