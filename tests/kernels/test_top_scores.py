@@ -73,14 +73,6 @@ def test_equal_scores_come_in_row_order(num_items, k, num_values, seed):
         np.testing.assert_array_equal(values[b], scores[b, order])
 
 
-def test_vectors_behind_the_mask_are_padding():
-    vectors, table = torch.zeros(16, 8), torch.randn(50, 8)
-    vectors[0] = 1.0
-    values, rows = top_scores(vectors, table, torch.zeros(50), torch.zeros(1, 50, dtype=torch.bool), 5)
-    assert values.shape == rows.shape == (1, 5)
-    assert rows[0].tolist() == table.sum(dim=1).topk(5).indices.tolist()
-
-
 @pytest.mark.parametrize("k", [1, 7, 50, 80])
 def test_masked_items_come_last_and_the_prior_counts(k):
     vectors, table, prior, given = make_case(4, 50, 8)
