@@ -184,6 +184,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.config = config
         self.warm = Engine(titled().parts(), config)
         self.cold = Engine(titled().parts(), EngineConfig(dtype=self.dtype, kv_budget="0", catalogue_capacity=CAPACITY))
+        if budget < -(-WINDOW // block_size):
+            quota = min(quota or budget, budget)  # a budget of less than a window is a quota
         self.quota = None if quota is None else quota * block_size
         self.budgets = budget * block, host * block
         self.watch = Watch(self.warm, self.quota)
