@@ -1,4 +1,4 @@
-"""Maps the top-level folders onto the package `speeder_engine` and builds its C++ extension."""
+"""Maps the top-level folders onto the package `speeder_engine` and builds its C++ extensions."""
 
 import shutil
 from pathlib import Path
@@ -29,18 +29,20 @@ def packages() -> list[str]:
     return found
 
 
+def extension(name: str, folder: str) -> Pybind11Extension:
+    return Pybind11Extension(
+        f"speeder_engine.{name}",
+        sorted(str(path) for path in Path(folder).glob("*.cpp")),
+        depends=sorted(str(path) for pattern in ("*.h", "*.inl") for path in Path(folder).glob(pattern)),
+        cxx_std=20,
+        extra_compile_args=["-O3", "-Wall", "-Wextra", "-fvisibility=hidden"],
+    )
+
+
 setup(
     packages=packages(),
     package_dir=MAPPED,
-    package_data={"speeder_engine": ["py.typed", "_C.pyi", "training/recipes/*.yaml"]},
-    ext_modules=[
-        Pybind11Extension(
-            "speeder_engine._C",
-            sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
-            cxx_std=20,
-            extra_compile_args=["-O3", "-Wall", "-Wextra", "-fvisibility=hidden"],
-        )
-    ],
+    package_data={"speeder_engine": ["py.typed", "_C.pyi", "_cpu.pyi", "training/recipes/*.yaml"]},
+    ext_modules=[extension("_C", "csrc"), extension("_cpu", "csrc/cpu")],
     cmdclass={"build_ext": build_ext, "build_py": FreshBuild},
 )

@@ -227,6 +227,8 @@ class EngineConfig(Config):
     batch_wait_ms: float = 0.0  # how long a submitted request waits for company while the engine is idle
     graphs: str = "auto"  # CUDA graphs: "auto" captures on a GPU, "on" runs their buckets on a CPU too, "off" never
     row_buckets: tuple[int, ...] = ROW_BUCKETS  # passes that are captured, by rows; larger ones run without a graph
+    cpu_path: str = "auto"  # on a CPU: "auto", "avx512", "avx2", "plain" for native kernels, "torch" for none of them
+    weights: str = "auto"  # of the decoder: "auto" has them in dtype, "int8" packs them in bytes (native kernels)
     freeze_gc: bool = True  # what stands after the warm-up is never again searched for garbage, in the whole process
     debug: bool = False  # freed blocks are filled with junk, the cache's books checked after every step
 
@@ -244,6 +246,9 @@ class EngineConfig(Config):
         check(
             self.graphs in ("auto", "on", "off"), f"EngineConfig.graphs: {self.graphs!r}; choose 'auto', 'on' or 'off'"
         )
+        paths = ("auto", "avx512", "avx2", "plain", "torch")
+        check(self.cpu_path in paths, f"EngineConfig.cpu_path: {self.cpu_path!r} is not one of {', '.join(paths)}")
+        check(self.weights in ("auto", "int8"), f"EngineConfig.weights: {self.weights!r}; choose 'auto' or 'int8'")
         tiles = all(size > 0 and size % ROW_TILE == 0 for size in self.row_buckets)
         rising = list(self.row_buckets) == sorted(set(self.row_buckets)) and len(self.row_buckets) > 0
         wanted = f"rising multiples of {ROW_TILE}, at least one"

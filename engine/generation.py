@@ -13,6 +13,7 @@ from torch import Tensor
 
 from speeder_engine.batch import pad_to_tile
 from speeder_engine.models.decoder import DecoderLayer
+from speeder_engine.native.decoder import NativeDecoder, NativeRows, OwnKeys
 from speeder_engine.runner import ModelRunner
 from speeder_engine.title_text import TitleText
 from speeder_engine.triton_kernels.compressed_attention import AttentionRows
@@ -91,14 +92,40 @@ class _Scratch:
             ),
             paths=self._tensor(np.where(columns <= depth[:, None], first[:, None] + columns, -1)),
         )
-        positions = pad_to_tile(self._tensor(len(model.instruction) + self.history_lens[sequence] + depth))
+        positions = self._tensor(len(model.instruction) + self.history_lens[sequence] + depth)
         read_rows = self._tensor(np.arange(1, len(members) + 1) * count - 1)
-        attend = _ScratchAttend(self, self._tensor(first + depth), rows, read_rows, *model.decoder.rotary(positions))
-        embedded = pad_to_tile(model.embed_text(tokens.flatten()))
-        hidden: Tensor = model.decoder(embedded, positions, attend, pad_to_tile(read_rows))
+        slots = self._tensor(first + depth)
         self.filled += count
         self.runner.rows_computed += len(sequence)
+        embedded = model.embed_text(tokens.flatten())
+        if self.runner.native is not None:
+            return self._native(self.runner.native, embedded, positions, slots, rows, read_rows)
+        positions = pad_to_tile(positions)
+        attend = _ScratchAttend(self, slots, rows, read_rows, *model.decoder.rotary(positions))
+        hidden: Tensor = model.decoder(pad_to_tile(embedded), positions, attend, pad_to_tile(read_rows))
         return hidden[: len(members)]
+
+    def _native(
+        self, native: NativeDecoder, embedded: Tensor, positions: Tensor, slots: Tensor, tree: TreeRows, reads: Tensor
+    ) -> Tensor:
+        cos, sin = self.runner.model.decoder.rotary(positions)
+        prefix = tree.prefix
+        rows = NativeRows(
+            positions=torch.arange(len(positions)),
+            cos=cos,
+            sin=sin,
+            slot_mapping=slots[:0],
+            sequence=prefix.sequence,
+            visible=prefix.visible,
+            candidate=prefix.candidate,
+            block_tables=prefix.block_tables,
+            shared_blocks=prefix.shared_blocks,
+            shared_len=prefix.shared_len,
+            read_rows=reads,
+            paths=tree.paths,
+            own=OwnKeys(slots, self.keys, self.values),
+        )
+        return native.forward(embedded, rows, self.runner.cache)
 
     def _tensor(self, array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self.device)

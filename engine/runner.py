@@ -1,4 +1,9 @@
-"""ModelRunner: the weights on the device and the paged `attend`. Speaks tensors, never users."""
+"""ModelRunner: the weights on the device and the paged `attend`. Speaks tensors, never users.
+
+On a CPU with native kernels whole passes go to `NativeDecoder`; else the decoder's layers run in torch, or as kernels.
+"""
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -7,8 +12,9 @@ from speeder_engine.batch import Batch, pad_rows, pad_to_tile
 from speeder_engine.cache import KVCache
 from speeder_engine.models.decoder import CausalAttend, DecoderLayer
 from speeder_engine.models.recommender import ServingModel
+from speeder_engine.native.decoder import NativeDecoder, NativeRows
 from speeder_engine.triton_kernels.compressed_attention import AttentionRows, compressed_attention
-from speeder_engine.triton_kernels.item_embed import EmbedRows, item_embed
+from speeder_engine.triton_kernels.item_embed import EmbedRows, embed_rows, item_embed
 from speeder_engine.triton_kernels.qk_norm_rope_store import qk_norm_rope_store, rotate
 from speeder_engine.triton_kernels.tree_attention import tree_attention
 
@@ -16,9 +22,10 @@ from speeder_engine.triton_kernels.tree_attention import tree_attention
 class ModelRunner:
     """Runs forward passes over batches; computes the instruction once, into the cache's shared blocks."""
 
-    def __init__(self, model: ServingModel, cache: KVCache) -> None:
+    def __init__(self, model: ServingModel, cache: KVCache, native: NativeDecoder | None = None) -> None:
         self.model = model
         self.cache = cache
+        self.native = native
         self.rows_computed = 0
         prompt = model.config.prompt
         device = model.instruction.device
@@ -38,7 +45,11 @@ class ModelRunner:
         captured, unless the batch has text."""
         if batch.num_rows == 0:
             return item_tokens[:0]
-        embedded, normed = item_embed(self.model.embed_tables(item_tokens), _embed_rows(batch))
+        tables = self.model.embed_tables(item_tokens)
+        if self.native is not None:
+            embedded = embed_rows(tables, _embed_rows(batch, batch.num_rows))
+            return self.native.forward(embedded, self._native_rows(batch), self.cache)
+        embedded, normed = item_embed(tables, _embed_rows(batch, pad_rows(batch.num_rows)))
         positions = pad_to_tile(batch.positions)
         attend = PagedAttend(self.cache, batch, *self._rotary(batch, positions))
         hidden: Tensor = self.model.decoder(embedded, positions, attend, pad_to_tile(batch.read_rows), normed)
@@ -50,23 +61,66 @@ class ModelRunner:
             return cos, sin
         return self.cos[positions], self.sin[positions]
 
+    def _native_rows(self, batch: Batch) -> NativeRows:
+        rows = batch.attention
+        found = NativeRows(
+            positions=batch.positions,
+            cos=self.cos,
+            sin=self.sin,
+            slot_mapping=batch.slot_mapping,
+            sequence=rows.sequence,
+            visible=rows.visible,
+            candidate=rows.candidate,
+            block_tables=rows.block_tables,
+            shared_blocks=rows.shared_blocks,
+            shared_len=rows.shared_len,
+            read_rows=batch.read_rows,
+        )
+        if batch.text is None:
+            return found
+        tree, first = batch.text.tree, batch.num_item_rows
+        cos, sin = self.model.decoder.rotary(batch.positions)
+        each = torch.arange(batch.num_rows)
+        paths = torch.where(tree.paths < 0, tree.paths, tree.paths + first)
+        return replace(found.with_text(tree.prefix, paths), positions=each, cos=cos, sin=sin)
+
     def _run_instruction(self) -> Tensor:
         """Fills the shared blocks; returns the instruction's last hidden state [1, d]: an empty history's h(last)."""
         decoder, rows = self.model.decoder, self.model.instruction
+        if self.native is not None:
+            return self.native.forward(rows, self._instruction_rows(), self.cache)
         positions = torch.arange(rows.shape[0], device=rows.device)
         attend = _StoringAttend(self.cache, *decoder.rotary(positions))
         hidden: Tensor = decoder(rows, positions, attend)
         return hidden[-1:]
 
+    def _instruction_rows(self) -> NativeRows:
+        """The instruction as a history of its own, in the blocks that are shared from then on."""
+        length = self.model.instruction.shape[0]
+        each = torch.arange(length)
+        return NativeRows(
+            positions=each,
+            cos=self.cos,
+            sin=self.sin,
+            slot_mapping=each,
+            sequence=torch.zeros_like(each),
+            visible=each + 1,
+            candidate=torch.zeros(length, dtype=torch.bool),
+            block_tables=self.cache.shared_blocks[None],
+            shared_blocks=self.cache.shared_blocks,
+            shared_len=0,
+            read_rows=each[-1:],
+        )
 
-def _embed_rows(batch: Batch) -> EmbedRows:
+
+def _embed_rows(batch: Batch, num_padded: int) -> EmbedRows:
     return EmbedRows(
         items=batch.item_rows,
         slots=batch.slots,
         buckets=batch.buckets,
         candidate=batch.attention.candidate,
         tokens=None if batch.text is None else batch.text.tokens,
-        num_padded=pad_rows(batch.num_rows),
+        num_padded=num_padded,
     )
 
 

@@ -12,6 +12,7 @@ from speeder_engine.batch import Reads, pad_to_tile
 from speeder_engine.catalogue import Catalogue
 from speeder_engine.models.heads import RankHead, RetrieveHead
 from speeder_engine.models.recommender import ServingModel
+from speeder_engine.native.search import native_top_scores
 from speeder_engine.query import Query, Rows
 from speeder_engine.title_scorer import title_scores
 from speeder_engine.transfer import Transfer
@@ -24,10 +25,14 @@ Floats = NDArray[np.float32]
 class HeadScorer:
     """Scores queries with the model's heads over one catalogue."""
 
-    def __init__(self, model: ServingModel, catalogue: Catalogue, transfer: Transfer) -> None:
+    def __init__(
+        self, model: ServingModel, catalogue: Catalogue, transfer: Transfer, kernels: str | None = None
+    ) -> None:
+        """kernels: native ones that search the catalogue, as `pick_kernels` found; None: torch, or kernels on a GPU."""
         self.model = model
         self.catalogue = catalogue
         self.transfer = transfer
+        self.kernels = kernels
 
     @torch.inference_mode()
     def user_vectors(self, last_hidden: Tensor) -> Tensor:
@@ -101,6 +106,8 @@ class HeadScorer:
         vectors = vectors[: len(members)] if chosen is None else vectors[chosen]
         prior = self.model.retrieve.beta * self.catalogue.prior
         deepest = max(query.request.k for query in queries)
+        if self.kernels is not None:
+            return native_top_scores(vectors, self.catalogue.tokens, prior, answerable, deepest, self.kernels)
         return top_scores(vectors, self.catalogue.tokens, prior, answerable, deepest)
 
     def _answerable(self, queries: Sequence[Query]) -> Answerable:

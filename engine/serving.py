@@ -20,6 +20,8 @@ from speeder_engine.config import EngineConfig
 from speeder_engine.embedder import ItemEmbedder
 from speeder_engine.generation import TitleGenerator
 from speeder_engine.graphs import StepGraphs, pick_capture, transfer_words
+from speeder_engine.native.decoder import NativeDecoder
+from speeder_engine.native.support import advise_huge, pick_kernels
 from speeder_engine.parts import EngineParts
 from speeder_engine.prompt import PromptLayout
 from speeder_engine.query import Query, resolve
@@ -79,14 +81,21 @@ class Serving:
         self.parts, self.config, self.device = parts, config, device
         self.lock = threading.Lock()
         self.layout = PromptLayout(parts.config.prompt)
-        self.model = parts.model.to(device, dtype)
+        self.kernels = pick_kernels(config, device, dtype)
+        native = None
+        if self.kernels is not None:
+            # packed from the weights as they are: those of a directory stay where the file is mapped
+            native = NativeDecoder(parts.model.decoder, dtype, config.weights, self.kernels)
+        self.model = parts.model.to(device, dtype) if native is None else parts.model.heads_to(dtype)
         self.catalogue = parts.catalogue.to(device, dtype, config.capacity_for(len(parts.catalogue)))
         self.cache = KVCache(config, parts.config.decoder, self.layout, device, dtype)
-        self.runner = ModelRunner(self.model, self.cache)
+        self.runner = ModelRunner(self.model, self.cache, native)
         capture = pick_capture(config.graphs, device)
         staged = capture is not None or device.type == "cuda"
         self.transfer = Transfer(device, transfer_words(config, self.cache.size) if staged else 0)
-        self.scorer = HeadScorer(self.model, self.catalogue, self.transfer)
+        if self.kernels is not None:
+            advise_huge(self.catalogue.tokens)
+        self.scorer = HeadScorer(self.model, self.catalogue, self.transfer, self.kernels)
         self.model_step = StepModel(self.runner, self.scorer, self.cache, self.catalogue)
         self.graphs = StepGraphs(capture, self.model_step, self.layout, self.transfer, config)
         self.embedder = ItemEmbedder(parts.config.compressor, parts.compressor, parts.find_encoder, device)

@@ -14,7 +14,7 @@ ORDER = [
     "query parts cache",
     "text_rows",
     "batch",
-    "title_scorer embedder step_buffers",
+    "title_scorer embedder step_buffers native",
     "scorer",
     "scheduler runner session device",
     "step",
@@ -37,7 +37,7 @@ MAPPED = {"engine": "", "triton_kernels": "triton_kernels.", "export": "export."
 
 ONLY = {
     "speeder_engine._C": "cache",
-    "speeder_engine._cpu": "runner",
+    "speeder_engine._cpu": "native",
     "triton": "triton_kernels",
     "onnx": "export",
     "onnx_ir": "export",

@@ -59,6 +59,12 @@ def item_embed(tables: EmbedTables, rows: EmbedRows) -> tuple[Tensor, Tensor]:
 
 
 def item_embed_ref(tables: EmbedTables, rows: EmbedRows) -> tuple[Tensor, Tensor]:
+    embedded = embed_rows(tables, rows)
+    return embedded, rms_norm_ref(embedded, tables.norm, tables.eps)
+
+
+def embed_rows(tables: EmbedTables, rows: EmbedRows) -> Tensor:
+    """The residual stream alone, in torch."""
     candidate = rows.candidate.unsqueeze(-1)
     embedded = _looked_up(tables, rows.items) + tables.prompts[rows.slots] + candidate * tables.role
     if tables.times is not None:
@@ -67,8 +73,7 @@ def item_embed_ref(tables: EmbedTables, rows: EmbedRows) -> tuple[Tensor, Tensor
         assert tables.text is not None
         embedded = torch.cat([embedded, tables.text[rows.tokens]])
     padding = embedded.new_zeros(rows.num_padded - embedded.shape[0], embedded.shape[1])
-    embedded = torch.cat([embedded, padding])
-    return embedded, rms_norm_ref(embedded, tables.norm, tables.eps)
+    return torch.cat([embedded, padding])
 
 
 def _looked_up(tables: EmbedTables, rows: Tensor) -> Tensor:

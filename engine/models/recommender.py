@@ -98,6 +98,14 @@ class ServingModel(nn.Module):
             served.vocabulary.load_state_dict(model.vocabulary().state_dict())
         return served.requires_grad_(False).eval()
 
+    def heads_to(self, dtype: torch.dtype) -> "ServingModel":
+        """Everything but the decoder's layers in another type: whoever has packed those reads them no more."""
+        for name, part in self.named_children():
+            if name != "decoder":
+                part.to(dtype)
+        self.instruction = self.instruction.to(dtype)
+        return self
+
     def embed_tables(self, item_tokens: Tensor) -> EmbedTables:
         """What `item_embed` looks rows up in, beside item tokens [I, d]."""
         first: Any = self.decoder.layers[0]

@@ -1,0 +1,139 @@
+#include "top_scores.h"
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <stdexcept>
+#include <vector>
+
+#include "thread_pool.h"
+
+namespace speeder::cpu {
+
+namespace {
+
+constexpr int kBlock = 256;  // items whose scores stand in the first cache
+constexpr int kBlocksAtOnce = 16;
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+
+struct Scored {
+    float score;
+    std::int64_t row;
+    bool operator<(const Scored& other) const {  // better
+        return score > other.score || (score == other.score && row < other.row);
+    }
+};
+
+// The best k of what it is shown: a heap whose top is the worst of them.
+class Best {
+public:
+    explicit Best(int k) : k_(static_cast<std::size_t>(k)) { kept_.reserve(k_); }
+
+    // rows come in ascending order, so that an equal score is never better
+    bool wants(float score) const { return kept_.size() < k_ ? score > kNever : score > kept_.front().score; }
+    void show(float score, std::int64_t row) {
+        if (kept_.size() == k_) std::pop_heap(kept_.begin(), kept_.end()), kept_.pop_back();
+        kept_.push_back({score, row});
+        std::push_heap(kept_.begin(), kept_.end());
+    }
+    const std::vector<Scored>& kept() const { return kept_; }
+
+private:
+    std::size_t k_;
+    std::vector<Scored> kept_;
+};
+
+class Walk {
+public:
+    Walk(const Search& search, const Kernels& kernels)
+        : search_(search),
+          kernels_(kernels),
+          bytes_(static_cast<std::ptrdiff_t>(bytes_of(search.type)) * search.size),
+          scores_(static_cast<std::size_t>(search.num_users) * kBlock),
+          best_(static_cast<std::size_t>(search.num_users), Best(search.k)) {}
+
+    void block(int first) {
+        const int count = std::min(kBlock, search_.num_items - first);
+        kernels_.dots(search_.table + first * bytes_, bytes_, count, search_.users, bytes_, search_.num_users,
+                      search_.size, search_.type, scores_.data(), kBlock);
+        for (int u = 0; u < search_.num_users; ++u)
+            if (search_.limited == nullptr || !search_.limited[u]) choose(u, first, count);
+    }
+
+    // of a user who may be answered a list alone
+    void list(int u) {
+        const auto& allowed = search_.allowed;
+        const std::int32_t* excluded = search_.excluded.rows + search_.excluded.starts[u];
+        const std::int32_t* excluded_end = search_.excluded.rows + search_.excluded.starts[u + 1];
+        for (int at = allowed.starts[u]; at < allowed.starts[u + 1]; ++at) {
+            const int row = allowed.rows[at];
+            if (!search_.available[row] || std::binary_search(excluded, excluded_end, row)) continue;
+            float score;
+            kernels_.dots(search_.table + row * bytes_, bytes_, 1, search_.users + u * bytes_, bytes_, 1, search_.size,
+                          search_.type, &score, 1);
+            score += search_.prior[row];
+            auto& best = best_[static_cast<std::size_t>(u)];
+            if (best.wants(score)) best.show(score, row);
+        }
+    }
+
+    const Best& best(int u) const { return best_[static_cast<std::size_t>(u)]; }
+
+private:
+    void choose(int u, int first, int count) {
+        float* scores = scores_.data() + std::ptrdiff_t{u} * kBlock;
+        for (int i = 0; i < count; ++i)
+            scores[i] = search_.available[first + i] ? scores[i] + search_.prior[first + i] : kNever;
+        const std::int32_t* end = search_.excluded.rows + search_.excluded.starts[u + 1];
+        const std::int32_t* row = std::lower_bound(search_.excluded.rows + search_.excluded.starts[u], end, first);
+        for (; row < end && *row < first + count; ++row) scores[*row - first] = kNever;
+        auto& best = best_[static_cast<std::size_t>(u)];
+        for (int i = 0; i < count; ++i)
+            if (best.wants(scores[i])) best.show(scores[i], first + i);
+    }
+
+    const Search& search_;
+    const Kernels& kernels_;
+    const std::ptrdiff_t bytes_;
+    std::vector<float> scores_;
+    std::vector<Best> best_;
+};
+
+void check(const RowLists& lists, int num_users, int num_items) {
+    for (int i = 0; i < lists.starts[num_users]; ++i)
+        if (lists.rows[i] < 0 || lists.rows[i] >= num_items) throw std::invalid_argument("a list's row is no item's");
+}
+
+}  // namespace
+
+void top_scores(const Search& search, const Kernels& kernels, int threads) {
+    check(search.excluded, search.num_users, search.num_items);
+    if (search.limited != nullptr) check(search.allowed, search.num_users, search.num_items);
+    const bool all_limited = search.limited != nullptr &&
+                             std::all_of(search.limited, search.limited + search.num_users, [](bool is) { return is; });
+    const int blocks = all_limited ? 0 : (search.num_items + kBlock - 1) / kBlock;
+    threads = std::clamp(blocks, 1, threads);
+    std::vector<Walk> walks(static_cast<std::size_t>(threads), Walk(search, kernels));
+    std::atomic<int> next{0};
+    ThreadPool::shared().run(threads, [&](int thread) {
+        auto& walk = walks[static_cast<std::size_t>(thread)];
+        for (int begin; (begin = next.fetch_add(kBlocksAtOnce)) < blocks;)
+            for (int block = begin; block < std::min(blocks, begin + kBlocksAtOnce); ++block) walk.block(block * kBlock);
+        if (thread == 0 && search.limited != nullptr)
+            for (int u = 0; u < search.num_users; ++u)
+                if (search.limited[u]) walk.list(u);
+    });
+    std::vector<Scored> found;
+    for (int u = 0; u < search.num_users; ++u) {
+        found.clear();
+        for (const auto& walk : walks) found.insert(found.end(), walk.best(u).kept().begin(), walk.best(u).kept().end());
+        std::sort(found.begin(), found.end());
+        found.resize(static_cast<std::size_t>(search.k), {kNever, 0});
+        for (int i = 0; i < search.k; ++i) {
+            search.scores[std::ptrdiff_t{u} * search.k + i] = found[static_cast<std::size_t>(i)].score;
+            search.rows[std::ptrdiff_t{u} * search.k + i] = found[static_cast<std::size_t>(i)].row;
+        }
+    }
+}
+
+}  // namespace speeder::cpu

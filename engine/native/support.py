@@ -1,0 +1,46 @@
+"""Which kernels this machine has, and whether an engine runs on them."""
+
+import torch
+
+from speeder_engine import _cpu
+from speeder_engine.config import EngineConfig, check
+from speeder_engine.errors import ConfigError
+
+NUMBERS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def pick_kernels(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What a CPU engine computes with: "avx512", "avx2" or "plain"; None for torch.
+
+    Raises ConfigError where what was asked for can't be had.
+    """
+    if device.type != "cpu":
+        wanted = "is computed on a CPU by native kernels; leave it at 'auto' on a GPU"
+        check(config.weights == "auto", f"EngineConfig.weights: {config.weights!r} {wanted}")
+        return None
+    found = _pick(config.cpu_path, dtype)
+    if found is None and config.weights != "auto":
+        raise ConfigError(
+            f"EngineConfig.weights: {config.weights!r} needs native kernels, which compute in float32 or bfloat16 on"
+            f" x86 with AVX2; dtype is {str(dtype).removeprefix('torch.')}, cpu_path {config.cpu_path!r}"
+        )
+    return found
+
+
+def _pick(path: str, dtype: torch.dtype) -> str | None:
+    if path == "torch" or (path == "auto" and dtype not in NUMBERS):
+        return None
+    if path == "auto":
+        best = _cpu.best_kernels()
+        return None if best == "plain" else best  # without vectors of its own, torch is faster
+    if dtype not in NUMBERS:
+        raise ConfigError(f"cpu_path: {path!r} computes in float32 or bfloat16, not {dtype}; choose 'torch'")
+    if not _cpu.has_kernels(path):
+        raise ConfigError(f"cpu_path: this machine has no {path!r}; its best is {_cpu.best_kernels()!r}")
+    return path
+
+
+def advise_huge(tensor: torch.Tensor) -> None:
+    """Huge pages under a large tensor, where the system gives them: a walk over it misses fewer address look-ups."""
+    if tensor.device.type == "cpu" and tensor.numel():
+        _cpu.advise_huge(tensor.data_ptr(), tensor.numel() * tensor.element_size())
