@@ -44,14 +44,19 @@ gpu:  ## build, test and measure on a machine with CUDA, with its own python3 an
 	@$(PYTHON) bench/make_gpu.py $(if $(OUT),--out "$(OUT)")
 
 SANITIZE = $(CXX) -std=c++20 -g -O1 -Icsrc tests/native/stress.cpp csrc/[bs]*_*.cpp
+SANITIZE_CPU = $(CXX) -std=c++20 -g -O1 -Icsrc/cpu tests/native/cpu_stress.cpp $(filter-out %/bindings.cpp,$(wildcard csrc/cpu/*.cpp))
 TIMES_TEN := $(if $(FULL),0)
 
-sanitize:  ## random cache operations under ASan+UBSan, and on 4 threads under TSan (FULL=1: ten times as many)
+sanitize:  ## random cache operations and CPU passes under ASan+UBSan, then on several threads under TSan (FULL=1: ten times as many)
 	@mkdir -p build
 	$(SANITIZE) -fsanitize=address,undefined -fno-sanitize-recover=all -o build/stress-address
 	build/stress-address 1000000$(TIMES_TEN)
 	$(SANITIZE) -fsanitize=thread -o build/stress-thread
 	build/stress-thread 500000$(TIMES_TEN) 4
+	$(SANITIZE_CPU) -fsanitize=address,undefined -fno-sanitize-recover=all -o build/cpu-stress-address
+	build/cpu-stress-address 40$(TIMES_TEN)
+	$(SANITIZE_CPU) -fsanitize=thread -o build/cpu-stress-thread
+	build/cpu-stress-thread 40$(TIMES_TEN)
 
 clean:  ## remove everything made here: .venv, builds, caches, demo
 	rm -rf .venv build dist demo *.egg-info engine/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

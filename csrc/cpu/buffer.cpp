@@ -2,15 +2,29 @@
 
 #include <sys/mman.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <new>
 #include <utility>
 
 namespace speeder::cpu {
 
+#if !defined(__SANITIZE_ADDRESS__)
 namespace {
 constexpr std::size_t kHuge = std::size_t{2} << 20;
 }
+#endif
 
+#if defined(__SANITIZE_ADDRESS__)
+// to the byte: the sanitizer can't see the end of what is mapped in pages
+Buffer::Buffer(std::size_t bytes) : bytes_(bytes) {
+    if (bytes == 0) return;
+    if (posix_memalign(reinterpret_cast<void**>(&data_), 64, bytes) != 0) throw std::bad_alloc();
+    std::memset(data_, 0, bytes);
+}
+
+Buffer::~Buffer() { std::free(data_); }
+#else
 // mmap gives zeroed pages; a whole huge page more, so that the part which is used can begin on one
 Buffer::Buffer(std::size_t bytes) : bytes_(bytes) {
     if (bytes == 0) return;
@@ -27,14 +41,15 @@ Buffer::Buffer(std::size_t bytes) : bytes_(bytes) {
 #endif
 }
 
+Buffer::~Buffer() {
+    if (data_ != nullptr) munmap(data_, (bytes_ + kHuge - 1) / kHuge * kHuge);
+}
+#endif
+
 Buffer& Buffer::operator=(Buffer&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
     return *this;
-}
-
-Buffer::~Buffer() {
-    if (data_ != nullptr) munmap(data_, (bytes_ + kHuge - 1) / kHuge * kHuge);
 }
 
 }  // namespace speeder::cpu

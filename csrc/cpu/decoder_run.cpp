@@ -75,8 +75,8 @@ struct Decoder::Run {
     void go() {
         begin();
         const int last = static_cast<int>(layers.size()) - 1;
-        for (int index = 0; index < last; ++index) layer(index, nullptr, pass.num_rows, scratch.all);
-        layer(last, pass.read_rows, pass.num_reads, scratch.read);
+        for (int index = 0; index < last; ++index) layer(index, false);
+        layer(last, true);
     }
 
     void begin() {
@@ -90,25 +90,27 @@ struct Decoder::Run {
         });
     }
 
-    // rows: those whose outputs are wanted, null for all
-    void layer(int index, const std::int64_t* rows, int count, const Attending& attending) {
+    // the last layer computes outputs of the rows that are read, and keys and values of all
+    void layer(int index, bool last) {
         const Layer& layer = *layers[static_cast<std::size_t>(index)];
-        const Rows& asking = rows == nullptr ? scratch.normed : scratch.normed_read;
-        if (rows != nullptr) gather(rows, count);
+        const std::int64_t* rows = pass.read_rows;
+        const int count = last ? pass.num_reads : pass.num_rows;
+        const Rows& asking = last ? scratch.normed_read : scratch.normed;
+        if (last) gather(rows, count);
         multiply({{&layer.q, asking, count, floats(scratch.q, scratch.q_stride)},
                   {&layer.kv, scratch.normed, pass.num_rows, floats(scratch.kv, scratch.kv_stride)}});
-        turn(layer, index, rows, count);
-        attend(index, count, attending);
+        turn(layer, index, last, count);
+        attend(index, count, last ? scratch.read : scratch.all);
         multiply({{&layer.out, scratch.attended, count, floats(scratch.x, scratch.x_stride)}});
-        float* sums = rows == nullptr ? scratch.sum : scratch.sum_read;
+        float* sums = last ? scratch.sum_read : scratch.sum;
         each(count, 4, [&](int i) {
-            const float* residual = scratch.sum + (rows == nullptr ? i : rows[i]) * scratch.sum_stride;
+            const float* residual = scratch.sum + (last ? rows[i] : i) * scratch.sum_stride;
             kernels.add_norm(sums + i * scratch.sum_stride, residual, scratch.x + i * scratch.x_stride,
                              layer.post_norm.data(), shape.eps, shape.hidden, shape.weights, scratch.normed, i);
         });
         feed_forward(layer, count);
-        if (rows == nullptr) follow(index + 1, count);
-        else finish(count);
+        if (last) finish(count);
+        else follow(index + 1, count);
     }
 
     void gather(const std::int64_t* rows, int count) {
@@ -120,12 +122,12 @@ struct Decoder::Run {
     }
 
     // norms of heads and rotation; keys and values go where later rows, and this one itself, look for them
-    void turn(const Layer& layer, int index, const std::int64_t* rows, int count) {
+    void turn(const Layer& layer, int index, bool last, int count) {
         const int dim = shape.head_dim;
         const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(dim));
         each(count + pass.num_rows, 4, [&](int i) {
             const bool asks = i < count;
-            const std::int64_t row = asks ? (rows == nullptr ? i : rows[i]) : i - count;
+            const std::int64_t row = asks ? (last ? pass.read_rows[i] : i) : i - count;
             const float* cos = pass.cos + pass.positions[row] * dim;
             const float* sin = pass.sin + pass.positions[row] * dim;
             if (!asks) return store(layer, index, static_cast<int>(row), cos, sin);

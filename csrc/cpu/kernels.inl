@@ -8,6 +8,12 @@ using namespace speeder::cpu;
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
+inline std::int32_t word(const std::byte* at) {
+    std::int32_t found;
+    __builtin_memcpy(&found, at, 4);
+    return found;
+}
+
 template <class V, Number N>
 struct Dot;
 
@@ -31,7 +37,7 @@ struct Dot<V, Number::bf16> {
     static Sum load(const std::byte* at) { return V::load(reinterpret_cast<const float*>(at)); }
     static void store(std::byte* at, Sum sum) { V::store(reinterpret_cast<float*>(at), sum); }
     static In weights(const std::byte* at) { return V::load_words(at); }
-    static In spread(const std::byte* at) { return V::set1_word(*reinterpret_cast<const std::int32_t*>(at)); }
+    static In spread(const std::byte* at) { return V::set1_word(word(at)); }
     static Sum add(Sum sum, In w, In a) { return V::dot_bf16(sum, w, a); }
 };
 
@@ -43,7 +49,7 @@ struct Dot<V, Number::int8> {
     static Sum load(const std::byte* at) { return V::load_words(at); }
     static void store(std::byte* at, Sum sum) { V::store_words(at, sum); }
     static In weights(const std::byte* at) { return V::load_words(at); }
-    static In spread(const std::byte* at) { return V::set1_word(*reinterpret_cast<const std::int32_t*>(at)); }
+    static In spread(const std::byte* at) { return V::set1_word(word(at)); }
     static Sum add(Sum sum, In w, In a) { return V::dot_u8s8(sum, w, a); }
 };
 
