@@ -75,14 +75,23 @@ def test_every_family_answers_as_transformers(family):
         assert cold.recommend(history, **named) == ranked
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("budget", ["4MiB", "26KB"])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])  # without and with norms of single heads
-def test_sessions_answer_bitwise_as_a_cold_engine(family, dtype, budget):
-    """Appends, corrections, deletions, repeats, slides and evictions, one by one and packed."""
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dtype": "float32"},
+        {"dtype": "bfloat16"},
+        {"dtype": "bfloat16", "weights": "int8"},
+        {"dtype": "float32", "cpu_path": "torch"},
+        {"dtype": "bfloat16", "cpu_path": "torch"},
+    ],
+    ids=lambda settings: "-".join(settings.values()),
+)
+@pytest.mark.parametrize(("family", "budget"), [("llama", "26KB"), ("qwen3", "26KB"), ("qwen3", "4MiB")])
+def test_sessions_answer_bitwise_as_a_cold_engine(family, budget, settings):
+    """With and without norms of single heads. Appends, corrections, deletions, repeats, slides and evictions, one by one and packed."""
     tiny = make_tiny(window=WINDOW, step=STEP, family=family)
-    warm = Engine(tiny.parts(), EngineConfig(dtype=dtype, kv_budget=budget, max_batch_users=8))
-    cold = Engine(tiny.parts(), EngineConfig(dtype=dtype, kv_budget="0"))
+    warm = Engine(tiny.parts(), EngineConfig(kv_budget=budget, max_batch_users=8, **settings))
+    cold = Engine(tiny.parts(), EngineConfig(kv_budget="0", **settings))
     rng = np.random.default_rng(0)
     histories = {f"user {u}": [] for u in range(30)}
     asked, answered = [], []
