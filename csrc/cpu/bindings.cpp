@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -52,7 +54,7 @@ public:
            int threads)
         : kernels_(kernels(isa)),
           threads_(threads),
-          packed_(matrix(weight), at<const float>(bias), number(type), gated, threads) {}
+          packed_(matrix(weight), at<const float>(bias), number(type), gated, threads, kernels_) {}
 
     // rows fp32 [n, inputs] -> out fp32 [n, outputs], through rows of the weights' type
     void run(Address rows, int num_rows, Address out) const {
@@ -168,6 +170,20 @@ void search(const py::dict& given, const std::string& isa, int threads) {
     top_scores(wanted, chosen, threads);
 }
 
+// Every byte once, by all threads: the floor under whatever walks over memory.
+float read_all(Address address, std::size_t bytes, const std::string& isa, int threads) {
+    const Kernels& chosen = kernels(isa);
+    constexpr std::size_t kPiece = std::size_t{1} << 18;
+    std::vector<float> found(static_cast<std::size_t>(threads), 0.0f);
+    std::atomic<std::size_t> next{0};
+    const py::gil_scoped_release release;
+    ThreadPool::shared().run(threads, [&](int thread) {
+        for (std::size_t begin; (begin = next.fetch_add(kPiece)) < bytes;)
+            found[static_cast<std::size_t>(thread)] += chosen.read(at<const std::byte>(address) + begin, std::min(kPiece, bytes - begin));
+    });
+    return *std::max_element(found.begin(), found.end());
+}
+
 // Asks for huge pages under memory that somebody else allocated; whether the system gives them is its affair.
 void advise_huge(Address address, std::size_t bytes) {
 #if defined(MADV_HUGEPAGE)
@@ -189,6 +205,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def(
         "has_kernels", [](const std::string& name) { return pick(name) != nullptr; }, py::arg("name"));
     module.def("advise_huge", &advise_huge, py::arg("address"), py::arg("num_bytes"));
+    module.def("read", &read_all, py::arg("address"), py::arg("num_bytes"), py::arg("isa"), py::arg("threads"));
     module.def("top_scores", &search, py::arg("search"), py::arg("isa"), py::arg("threads"));
 
     py::class_<Linear>(module, "Linear")

@@ -49,14 +49,14 @@ void check_indices(const Pass& pass, std::int64_t num_blocks, std::int64_t num_o
 
 }  // namespace
 
-Decoder::Layer::Layer(const Shape& shape, const LayerWeights& weights, int threads)
-    : q(part(weights.qkv, 0, shape.heads * shape.head_dim), weights.qkv_bias, shape.weights, false, threads),
+Decoder::Layer::Layer(const Shape& shape, const LayerWeights& weights, int threads, const Kernels& kernels)
+    : q(part(weights.qkv, 0, shape.heads * shape.head_dim), weights.qkv_bias, shape.weights, false, threads, kernels),
       kv(part(weights.qkv, shape.heads * shape.head_dim, 2 * shape.kv_heads * shape.head_dim),
          weights.qkv_bias == nullptr ? nullptr : weights.qkv_bias + shape.heads * shape.head_dim, shape.weights, false,
-         threads),
-      out(weights.out, weights.out_bias, shape.weights, false, threads),
-      gate_up(weights.gate_up, weights.gate_up_bias, shape.weights, true, threads),
-      down(weights.down, weights.down_bias, shape.weights, false, threads),
+         threads, kernels),
+      out(weights.out, weights.out_bias, shape.weights, false, threads, kernels),
+      gate_up(weights.gate_up, weights.gate_up_bias, shape.weights, true, threads, kernels),
+      down(weights.down, weights.down_bias, shape.weights, false, threads, kernels),
       input_norm(padded_copy(weights.input_norm, shape.hidden)),
       post_norm(padded_copy(weights.post_norm, shape.hidden)),
       q_norm(padded_copy(weights.q_norm, shape.head_dim)),
@@ -68,7 +68,7 @@ Decoder::Decoder(const Shape& shape, const Kernels& kernels, int threads)
 Decoder::~Decoder() = default;
 
 void Decoder::add_layer(const LayerWeights& weights) {
-    layers_.push_back(std::make_unique<Layer>(shape_, weights, threads_));
+    layers_.push_back(std::make_unique<Layer>(shape_, weights, threads_, kernels_));
 }
 
 void Decoder::set_norm(const float* weight) { norm_ = padded_copy(weight, shape_.hidden); }

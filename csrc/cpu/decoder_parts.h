@@ -10,7 +10,7 @@
 namespace speeder::cpu {
 
 struct Decoder::Layer {
-    Layer(const Shape& shape, const LayerWeights& weights, int threads);
+    Layer(const Shape& shape, const LayerWeights& weights, int threads, const Kernels& kernels);
 
     PackedLinear q, kv, out, gate_up, down;
     std::vector<float> input_norm, post_norm, q_norm, k_norm;

@@ -392,9 +392,26 @@ void attend(const AttentionUnit& unit) {
 
 // ---- the catalogue --------------------------------------------------------------------------------------------------
 
+// what no whole vector holds
+template <class V, Number N>
+float dot_rest(const std::byte* row, const std::byte* user, int whole, int size) {
+    float sum = 0.0f;
+    for (int c = whole / static_cast<int>(bytes_of(N)); c < size; ++c) {
+        float pair[2];
+        widen<V>(row + c * bytes_of(N), N, 1, pair);
+        widen<V>(user + c * bytes_of(N), N, 1, pair + 1);
+        sum += pair[0] * pair[1];
+    }
+    return sum;
+}
+
+constexpr int kTableAhead = 16384;  // bytes of the table fetched before they are needed, line after line
+
+// R rows by U users; one of them is four, or R is one, so that sums are added up by fours: in one order, whoever stands
+// beside
 template <class V, Number N, int R, int U>
 void dot_tile(const std::byte* table, std::ptrdiff_t table_stride, const std::byte* users, std::ptrdiff_t user_stride,
-              int size, float* scores, std::ptrdiff_t stride) {
+              int size, float* scores, std::ptrdiff_t stride, bool fetch) {
     using D = Dot<V, N>;
     constexpr int kBytes = V::width * 4;
     const int whole = size * static_cast<int>(bytes_of(N)) / kBytes * kBytes;
@@ -406,48 +423,50 @@ void dot_tile(const std::byte* table, std::ptrdiff_t table_stride, const std::by
         for (int u = 0; u < U; ++u) user[u] = D::weights(users + u * user_stride + at);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
+            if (fetch) V::prefetch(table + kTableAhead + R * at + r * kBytes);
             const auto row = D::weights(table + r * table_stride + at);
-            if (U <= 2) V::prefetch(table + r * table_stride + at + R * table_stride);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
             for (int u = 0; u < U; ++u) sum[r][u] = D::add(sum[r][u], row, user[u]);
         }
     }
+    float found[R][U];
+    if constexpr (U == 4) {
+        for (int r = 0; r < R; ++r) V::totals(sum[r][0], sum[r][1], sum[r][2], sum[r][3], found[r]);
+    } else {
+        float four[4];
+        if constexpr (R == 4) V::totals(sum[0][0], sum[1][0], sum[2][0], sum[3][0], four);
+        else V::totals(sum[0][0], D::zero(), D::zero(), D::zero(), four);
+        for (int r = 0; r < R; ++r) found[r][0] = four[r];
+    }
     for (int r = 0; r < R; ++r)
-        for (int u = 0; u < U; ++u) {
-            float score = V::total(sum[r][u]);
-            for (int c = whole / static_cast<int>(bytes_of(N)); c < size; ++c) {
-                float pair[2];
-                widen<V>(table + r * table_stride + c * bytes_of(N), N, 1, pair);
-                widen<V>(users + u * user_stride + c * bytes_of(N), N, 1, pair + 1);
-                score += pair[0] * pair[1];
-            }
-            scores[u * stride + r] = score;
-        }
+        for (int u = 0; u < U; ++u)
+            scores[u * stride + r] =
+                found[r][u] + dot_rest<V, N>(table + r * table_stride, users + u * user_stride, whole, size);
 }
 
-template <class V, Number N, int R>
-void dot_rows(const std::byte* table, std::ptrdiff_t table_stride, const std::byte* users, std::ptrdiff_t user_stride,
-              int num_users, int size, float* scores, std::ptrdiff_t stride) {
-    int u = 0;
-    for (; u + 4 <= num_users; u += 4)
-        dot_tile<V, N, R, 4>(table, table_stride, users + u * user_stride, user_stride, size, scores + u * stride,
-                             stride);
-    for (; u < num_users; ++u)
-        dot_tile<V, N, R, 1>(table, table_stride, users + u * user_stride, user_stride, size, scores + u * stride,
-                             stride);
+// all rows by U users, R at a time
+template <class V, Number N, int R, int U>
+void dot_rows(const std::byte* table, std::ptrdiff_t table_stride, int num_rows, const std::byte* users,
+              std::ptrdiff_t user_stride, int size, float* scores, std::ptrdiff_t stride, bool fetch) {
+    int i = 0;
+    for (; i + R <= num_rows; i += R)
+        dot_tile<V, N, R, U>(table + i * table_stride, table_stride, users, user_stride, size, scores + i, stride,
+                             fetch);
+    for (; i < num_rows; ++i)
+        dot_tile<V, N, 1, U>(table + i * table_stride, table_stride, users, user_stride, size, scores + i, stride,
+                             fetch);
 }
 
 template <class V, Number N>
 void dots_of(const std::byte* table, std::ptrdiff_t table_stride, int num_rows, const std::byte* users,
              std::ptrdiff_t user_stride, int num_users, int size, float* scores, std::ptrdiff_t stride) {
-    constexpr int kRows = V::dot_rows;
-    int i = 0;
-    for (; i + kRows <= num_rows; i += kRows)
-        dot_rows<V, N, kRows>(table + i * table_stride, table_stride, users, user_stride, num_users, size, scores + i,
-                              stride);
-    for (; i < num_rows; ++i)
-        dot_rows<V, N, 1>(table + i * table_stride, table_stride, users, user_stride, num_users, size, scores + i,
-                          stride);
+    int u = 0;
+    for (; u + 4 <= num_users; u += 4)
+        dot_rows<V, N, V::dot_rows, 4>(table, table_stride, num_rows, users + u * user_stride, user_stride, size,
+                                       scores + u * stride, stride, u == 0);
+    for (; u < num_users; ++u)
+        dot_rows<V, N, 4, 1>(table, table_stride, num_rows, users + u * user_stride, user_stride, size,
+                             scores + u * stride, stride, u == 0);
 }
 
 template <class V>
@@ -460,6 +479,30 @@ void dots(const std::byte* table, std::ptrdiff_t table_stride, int num_rows, con
 }
 
 template <class V>
+int select(float* scores, const float* added, int count, float threshold, int* found) {
+    int num_found = 0;
+    const auto least = V::set1(threshold);
+    for (int i = 0; i < count; i += V::width) {
+        const auto score = V::add(V::load(scores + i), V::load(added + i));
+        V::store(scores + i, score);
+        for (unsigned above = V::above(score, least); above != 0; above &= above - 1) {
+            const int at = i + __builtin_ctz(above);
+            if (at < count) found[num_found++] = at;
+        }
+    }
+    return num_found;
+}
+
+template <class V>
+float read(const std::byte* data, std::size_t bytes) {
+    typename V::F sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    for (std::size_t at = 0; at + 256 <= bytes; at += 256)
+        for (int c = 0; c < 64; c += V::width)
+            sums[c / V::width % 4] = V::max(sums[c / V::width % 4], V::load(reinterpret_cast<const float*>(data + at) + c));
+    return V::largest(V::max(V::max(sums[0], sums[1]), V::max(sums[2], sums[3])));
+}
+
+template <class V>
 constexpr Kernels kernels_of(const char* name) {
     return {name,
             {product<V, Number::fp32>, product<V, Number::bf16>, product<V, Number::int8>},
@@ -468,6 +511,8 @@ constexpr Kernels kernels_of(const char* name) {
             turn<V>,
             attend<V>,
             dots<V>,
+            select<V>,
+            read<V>,
             widen<V>,
             narrow<V>};
 }

@@ -18,7 +18,7 @@ struct Avx2 {
     using I = __m256i;
     static constexpr int width = 8;
     static constexpr int tile_rows = 3;  // by four vectors: twelve of sixteen registers
-    static constexpr int dot_rows = 2;
+    static constexpr int dot_rows = 2;  // by four
 
     static F zero() { return _mm256_setzero_ps(); }
     static F set1(float x) { return _mm256_set1_ps(x); }
@@ -42,10 +42,16 @@ struct Avx2 {
         const auto lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane)));
     }
+    static unsigned above(F a, F b) {
+        return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+    }
     static float total(F x) {
         const auto four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
         const auto two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+    }
+    static void totals(F a, F b, F c, F d, float* out) {
+        out[0] = total(a), out[1] = total(b), out[2] = total(c), out[3] = total(d);
     }
     static float largest(F x) {
         const auto four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

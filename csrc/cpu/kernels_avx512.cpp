@@ -22,7 +22,7 @@ struct Avx512 {
     using I = __m512i;
     static constexpr int width = 16;
     static constexpr int tile_rows = 14;  // by two vectors, with two of weights and one of the row: 31 of 32 registers
-    static constexpr int dot_rows = 4;
+    static constexpr int dot_rows = 6;  // by four
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set1(float x) { return _mm512_set1_ps(x); }
@@ -43,7 +43,18 @@ struct Avx512 {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
     }
     static F first(F x, int count) { return _mm512_maskz_mov_ps(static_cast<__mmask16>((1u << count) - 1u), x); }
+    static unsigned above(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
     static float total(F x) { return _mm512_reduce_add_ps(x); }
+    // of four vectors at once: thirteen instructions instead of as many for each
+    static void totals(F a, F b, F c, F d, float* out) {
+        const auto ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        const auto cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        const auto low = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+        const auto high = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+        const auto all = _mm512_add_ps(low, high);
+        const auto half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    }
     static float largest(F x) { return _mm512_reduce_max_ps(x); }
     static float root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
 

@@ -6,7 +6,7 @@ namespace {
 struct Plain {
     static constexpr int width = 4;
     static constexpr int tile_rows = 2;
-    static constexpr int dot_rows = 2;
+    static constexpr int dot_rows = 2;  // by four
     struct F {
         float x[width];
     };
@@ -70,7 +70,15 @@ struct Plain {
     static F first(F x, int count) {
         return made<F>([=](int i) { return i < count ? x.x[i] : 0.0f; });
     }
+    static unsigned above(F a, F b) {
+        unsigned found = 0;
+        for (int i = 0; i < width; ++i) found |= static_cast<unsigned>(a.x[i] > b.x[i]) << i;
+        return found;
+    }
     static float total(F x) { return (x.x[0] + x.x[2]) + (x.x[1] + x.x[3]); }
+    static void totals(F a, F b, F c, F d, float* out) {
+        out[0] = total(a), out[1] = total(b), out[2] = total(c), out[3] = total(d);
+    }
     static float largest(F x) {
         float found = x.x[0];
         for (float each : x.x) found = each > found ? each : found;

@@ -1,35 +1,13 @@
 #include "packed_linear.h"
 
-#include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "thread_pool.h"
 
 namespace speeder::cpu {
 
-namespace {
-
-float weight_at(const Matrix& matrix, int row, int column) {
-    const std::size_t at = static_cast<std::size_t>(row) * static_cast<std::size_t>(matrix.columns) +
-                           static_cast<std::size_t>(column);
-    if (matrix.type == Number::fp32) return reinterpret_cast<const float*>(matrix.data)[at];
-    const std::uint32_t bits = static_cast<std::uint32_t>(reinterpret_cast<const std::uint16_t*>(matrix.data)[at]) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-std::uint16_t to_bf16(float x) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if (std::isnan(x)) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
-    return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-}  // namespace
-
-PackedLinear::PackedLinear(const Matrix& matrix, const float* bias, Number type, bool gated, int threads)
+PackedLinear::PackedLinear(const Matrix& matrix, const float* bias, Number type, bool gated, int threads,
+                           const Kernels& kernels)
     : inputs_(matrix.columns),
       outputs_(matrix.rows),
       num_panels_(gated ? (matrix.rows / 2 + kPanel / 2 - 1) / (kPanel / 2) : (matrix.rows + kPanel - 1) / kPanel),
@@ -52,7 +30,7 @@ PackedLinear::PackedLinear(const Matrix& matrix, const float* bias, Number type,
     }
     std::atomic<int> next{0};
     ThreadPool::shared().run(threads, [&](int) {
-        for (int index; (index = next.fetch_add(1)) < num_panels_;) pack(matrix, index);
+        for (int index; (index = next.fetch_add(1)) < num_panels_;) pack(matrix, index, kernels);
     });
 }
 
@@ -63,35 +41,36 @@ int PackedLinear::source_row(int column) const {
     return inside < half ? row : outputs_ / 2 + row;
 }
 
-void PackedLinear::pack(const Matrix& matrix, int panel) {
+void PackedLinear::pack(const Matrix& matrix, int panel, const Kernels& kernels) {
     std::byte* out = weights_.data() + panel * panel_bytes_;
-    const int each = kRowStepBytes / static_cast<int>(bytes_of(type_));  // inputs a step
+    const auto wide = static_cast<std::size_t>(padded(inputs_));
+    std::vector<float> row(wide);
+    std::vector<std::byte> typed(wide * bytes_of(type_));
+    const std::ptrdiff_t row_bytes = static_cast<std::ptrdiff_t>(bytes_of(matrix.type)) * matrix.columns;
     for (int c = 0; c < kPanel; ++c) {
-        const int column = panel * kPanel + c, row = source_row(column);
-        if (row < 0) continue;
-        float scale = 1.0f;
-        if (type_ == Number::int8) {
-            float largest = 0.0f;
-            for (int k = 0; k < inputs_; ++k) largest = std::max(largest, std::abs(weight_at(matrix, row, k)));
-            scale = largest > 0.0f ? largest / 127.0f : 1.0f;
-            scale_[static_cast<std::size_t>(column)] = scale;
-        }
-        std::int32_t sum = 0;
-        for (int k = 0; k < inputs_; ++k) {
-            const std::ptrdiff_t at = std::ptrdiff_t{k / each} * kPanel * each + c * each + k % each;
-            const float weight = weight_at(matrix, row, k);
-            if (type_ == Number::fp32) {
-                reinterpret_cast<float*>(out)[at] = weight;
-            } else if (type_ == Number::bf16) {
-                reinterpret_cast<std::uint16_t*>(out)[at] = to_bf16(weight);
-            } else {
-                const auto whole = static_cast<std::int32_t>(std::lrint(weight / scale));
-                reinterpret_cast<std::int8_t*>(out)[at] = static_cast<std::int8_t>(whole);
-                sum += whole;
-            }
-        }
-        if (type_ == Number::int8) sum_[static_cast<std::size_t>(column)] = sum;
+        const int column = panel * kPanel + c, source = source_row(column);
+        if (source < 0) continue;
+        kernels.widen(matrix.data + source * row_bytes, matrix.type, inputs_, row.data());
+        if (type_ == Number::int8) quantize(row, typed, column, kernels);
+        else kernels.narrow(row.data(), padded(inputs_), type_, typed.data());
+        for (std::size_t step = 0; step < typed.size() / kRowStepBytes; ++step)
+            std::memcpy(out + step * kStepBytes + c * kRowStepBytes, typed.data() + step * kRowStepBytes, kRowStepBytes);
     }
+}
+
+// as activations are, but signed
+void PackedLinear::quantize(const std::vector<float>& row, std::vector<std::byte>& typed, int column,
+                            const Kernels& kernels) {
+    float scale;
+    kernels.quantize(row.data(), static_cast<int>(row.size()), {typed.data(), 0, &scale}, 0);
+    std::int32_t sum = 0;
+    for (auto& each : typed) {
+        const int whole = static_cast<int>(each) - 128;
+        sum += whole;
+        each = static_cast<std::byte>(static_cast<std::int8_t>(whole));
+    }
+    scale_[static_cast<std::size_t>(column)] = scale;
+    sum_[static_cast<std::size_t>(column)] = sum;
 }
 
 Panel PackedLinear::panel(int index) const {

@@ -20,7 +20,7 @@ class PackedLinear {
 public:
     // gated: `matrix` is [gate; up], which the panels interleave so that silu(gate) * up ends in one of them.
     // bias: fp32 [rows] or null. int8: one scale an output, from its largest weight.
-    PackedLinear(const Matrix& matrix, const float* bias, Number type, bool gated, int threads);
+    PackedLinear(const Matrix& matrix, const float* bias, Number type, bool gated, int threads, const Kernels& kernels);
 
     int inputs() const { return inputs_; }
     int outputs() const { return gated_ ? outputs_ / 2 : outputs_; }
@@ -34,7 +34,8 @@ public:
 
 private:
     int source_row(int column) const;  // -1 for padding
-    void pack(const Matrix& matrix, int panel);
+    void pack(const Matrix& matrix, int panel, const Kernels& kernels);
+    void quantize(const std::vector<float>& row, std::vector<std::byte>& typed, int column, const Kernels& kernels);
 
     int inputs_, outputs_, num_panels_;
     Number type_;

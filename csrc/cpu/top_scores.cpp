@@ -12,7 +12,7 @@ namespace speeder::cpu {
 
 namespace {
 
-constexpr int kBlock = 256;  // items whose scores stand in the first cache
+constexpr int kBlock = 224;  // items that stay in the second cache while users take turns
 constexpr int kBlocksAtOnce = 16;
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
@@ -30,8 +30,9 @@ public:
     explicit Best(int k) : k_(static_cast<std::size_t>(k)) { kept_.reserve(k_); }
 
     // rows come in ascending order, so that an equal score is never better
-    bool wants(float score) const { return kept_.size() < k_ ? score > kNever : score > kept_.front().score; }
+    float threshold() const { return kept_.size() < k_ ? kNever : kept_.front().score; }
     void show(float score, std::int64_t row) {
+        if (!(score > threshold())) return;
         if (kept_.size() == k_) std::pop_heap(kept_.begin(), kept_.end()), kept_.pop_back();
         kept_.push_back({score, row});
         std::push_heap(kept_.begin(), kept_.end());
@@ -56,6 +57,7 @@ public:
         const int count = std::min(kBlock, search_.num_items - first);
         kernels_.dots(search_.table + first * bytes_, bytes_, count, search_.users, bytes_, search_.num_users,
                       search_.size, search_.type, scores_.data(), kBlock);
+        for (int i = 0; i < count; ++i) added_[i] = search_.available[first + i] ? search_.prior[first + i] : kNever;
         for (int u = 0; u < search_.num_users; ++u)
             if (search_.limited == nullptr || !search_.limited[u]) choose(u, first, count);
     }
@@ -71,9 +73,7 @@ public:
             float score;
             kernels_.dots(search_.table + row * bytes_, bytes_, 1, search_.users + u * bytes_, bytes_, 1, search_.size,
                           search_.type, &score, 1);
-            score += search_.prior[row];
-            auto& best = best_[static_cast<std::size_t>(u)];
-            if (best.wants(score)) best.show(score, row);
+            best_[static_cast<std::size_t>(u)].show(score + search_.prior[row], row);
         }
     }
 
@@ -82,14 +82,13 @@ public:
 private:
     void choose(int u, int first, int count) {
         float* scores = scores_.data() + std::ptrdiff_t{u} * kBlock;
-        for (int i = 0; i < count; ++i)
-            scores[i] = search_.available[first + i] ? scores[i] + search_.prior[first + i] : kNever;
+        auto& best = best_[static_cast<std::size_t>(u)];
+        const int num_found = kernels_.select(scores, added_, count, best.threshold(), found_);
+        if (num_found == 0) return;
         const std::int32_t* end = search_.excluded.rows + search_.excluded.starts[u + 1];
         const std::int32_t* row = std::lower_bound(search_.excluded.rows + search_.excluded.starts[u], end, first);
         for (; row < end && *row < first + count; ++row) scores[*row - first] = kNever;
-        auto& best = best_[static_cast<std::size_t>(u)];
-        for (int i = 0; i < count; ++i)
-            if (best.wants(scores[i])) best.show(scores[i], first + i);
+        for (int i = 0; i < num_found; ++i) best.show(scores[found_[i]], first + found_[i]);
     }
 
     const Search& search_;
@@ -97,6 +96,8 @@ private:
     const std::ptrdiff_t bytes_;
     std::vector<float> scores_;
     std::vector<Best> best_;
+    float added_[kBlock] = {};
+    int found_[kBlock] = {};
 };
 
 void check(const RowLists& lists, int num_users, int num_items) {
