@@ -24,7 +24,7 @@ class Answer:
 
 
 class Baseline(Protocol):
-    """A contender. `warm_up(user)` comes before every `answer_warm(user)`: the user was here, and returns with one new
+    """A contender. `warm_up(user)` comes right before every `answer_warm(user)`: the user was here, and returns with one new
     item. Where nothing is kept (`has_warm` false) a returning user costs as much as a stranger.
     """
 
