@@ -76,7 +76,7 @@ class OpenVino(ExportedGraphs):
     key = "openvino"
 
     def __init__(self, subject: Subject, precision: str | None = None) -> None:
-        self.hints = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        self.hints: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
         self.hints |= {} if precision is None else {"INFERENCE_PRECISION_HINT": precision}
         super().__init__(subject)
 

@@ -1,4 +1,4 @@
-"""llama.cpp with soft tokens: rows go in as embeddings, each candidate is a sequence of its own that shares the history.
+"""llama.cpp with soft tokens: rows go in as embeddings, a candidate is a sequence of its own that shares the history.
 
 Its own attention keeps sequences apart, so that all candidates take one pass; weights are those of the subject in a
 GGUF file. Needs `pip install llama-cpp-python gguf`, which compiles llama.cpp: minutes, and so no extra brings it.
