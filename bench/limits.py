@@ -1,0 +1,99 @@
+"""What this machine does at best, measured: memory read and copied, matrices multiplied, with all threads."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from measure import Clock, Timed, Timing, interleave, median_of
+from torch import Tensor
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a computation can't do without."""
+
+    num_bytes: float  # read once
+    flops: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A call that does nothing but one thing, and how much of it: bytes or operations."""
+
+    call: Callable[[], object]
+    amount: float
+
+    @property
+    def timed(self) -> Timed:
+        return Timed(lambda _: self.call())
+
+
+class Limits:
+    """Probes by name ("copy", "read", "matmul_bfloat16", ...) and the best rates seen so far, a second."""
+
+    def __init__(self, device: torch.device, small: bool) -> None:
+        self.device = device
+        self.best: dict[str, float] = {}
+        self.probes = make_probes(device, small)
+
+    def measure(self, rounds: int, clock: Clock) -> None:
+        """All probes in turn; what was better before stays."""
+        timed = {name: probe.timed for name, probe in self.probes.items()}
+        for name, timing in interleave(timed, rounds, clock, self.device).items():
+            self.see(name, timing)
+
+    def see(self, name: str, timing: Timing) -> None:
+        """Timings of a probe that ran among other calls."""
+        rate = self.probes[name].amount / min(timing.seconds.values())
+        self.best[name] = max(rate, self.best.get(name, 0.0))
+
+    def pair(self, dtype: str) -> dict[str, Timed]:
+        """The two probes that bound a computation in this dtype, to be timed in turn with it."""
+        return {name: self.probes[name].timed for name in ("read", f"matmul_{dtype}")}
+
+    def over_limit(self, timing: Timing, probes: dict[str, Timing], work: Work, dtype: str) -> float:
+        """How many times the physical limit a call took: the longer of reading its bytes and multiplying, each at the
+        rate that its probe had in the same round; the median over the rounds."""
+        read, matmul = (self._seconds_each(name, probes[name]) for name in ("read", f"matmul_{dtype}"))
+        return median_of(
+            seconds / max(work.num_bytes * read[at], work.flops * matmul[at])
+            for at, seconds in timing.seconds.items()
+            if at in read and at in matmul
+        )
+
+    def _seconds_each(self, name: str, timing: Timing) -> dict[int, float]:
+        self.see(name, timing)
+        return {at: seconds / self.probes[name].amount for at, seconds in timing.seconds.items()}
+
+
+def make_probes(device: torch.device, small: bool) -> dict[str, Probe]:
+    """Buffers far larger than caches, unless `small`; products large enough to be bound by arithmetic."""
+    if device.type == "cuda":
+        size, side = (1 << 26, 1024) if small else (1 << 30, 8192)
+    else:
+        size, side = (1 << 26, 768) if small else (1 << 28, 2048)
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    probes = {
+        "copy": Probe(lambda: target.copy_(source), 2 * size),
+        "read": Probe(lambda: source.sum(), size),
+        "matmul_bfloat16": multiplying(side, torch.bfloat16, device),
+        "matmul_float32": multiplying(side if device.type == "cpu" else side // 2, torch.float32, device),
+    }
+    if device.type == "cuda":
+        probes["matmul_float16"] = multiplying(side, torch.float16, device)
+    left, right = (torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device) for _ in range(2))
+    try:
+        torch._int_mm(left, right.T)
+    except RuntimeError:  # a device without 8-bit products has no such ceiling
+        return probes
+    return {**probes, "matmul_int8": Probe(lambda: torch._int_mm(left, right.T), 2 * side**3)}
+
+
+def multiplying(side: int, dtype: torch.dtype, device: torch.device) -> Probe:
+    # random data: zeros run faster than anything real
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product: Tensor = torch.empty_like(left)
+    return Probe(lambda: torch.mm(left, right, out=product), 2 * side**3)
