@@ -1,17 +1,20 @@
 """What every section of a benchmark run is given: the model, the limits of the machine, where results go, how long."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from limits import Limits
 from measure import Clock
 from report import Report
+from rich.progress import Progress
 from subject import Subject
 from workload import BenchUser, Workload, make_users
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -26,6 +29,19 @@ class Bench:
     only: tuple[str, ...]
     report: Report
     clock: Clock
+    progress: Progress | None = None  # the run's bars, where one is shown
+
+    def track(self, items: Sequence[T], description: str) -> Iterator[T]:
+        """The items under a bar among the run's; a terminal has one place for bars."""
+        if self.progress is None:
+            yield from items
+            return
+        task = self.progress.add_task(description, total=len(items), note="")
+        for item in items:
+            self.progress.update(task, note=str(item))
+            yield item
+            self.progress.advance(task)
+        self.progress.update(task, note="")
 
     @cached_property
     def subject(self) -> Subject:
@@ -55,9 +71,3 @@ class Bench:
 
     def rounds(self, quick: int, full: int) -> int:
         return quick if self.quick else full
-
-    @contextmanager
-    def limited(self, seconds: float) -> Iterator[Clock]:
-        """A clock for a part of the run, no longer than what is left of it."""
-        with self.clock.limited(seconds) as clock:
-            yield clock

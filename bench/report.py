@@ -19,7 +19,7 @@ class Report:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.values: dict[str, Value] = {}
-        self.tables: list[Table] = []
+        self.tables: list[tuple[str, Table]] = []
         self.notes: list[str] = []
 
     def put(self, key: str, value: Value) -> None:
@@ -37,12 +37,12 @@ class Report:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """The first column is text, the others are figures; None is shown as a dash."""
-        table = Table(title=title, title_justify="left", title_style="bold")
+        table = Table()
         for index, name in enumerate(columns):
             table.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
         for row in rows:
             table.add_row(*(cell(value) for value in row))
-        self.tables.append(table)
+        self.tables.append((title, table))
 
     def note(self, line: str) -> None:
         """Something that was left out, and why."""
@@ -59,7 +59,8 @@ class Report:
         shown = console or Console()
         if console is None and not shown.is_terminal:
             shown = Console(width=LINE)
-        for table in self.tables:
+        for title, table in self.tables:
+            shown.print(f"\n{title}", style="bold", markup=False, highlight=False)
             shown.print(table)
         for line in self.notes:
             shown.print(line, markup=False, highlight=False)

@@ -12,7 +12,6 @@ import time
 from importlib import import_module
 from pathlib import Path
 
-import torch
 import typer
 from context import Bench
 from machine import describe
@@ -21,7 +20,7 @@ from report import Report
 
 from speeder_engine.device import pick_device
 from speeder_engine.errors import SpeederError
-from speeder_engine.progress import track
+from speeder_engine.progress import progress_bar
 from speeder_engine.random_engine import SHAPES
 
 # section -> its share of the time of `all`
@@ -90,11 +89,12 @@ def run(bench: Bench, sections: tuple[str, ...]) -> bool:
     report.describe(describe(bench.device))
     try:
         bench.limits  # noqa: B018  measured at the start, before anything else holds memory
-        for index, name in enumerate(track(sections, "sections")):
-            share = SECTIONS[name] / sum(SECTIONS[each] for each in sections[index:])
-            failed |= not run_section(bench, name, Clock.of(bench.clock.left * share))
-            report.write()
-        bench.limits.measure(3, Clock.of(20.0))
+        with progress_bar() as bench.progress:
+            for index, name in enumerate(bench.track(sections, "sections")):
+                share = SECTIONS[name] / sum(SECTIONS[each] for each in sections[index:])
+                failed |= not run_section(bench, name, Clock.of(bench.clock.left * share))
+                report.write()
+            bench.limits.measure(3, Clock.of(20.0))
         put_limits(bench)
     except KeyboardInterrupt:
         report.note("interrupted: the rest was not measured")
@@ -160,7 +160,6 @@ def contenders(only: str) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     app = typer.Typer(add_completion=False)
     app.command()(main)
     app()

@@ -17,7 +17,6 @@ from ours import Ours
 from workload import BenchUser
 
 from speeder_engine import EngineConfig
-from speeder_engine.progress import track
 
 NUM_USERS = 16
 HEAVY_EVERY = 5  # rounds
@@ -181,7 +180,7 @@ def alternatives(bench: Bench, ours: Ours, users: list[BenchUser], rows: list[Ro
     """Each alternative alone with ours, so that none costs another memory; one that fails costs the others nothing."""
     chosen = [key for key in BASELINES if not bench.only or key in bench.only]
     ratios: dict[str, Row] = {}
-    for done, key in enumerate(track(chosen, "alternatives")):
+    for done, key in enumerate(bench.track(chosen, "alternatives")):
         if clock.left <= 0:
             bench.report.note(f"{key}: not run, the time was up")
             continue
