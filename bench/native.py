@@ -26,12 +26,24 @@ class MissingTool(Exception):
     """A compiler or valgrind isn't there; one line says which."""
 
 
+def find_compiler() -> str:
+    """Raises MissingTool where there is none."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    if compiler is None:
+        raise MissingTool("no C++ compiler; install g++")
+    return compiler
+
+
+def compiler_version() -> str:
+    """Its name and version, as it says them."""
+    command = [find_compiler(), "--version"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0]
+
+
 def build(program: str, optimisation: str = "-O2") -> Path:
     """Compiles bench/`program`.cpp unless it stands. Raises MissingTool without a compiler, and CalledProcessError
     where the source is wrong."""
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
-    if compiler is None:
-        raise MissingTool(f"no C++ compiler to build bench/{program}.cpp with; install g++")
+    compiler = find_compiler()
     sources = [Path(__file__).with_name(f"{program}.cpp"), *(CSRC / name for name in PROGRAMS[program])]
     out = BUILD / program
     newest = max(path.stat().st_mtime for path in (*sources, *CSRC.glob("*.h")))

@@ -7,8 +7,9 @@ from typing import Protocol
 import numpy as np
 import torch
 from baselines.base import Unavailable
+from baselines.faiss_flat import FaissFlat, TorchTopK
 from context import Bench
-from measure import CPU, Clock, Timed, Timing, interleave
+from measure import Clock, Timed, Timing, interleave
 from torch import Tensor
 
 from speeder_engine.triton_kernels.top_scores import Answerable, top_scores
@@ -40,7 +41,7 @@ def measure(bench: Bench, clock: Clock) -> None:
     bench.report.put("catalogue_items", count)
     rows.append(row(bench, "one read of the table", timings["read"], timings["read"]))
     try:
-        for key, make in rivals().items():
+        for key, make in rivals(bench.dtype).items():
             rows += beside(bench, key, make, table, queries, clock)
     finally:
         columns = ("", "p50 ms", "runs", "/ read of the table", "/ ours")
@@ -65,11 +66,12 @@ def row(bench: Bench, label: str, timing: Timing, read: Timing, ratio: float | N
     return [label, timing.p50 * 1e3, timing.count, timing.p50 / read.p50, ratio]
 
 
-def rivals() -> dict[str, Callable[[Tensor], Search]]:
-    from baselines.faiss_flat import FaissFlat
-    from baselines.torch_topk import TorchTopK
-
-    return {"faiss": FaissFlat, "torch": TorchTopK}
+def rivals(dtype: str) -> dict[str, Callable[[Tensor], Search]]:
+    """faiss in fp32, as it is used, and in the table's own half precision."""
+    found: dict[str, Callable[[Tensor], Search]] = {"torch": TorchTopK, "faiss": FaissFlat}
+    if dtype != "float32":
+        found["faiss_half"] = lambda table: FaissFlat(table, dtype)
+    return found
 
 
 def beside(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from baselines.base import Baseline, Unavailable
-from baselines.registry import BASELINES, make
+from baselines.registry import BASELINES, EAGER, make
 from context import Bench
 from gemm import forms, step_products, work_of
 from limits import Work
@@ -213,7 +213,7 @@ def put_row(bench: Bench, key: str, row: Row) -> None:
 
 def put_best_eager(bench: Bench, rows: dict[str, Row]) -> None:
     """`vs_transformers`: the fastest of the uncompiled ways to run the same rows in transformers."""
-    eager = [row for key, row in rows.items() if key.startswith("transformers") and "compiled" not in key]
+    eager = [row for key, row in rows.items() if key in EAGER]
     for name in ("cold", "warm"):
         ratios = [ratio for row in eager if (ratio := getattr(row, f"{name}_ratio")) is not None]
         if ratios:
