@@ -8,6 +8,7 @@ import inspect
 from typing import Any
 
 import torch
+import torch._inductor.config
 from baselines.base import Answer, known
 from baselines.prefix_cache import PrefixCache
 from subject import PromptRows, Subject
@@ -135,13 +136,14 @@ class Compiled(StaticPrefix):
         self._compiled: Any = None
         super().__init__(subject)
         torch._dynamo.reset()
-        options = {"freezing": subject.device.type == "cpu"}
-        self._compiled = torch.compile(super()._pass, dynamic=False, options=options)
+        self.freezing = subject.device.type == "cpu"
+        self._compiled = torch.compile(super()._pass, dynamic=False)
 
     def _pass(self, embeddings: Tensor, positions: Tensor, mask: Tensor, cache: PrefixCache) -> Tensor:
         if self._compiled is None:  # the instruction's only pass
             return super()._pass(embeddings, positions, mask, cache)
-        hidden: Tensor = self._compiled(embeddings, positions, mask, cache)
+        with torch._inductor.config.patch(freezing=self.freezing):
+            hidden: Tensor = self._compiled(embeddings, positions, mask, cache)
         return hidden
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ class PrefixCache:
         self.slots = torch.zeros(0, dtype=torch.int64, device=device)  # [N] of the rows that come next
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """What transformers' attention calls: keys and values [1, H_kv, N, D] of the rows at `slots` -> all there are."""
+        """What transformers' attention calls: keys and values [1, H_kv, N, D] of the rows at `slots` -> all of them."""
         kept = self.keys[layer_idx], self.values[layer_idx]
         for buffer, new in zip(kept, (keys, values), strict=True):
             buffer.index_copy_(2, self.slots, new)
