@@ -1,4 +1,4 @@
-"""What a step costs beside its pass over tensors: `pytest bench/bench_step.py`. A tiny engine, so that the host shows."""
+"""What a step costs beside its pass over tensors: `pytest bench/bench_step.py`. Tiny, so that the host shows."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -123,7 +123,9 @@ def guard_instructions(committed: Mapping[str, Any], counted: tuple[str, int] | 
         return None
     compiler, count = counted
     if committed["compiler"] != compiler:
-        typer.echo(f"{INSTRUCTIONS}: committed with {committed['compiler']}, here is {compiler}: not compared", err=True)
+        typer.echo(
+            f"{INSTRUCTIONS}: committed with {committed['compiler']}, here is {compiler}: not compared", err=True
+        )
         return None
     return worsened(INSTRUCTIONS, LOWER, committed[INSTRUCTIONS], count, INSTRUCTION_ROOM)
 

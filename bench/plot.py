@@ -62,7 +62,9 @@ def latency(axes: Any, values: Values) -> bool:
         axes.barh(at + 0.2, cold, 0.38, color=OURS if is_ours else "#7f8c8d", label="cold" if is_ours else None)
         axes.text(cold, at + 0.2, f" {cold:,.3g}", va="center", fontsize=8)
         if warm is not None:
-            axes.barh(at - 0.2, warm, 0.38, color="#7fb3c4" if is_ours else OTHERS, label="returning" if is_ours else None)
+            axes.barh(
+                at - 0.2, warm, 0.38, color="#7fb3c4" if is_ours else OTHERS, label="returning" if is_ours else None
+            )
             axes.text(warm, at - 0.2, f" {warm:,.3g}", va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
     for key, style in (("cold_gemm_ms", "--"), ("warm_gemm_ms", ":")):
@@ -79,7 +81,9 @@ def limits(axes: Any, values: Values) -> bool:
     keys = ("cold_over_gemm", "warm_over_gemm", "cold_over_limit", "warm_over_limit")
     if any(key not in values for key in keys):
         return False
-    _bars(axes, [key.replace("_over_", " /\n").replace("gemm", "own products") for key in keys], [values[k] for k in keys])
+    _bars(
+        axes, [key.replace("_over_", " /\n").replace("gemm", "own products") for key in keys], [values[k] for k in keys]
+    )
     axes.axhline(1, color=LIMIT, linewidth=1, label="the limit")
     axes.set_ylabel("times")
     axes.set_title("A step, and what bounds it")
@@ -98,7 +102,9 @@ def throughput(axes: Any, values: Values) -> bool:
         axes.plot(batches, rates, "o-", color=color, label=name)
         axes.plot(batches, ceilings, "--", color=color, linewidth=1, label=f"matmul ceiling, {name.split(',')[0]}")
         for size, rate in zip(batches, rates, strict=True):
-            axes.annotate(f"{rate:,.3g}", (size, rate), textcoords="offset points", xytext=(0, 6), fontsize=8, ha="center")
+            axes.annotate(
+                f"{rate:,.3g}", (size, rate), textcoords="offset points", xytext=(0, 6), fontsize=8, ha="center"
+            )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(batches, [str(size) for size in batches])

@@ -5,12 +5,10 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-import torch
 from baselines.base import Baseline, Unavailable
 from baselines.registry import BASELINES, EAGER, make
 from context import Bench
 from gemm import forms, step_products, work_of
-from limits import Work
 from machine import peak_mib, reset_peak
 from measure import Clock, Timed, Timing, interleave, median_of
 from ours import Ours
@@ -20,6 +18,7 @@ from speeder_engine import EngineConfig
 
 NUM_USERS = 16
 HEAVY_EVERY = 5  # rounds
+SLOW = ("onnxruntime", "openvino", "transformers_compiled")  # to make
 OWN_SHARE = 0.15  # of the section's time
 
 
@@ -34,15 +33,15 @@ class Row:
     warm_ratio: float | None = None
     heavy: bool = False
 
-    def cells(self) -> tuple[object, ...]:
-        return (self.label, *self._of(self.cold), self.cold_ratio, *self._of(self.warm), self.warm_ratio)
+    def has(self, warm: bool) -> bool:
+        return (self.warm if warm else self.cold) is not None
 
-    def _of(self, timing: Timing | None) -> tuple[object, ...]:
+    def cells(self, warm: bool) -> list[object]:
         """p50, p95 and p99 in ms and of how many; of what takes seconds p50 alone."""
-        if timing is None:
-            return None, None, None, None
+        timing, ratio = (self.warm, self.warm_ratio) if warm else (self.cold, self.cold_ratio)
+        assert timing is not None
         tails = (None, None) if self.heavy else (timing.p95 * 1e3, timing.p99 * 1e3)
-        return (timing.p50 * 1e3, *tails, timing.count)
+        return [self.label, timing.p50 * 1e3, *tails, timing.count, ratio]
 
 
 def measure(bench: Bench, clock: Clock) -> None:
@@ -55,11 +54,14 @@ def measure(bench: Bench, clock: Clock) -> None:
         alternatives(bench, ours, users, rows, clock)
     finally:
         ours.close()
-        title = f"{bench.subject_name}: one user, 30 items and 20 candidates; ms, and how many times our own"
-        ends = ("p50", "p95", "p99", "runs", "/ ours")
-        bench.report.table(title, ("", *(f"cold {end}" for end in ends), *(f"warm {end}" for end in ends)), [
-            row.cells() for row in rows
-        ])  # fmt: skip
+        show(bench, rows)
+
+
+def show(bench: Bench, rows: list[Row]) -> None:
+    columns = ("", "p50 ms", "p95", "p99", "runs", "times ours")
+    for warm, what in ((False, "a cold user, 30 items"), (True, "a returning user, one new item")):
+        title = f"{bench.subject_name}: {what} and 20 candidates"
+        bench.report.table(title, columns, [row.cells(warm) for row in rows if row.has(warm)])
 
 
 def calls(contender: Baseline, users: list[BenchUser], warm: bool) -> Timed:
@@ -104,9 +106,7 @@ def check_rows(ours: Ours, user: BenchUser, name: str, rows: int, answer: Callab
         raise RuntimeError(f"a {name} user takes {computed} rows, the workload says {rows}")
 
 
-def beside_products(
-    bench: Bench, ours: Ours, users: list[BenchUser], name: str, rows: int, clock: Clock
-) -> Timing:
+def beside_products(bench: Bench, ours: Ours, users: list[BenchUser], name: str, rows: int, clock: Clock) -> Timing:
     decoder, report = bench.subject.model.decoder, bench.report
     products = step_products(decoder, rows, bench.workload.warm_rows)
     work = work_of(products)
@@ -134,8 +134,8 @@ def host_us(ours: Ours, users: list[BenchUser], rounds: int) -> float:
         spent[at] = ours.pass_seconds
 
     with ours.watched():
-        before = lambda at: ours.warm_up(users[at % len(users)])  # noqa: E731
-        timing = interleave({"warm": Timed(call, before)}, rounds, Clock.of(20.0))["warm"]
+        timed = Timed(call, lambda at: ours.warm_up(users[at % len(users)]))
+        timing = interleave({"warm": timed}, rounds, Clock.of(20.0))["warm"]
     return median_of((seconds - spent[at]) * 1e6 for at, seconds in timing.seconds.items())
 
 
@@ -178,7 +178,7 @@ def paired(bench: Bench, ours: Ours, other: Baseline, users: list[BenchUser], cl
 
 def alternatives(bench: Bench, ours: Ours, users: list[BenchUser], rows: list[Row], clock: Clock) -> None:
     """Each alternative alone with ours, so that none costs another memory; one that fails costs the others nothing."""
-    chosen = [key for key in BASELINES if not bench.only or key in bench.only]
+    chosen = choose(bench)
     ratios: dict[str, Row] = {}
     for done, key in enumerate(bench.track(chosen, "alternatives")):
         if clock.left <= 0:
@@ -201,6 +201,16 @@ def alternatives(bench: Bench, ours: Ours, users: list[BenchUser], rows: list[Ro
         rows.append(row)
         put_row(bench, "transformers_uncached" if key == "transformers" else key, row)
     put_best_eager(bench, ratios)
+
+
+def choose(bench: Bench) -> list[str]:
+    """Keys of the alternatives, what takes long to make last; --quick has no time for those unless they are named."""
+    if bench.only:
+        return [key for key in BASELINES if key in bench.only]
+    if bench.quick:
+        bench.report.note(f"left out by --quick, they take long to make: {', '.join(SLOW)}; --only KEY runs one")
+        return [key for key in BASELINES if key not in SLOW]
+    return sorted(BASELINES, key=lambda key: key in SLOW)
 
 
 def put_row(bench: Bench, key: str, row: Row) -> None:

@@ -43,9 +43,7 @@ class Growing:
     items: tuple[int, ...]  # what they append
 
     def requests(self, length: int) -> list[Request]:
-        return [
-            self.ours.request(user, (*user.history, *self.items[:length]), user.user_id) for user in self.users
-        ]
+        return [self.ours.request(user, (*user.history, *self.items[:length]), user.user_id) for user in self.users]
 
     @property
     def timed(self) -> Timed:
