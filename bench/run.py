@@ -133,7 +133,7 @@ def plotted(report: Report, folder: Path) -> bool:
     try:
         names = draw_all(report.values, folder)
     except ImportError:
-        typer.echo("bench/run.py: --plot needs matplotlib; pip install matplotlib", err=True)
+        typer.echo("bench/run.py: --plot needs matplotlib; pip install 'speeder-engine[bench]'", err=True)
         return False
     typer.echo(f"charts: {', '.join(names)}", err=True)
     return True

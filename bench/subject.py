@@ -14,7 +14,7 @@ from torch import Tensor
 from workload import BenchUser, Workload
 
 from speeder_engine import Engine, EngineConfig
-from speeder_engine.config import ModelConfig
+from speeder_engine.config import DecoderConfig, ModelConfig
 from speeder_engine.errors import ConfigError
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.parts import EngineParts
@@ -63,7 +63,7 @@ class Subject:
     @classmethod
     def random(
         cls,
-        shape: str,
+        shape: str | DecoderConfig,
         *,
         num_items: int,
         dtype: str,

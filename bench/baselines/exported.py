@@ -1,13 +1,12 @@
-"""Our exported graphs under other runtimes: ONNX Runtime and OpenVINO, sessions kept as the export's own engine does."""
+"""Our exported graphs under other runtimes: ONNX Runtime and OpenVINO, sessions kept by the exports' own engine."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from baselines.base import Answer, Unavailable
-from baselines.exports import GRAPHS, exports_of
+from baselines.exports import export_of
 from baselines.speeder import scores_of
 from numpy.typing import NDArray
 from subject import Subject
@@ -19,10 +18,11 @@ from speeder_engine.export.onnx_engine import GraphEngine, OnnxFiles
 
 Array = NDArray[Any]
 KV_BUDGET = "1GiB"
+STRANGER = "a stranger"
 
 
 class ExportedGraphs:
-    """A graph engine as a contender: `score` for strangers, `extend` for those who return."""
+    """A graph engine as a contender. Both runtimes take the same file, of standard operators in fp32."""
 
     key = label = ""
     has_warm, heavy = True, False
@@ -37,7 +37,8 @@ class ExportedGraphs:
         raise NotImplementedError
 
     def answer(self, user: BenchUser) -> Answer:
-        return self._answer(user, user.history, None)
+        self.engine.close_session(STRANGER)
+        return self._answer(user, user.history, STRANGER)
 
     def warm_up(self, user: BenchUser) -> None:
         self.engine.close_session(user.user_id)
@@ -46,7 +47,7 @@ class ExportedGraphs:
     def answer_warm(self, user: BenchUser) -> Answer:
         return self._answer(user, user.grown, user.user_id)
 
-    def _answer(self, user: BenchUser, history: tuple[int, ...], user_id: str | None) -> Answer:
+    def _answer(self, user: BenchUser, history: tuple[int, ...], user_id: str) -> Answer:
         candidates = self.subject.item_ids(user.candidates)
         ranking = self.engine.recommend(
             self.subject.item_ids(history), len(candidates), user_id=user_id, candidates=candidates
@@ -58,45 +59,47 @@ class ExportedGraphs:
 
 
 class OnnxRuntime(ExportedGraphs):
-    """The flavour with GroupQueryAttention and keys and values in place. There is no bf16 MatMul on a CPU."""
+    """In fp32: it has no bf16 MatMul on a CPU, and casts fp16 there and back."""
 
     key, label = "onnxruntime", "ONNX Runtime, our export, fp32"
 
     def _engine(self, subject: Subject) -> GraphEngine:
         try:
-            return OnnxEngine.load(exports_of(subject).onnx("ort"), "cpu", KV_BUDGET, torch.get_num_threads())
+            return OnnxEngine.load(export_of(subject), "cpu", KV_BUDGET, torch.get_num_threads())
         except SpeederError as error:
             raise Unavailable(str(error)) from None
 
 
 class OpenVino(ExportedGraphs):
-    """The flavour of standard operators, in the precision OpenVINO chooses for this CPU."""
+    """In the precision OpenVINO chooses for this CPU, or in the one that is named ("f32", "bf16", "f16")."""
 
     key = "openvino"
+
+    def __init__(self, subject: Subject, precision: str | None = None) -> None:
+        self.hints = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        self.hints |= {} if precision is None else {"INFERENCE_PRECISION_HINT": precision}
+        super().__init__(subject)
 
     def _engine(self, subject: Subject) -> GraphEngine:
         try:
             import openvino
         except ImportError:
             raise Unavailable("openvino is not installed: pip install 'speeder-engine[bench]'") from None
-        files = OnnxFiles.load(exports_of(subject).onnx("standard"))
-        core, threads = openvino.Core(), torch.get_num_threads()
-        sessions = {name: OpenVinoGraph(core, files.graph(name), threads) for name in GRAPHS}
-        self.label = f"OpenVINO, our export, {sessions['score'].precision}"
-        return GraphEngine(files, sessions, KV_BUDGET)
+        files = OnnxFiles.load(export_of(subject))
+        graph = OpenVinoGraph(openvino.Core(), files.graph("extend"), self.hints)
+        self.label = f"OpenVINO, our export, {graph.precision}"
+        return GraphEngine(files, {"extend": graph}, KV_BUDGET)
 
 
 class OpenVinoGraph:
     """One graph under OpenVINO. Arrays in and out; what is kept is copied out of the request, which is used again."""
 
-    def __init__(self, core: Any, path: Path, threads: int) -> None:
-        self.core, self.threads = core, threads
+    def __init__(self, core: Any, path: Path, hints: Mapping[str, Any]) -> None:
+        self.core, self.hints = core, hints
         self.model = core.read_model(path)
         self.inputs = {name: place for place in self.model.inputs for name in place.get_names()}
         self.outputs = {name: place for place in self.model.outputs for name in place.get_names()}
         self._requests: dict[tuple[str, ...], Any] = {}
-        self.precision = ""
-        self._request(tuple(self.outputs))
 
     def run(
         self, inputs: Mapping[str, Any], outputs: Sequence[str], kept: Mapping[str, Any] | None = None
@@ -107,6 +110,12 @@ class OpenVinoGraph:
         request.infer({name: value for name, value in inputs.items() if name in self.inputs}, share_inputs=True)
         arrays = [request.get_output_tensor(place).data.copy() for place in range(len(names))]
         return dict(zip(outputs, arrays, strict=False)), arrays[len(outputs) :]
+
+    @property
+    def precision(self) -> str:
+        """What matmuls run in: "bf16", "f32"."""
+        default = self.core.get_property("CPU", "INFERENCE_PRECISION_HINT")
+        return str(self.hints.get("INFERENCE_PRECISION_HINT", default.to_string()))
 
     def to_device(self, array: Array) -> Any:
         return array
@@ -121,7 +130,5 @@ class OpenVinoGraph:
 
             wanted = [self.outputs[name] for name in names]
             model = openvino.Model(wanted, self.model.get_parameters())
-            compiled = self.core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": self.threads})
-            self.precision = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
-            self._requests[names] = compiled.create_infer_request()
+            self._requests[names] = self.core.compile_model(model, "CPU", self.hints).create_infer_request()
         return self._requests[names]

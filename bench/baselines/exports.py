@@ -1,6 +1,6 @@
-"""A subject's ONNX exports, written once a process into a folder that goes with it."""
+"""A subject's ONNX export, written once a process into a folder that goes with it."""
 
-import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,46 +12,45 @@ from subject import Subject
 from speeder_engine.errors import MissingDependency
 from speeder_engine.export import OnnxConfig, export_onnx
 
-GRAPHS = ("score", "extend")
-COPIES = 3  # of the weights in fp32 that exporting holds at a time
-DISK_COPIES = 4  # the engine, two flavours, and what a runtime makes of them
+# one graph answers strangers (nothing is past) and those who return; it takes minutes to trace a large model
+CONFIG = OnnxConfig("standard", "float32", ("extend",))
+COPIES = 3  # of the weights in fp32, that exporting holds in memory, and that engine and export take on the disk
 
-_EXPORTS: "WeakKeyDictionary[Subject, Exports]" = WeakKeyDictionary()
+_EXPORTS: "WeakKeyDictionary[Subject, Export]" = WeakKeyDictionary()
 
 
-class Exports:
-    """Engine directory and ONNX exports in fp32 of one subject."""
+class Export:
+    """Engine directory and ONNX export in fp32 of one subject, in a temporary folder."""
 
     def __init__(self, subject: Subject) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="speeder-bench-", ignore_cleanup_errors=True)
-        self.subject_bytes = 4 * sum(tensor.numel() for tensor in subject.weights.values())
-        self.subject_bytes += 4 * subject.catalogue.tokens.numel()
-        self.path = Path(self._folder.name)
-        self._check_room()
-        self._engine = self.path / "engine"
-        subject.parts.save(self._engine)
+        tensors = [*subject.weights.values(), subject.catalogue.tokens]
+        self.num_bytes = 4 * sum(tensor.numel() for tensor in tensors)
+        self._check_room(Path(self._folder.name))
+        engine, self.path = (Path(self._folder.name, name) for name in ("engine", "onnx"))
+        subject.parts.save(engine)
+        export_onnx(engine, self.path, CONFIG, parity_users=0)
 
-    def onnx(self, flavour: str) -> Path:
-        """The export with graphs for cold and returning users, in fp32, of this flavour."""
-        out = self.path / flavour
-        if not out.exists():
-            try:
-                export_onnx(self._engine, out, OnnxConfig(flavour, "float32", GRAPHS), parity_users=0)
-            except MissingDependency as error:
-                raise Unavailable(str(error)) from None
-        return out
-
-    def _check_room(self) -> None:
-        free = shutil.disk_usage(self.path).free
-        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        for what, have, copies in (("disk", free, DISK_COPIES), ("memory", memory, COPIES)):
-            if have < copies * self.subject_bytes:
-                needed = copies * self.subject_bytes / 2**30
-                raise Unavailable(f"an ONNX export in fp32 needs {needed:.0f} GiB of {what}, {have / 2**30:.0f} are free")
+    def _check_room(self, folder: Path) -> None:
+        needed = COPIES * self.num_bytes
+        for what, free in (("disk", shutil.disk_usage(folder).free), ("memory", available_memory())):
+            if free < needed:
+                sizes = f"{needed / 2**30:.0f} GiB of {what}, {free / 2**30:.0f} are free"
+                raise Unavailable(f"an ONNX export in fp32 needs {sizes}")
 
 
-def exports_of(subject: Subject) -> Exports:
-    """Raises Unavailable where packages, disk or memory lack."""
+def available_memory() -> int:
+    """Bytes that a process can have, the kernel's caches counted in."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    assert found is not None, "Linux has told this since 3.14"
+    return int(found[1]) * 1024
+
+
+def export_of(subject: Subject) -> Path:
+    """The ONNX export. Raises Unavailable where packages, disk or memory lack."""
     if subject not in _EXPORTS:
-        _EXPORTS[subject] = Exports(subject)
-    return _EXPORTS[subject]
+        try:
+            _EXPORTS[subject] = Export(subject)
+        except MissingDependency as error:
+            raise Unavailable(str(error)) from None
+    return _EXPORTS[subject].path

@@ -1,7 +1,7 @@
 """The literature's way: titles written out in the prompt, the answer's title generated greedily, in transformers.
 
 Prompt, history, candidates, in this order, so that a returning user's keys and values can be kept up to the history:
-the most a user can do for it. Weights are random, and so as many tokens are written as a title takes, whatever they say.
+the most a user can do for it. Weights are random: as many tokens are written as a title takes, whatever they say.
 """
 
 import inspect
