@@ -16,8 +16,8 @@ from workload import BenchUser
 
 from speeder_engine import EngineConfig
 
-NUM_USERS = 16
-HEAVY_EVERY = 5  # rounds
+NUM_USERS = 8
+HEAVY_EVERY = 2  # rounds
 SLOW = ("onnxruntime", "openvino", "transformers_compiled")  # to make
 OWN_SHARE = 0.15  # of the section's time
 
@@ -84,7 +84,8 @@ def own_row(bench: Bench, ours: Ours, users: list[BenchUser], clock: Clock) -> R
         ("warm", bench.workload.warm_rows, ours.answer_warm),
     ):
         check_rows(ours, users[0], name, rows, answer)
-        timings[name] = beside_products(bench, ours, users, name, rows, clock)
+        share = Clock.of(clock.left / (2 - len(timings)))
+        timings[name] = beside_products(bench, ours, users, name, rows, share)
     bench.report.put("host_us", host_us(ours, users, bench.rounds(20, 60)))
     bench.report.put("peak_mib", peak_mib(bench.device))
     bench.report.table(
@@ -168,9 +169,10 @@ def paired(bench: Bench, ours: Ours, other: Baseline, users: list[BenchUser], cl
         if warm and not other.has_warm:
             found.append(None)
             continue
-        rounds = bench.rounds(11, 11) if other.heavy else bench.rounds(15, 20)
+        rounds = bench.rounds(5, 7) if other.heavy else bench.rounds(15, 20)
         timed = {"ours": calls(ours, users, warm), "other": calls(other, users, warm)}
-        timings = interleave(timed, rounds, Clock.of(clock.left * (1.0 if warm else 0.6)), bench.device)
+        share = Clock.of(clock.left if warm or not other.has_warm else clock.left / 2)
+        timings = interleave(timed, rounds, share, bench.device, bench.rounds(2, 1))
         found.append((timings["other"], timings["other"].over(timings["ours"])))
     (cold, cold_ratio), (warm_timing, warm_ratio) = (each or (None, None) for each in found)
     return Row(other.label, cold, warm_timing, cold_ratio, warm_ratio, other.heavy)
@@ -190,7 +192,7 @@ def alternatives(bench: Bench, ours: Ours, users: list[BenchUser], rows: list[Ro
             bench.report.note(f"{key}: {first_line(error)}")
             continue
         try:
-            row = paired(bench, ours, other, users, Clock.of(clock.left / min(3, len(chosen) - done)))
+            row = paired(bench, ours, other, users, Clock.of(clock.left / (len(chosen) - done)))
         except Exception as error:  # a library that fails on this machine must not end the run
             bench.report.note(f"{key}: failed: {type(error).__name__}: {first_line(error)}")
             continue
