@@ -29,6 +29,15 @@ class Probe:
     def timed(self) -> Timed:
         return Timed(lambda _: self.call())
 
+    def repeated(self, times: int) -> "Probe":
+        """The same for longer: to be held against what takes seconds."""
+
+        def calls() -> None:
+            for _ in range(times):
+                self.call()
+
+        return Probe(calls, times * self.amount)
+
 
 class Limits:
     """Probes by name ("copy", "read", "matmul_bfloat16", ...) and the best rates seen so far, a second."""

@@ -6,14 +6,14 @@ from context import Bench
 from drive import Driver, Served
 from energy import metered
 from gemm import step_products, work_of
-from limits import Work
-from measure import Clock, Timed, Timing, interleave
+from measure import Clock, Timed, Timing, interleave, median_of
 from ours import Ours
 from workload import BenchUser, Stream
 
 from speeder_engine import Request
 
 BATCHES = (1, 4, 16, 64)
+PROBES = 10  # products of the matmul ceiling in a row: about half a second
 LONGER = 19  # items that a history grows by before the batch starts again: the window doesn't slide
 LOAD = 0.7  # of what the closed loop reached
 CONCURRENCY = 64
@@ -24,7 +24,8 @@ def measure(bench: Bench, clock: Clock) -> None:
     ours = Ours(bench.subject)
     try:
         users = bench.users(max(BATCHES))
-        rows = [row for warm in (False, True) for row in batches(bench, ours, users, warm, Clock.of(clock.left * 0.45))]
+        ours.answer(users[0])
+        rows = [row for warm in (False, True) for row in batches(bench, ours, users, warm, Clock.of(clock.left * 0.4))]
         columns = ("", "p50 ms", "runs", "users/s", "rows/s", "of matmul ceiling")
         bench.report.table(f"{bench.subject_name}: batches", columns, rows)
         fractions = [bench.report.values[f"of_ceiling_64{suffix}"] for suffix in ("", "_cold")]
@@ -62,16 +63,19 @@ def batches(bench: Bench, ours: Ours, users: list[BenchUser], warm: bool, clock:
             timed[str(size)] = Growing(ours, taken, users[-1].candidates[:LONGER]).timed
         else:
             timed[str(size)] = Timed(lambda _, taken=taken: ours.engine.recommend_many(map(ours.cold_request, taken)))
-    probes = bench.limits.pair(bench.dtype)
-    timings = interleave({**timed, **probes}, bench.rounds(9, 8), clock, bench.device, warm_ups=1)
-    return [put_batch(bench, size, warm, timings[str(size)], timings) for size in BATCHES]
+    probe = bench.limits.probes[f"matmul_{bench.dtype}"].repeated(bench.rounds(1, PROBES))
+    # the first of a large shape takes as long as the others, and that is long
+    timings = interleave({**timed, "": probe.timed}, bench.rounds(9, 8), clock, bench.device, bench.rounds(1, 0))
+    rates = {at: probe.amount / seconds for at, seconds in timings[""].seconds.items()}
+    return [put_batch(bench, size, warm, timings[str(size)], rates) for size in BATCHES]
 
 
-def put_batch(bench: Bench, size: int, warm: bool, timing: Timing, timings: dict[str, Timing]) -> list[object]:
+def put_batch(bench: Bench, size: int, warm: bool, timing: Timing, rates: dict[int, float]) -> list[object]:
+    """rates: of the matmul ceiling, operations a second by round."""
     each = bench.workload.warm_rows if warm else bench.workload.cold_rows
     products = step_products(bench.subject.model.decoder, size * each, size * bench.workload.warm_rows)
-    flops = Work(0.0, work_of(products).flops)
-    of_ceiling = 1 / bench.limits.over_limit(timing, timings, flops, bench.dtype)
+    flops = work_of(products).flops
+    of_ceiling = median_of(flops / seconds / rates[at] for at, seconds in timing.seconds.items())
     suffix = f"{size}" if warm else f"{size}_cold"
     bench.report.put(f"users_s_{suffix}", size / timing.p50)
     bench.report.put(f"rows_s_{suffix}", size * each / timing.p50)
