@@ -17,7 +17,7 @@ class Ours(Speeder):
 
     def __init__(self, subject: Subject, label: str = Speeder.label, **settings: Any) -> None:
         super().__init__(subject, **({"kv_budget": "512MiB"} | settings))
-        self.label = label  # type: ignore[misc]
+        self.label = label
         self.pass_seconds = 0.0
 
     def cold_request(self, user: BenchUser) -> Request:

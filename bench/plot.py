@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from report import cell
+
 Values = Mapping[str, Any]
 OURS, OTHERS, LIMIT, SECOND = "#1f6f8b", "#b9c2c9", "#c0392b", "#e0a458"
 EVENTS = ("cold", "same", "append", "slide", "correction")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -36,7 +38,7 @@ def draw_all(values: Values, folder: Path) -> list[str]:
         for name, draw in CHARTS.items():
             figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
             if draw(axes, values):
-                axes.set_title(f"{axes.get_title('left')}  ({subject(values)})")
+                figure.suptitle(subject(values), x=0.99, y=0.01, ha="right", va="bottom", fontsize=8, color="#7f8c8d")
                 for kind in ("svg", "png"):
                     figure.savefig(folder / f"{name}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else {})
                 drawn.append(name)
@@ -60,18 +62,19 @@ def latency(axes: Any, values: Values) -> bool:
     for at, (name, cold, warm) in enumerate(rows):
         is_ours = name.startswith("speeder")
         axes.barh(at + 0.2, cold, 0.38, color=OURS if is_ours else "#7f8c8d", label="cold" if is_ours else None)
-        axes.text(cold, at + 0.2, f" {cold:,.3g}", va="center", fontsize=8)
+        axes.text(cold, at + 0.2, f" {cell(cold)}", va="center", fontsize=8)
         if warm is not None:
             axes.barh(
                 at - 0.2, warm, 0.38, color="#7fb3c4" if is_ours else OTHERS, label="returning" if is_ours else None
             )
-            axes.text(warm, at - 0.2, f" {warm:,.3g}", va="center", fontsize=8)
+            axes.text(warm, at - 0.2, f" {cell(warm)}", va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
     for key, style in (("cold_gemm_ms", "--"), ("warm_gemm_ms", ":")):
         axes.axvline(values[key], color=LIMIT, linestyle=style, linewidth=1, label=f"own products, {key.split('_')[0]}")
     axes.set_xscale("log")
     axes.set_xlabel("milliseconds a user, median (log scale)")
     axes.set_title("One user: 30 items, 20 candidates")
+    axes.margins(x=0.1)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     return True
 
@@ -102,9 +105,7 @@ def throughput(axes: Any, values: Values) -> bool:
         axes.plot(batches, rates, "o-", color=color, label=name)
         axes.plot(batches, ceilings, "--", color=color, linewidth=1, label=f"matmul ceiling, {name.split(',')[0]}")
         for size, rate in zip(batches, rates, strict=True):
-            axes.annotate(
-                f"{rate:,.3g}", (size, rate), textcoords="offset points", xytext=(0, 6), fontsize=8, ha="center"
-            )
+            axes.annotate(cell(rate), (size, rate), textcoords="offset points", xytext=(0, 6), fontsize=8, ha="center")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(batches, [str(size) for size in batches])
@@ -171,7 +172,7 @@ def catalogue(axes: Any, values: Values) -> bool:
 def _bars(axes: Any, names: list[str], heights: list[float]) -> None:
     axes.bar(names, heights, 0.6, color=[OURS, *[OTHERS] * (len(names) - 1)] if "ours" in names else OURS)
     for at, height in enumerate(heights):
-        axes.text(at, height, f"{height:,.3g}", ha="center", va="bottom", fontsize=9)
+        axes.text(at, height, cell(height), ha="center", va="bottom", fontsize=9)
 
 
 def is_session(key: str) -> bool:

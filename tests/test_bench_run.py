@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -74,6 +75,28 @@ def test_charts_of_a_run(quick, tmp_path):
     assert draw_all(quick[0], tmp_path) == list(CHARTS)
     assert {path.suffix for path in tmp_path.iterdir()} == {".svg", ".png"}
     assert draw_all({"shape": "tiny"}, tmp_path / "none") == []
+
+
+@pytest.mark.slow
+def test_what_was_measured_stays_when_it_is_interrupted(root, tmp_path):
+    path = tmp_path / "found.json"
+    command = [sys.executable, str(root / "bench" / "run.py"), "all", "--quick", "--json", str(path)]
+    command += ["--only", "transformers_static"]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        until = time.monotonic() + 100
+        while not path.exists() and time.monotonic() < until:  # written after the first section
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 1, out + err
+    found = json.loads(out.splitlines()[-1])
+    assert found == json.loads(path.read_text())
+    assert {"cold_ms", "vs_transformers_static", "seconds"} <= found.keys()
+    assert "train_vs_text" not in found
+    assert "interrupted: the rest was not measured" in out
 
 
 @pytest.mark.parametrize(
@@ -224,6 +247,12 @@ def test_the_guard_measures_again_what_looks_worse_and_keeps_the_best():
     assert calls.count("latency") == guard.ATTEMPTS
     assert str(guard.compare(COMMITTED, slow)[0]) == "cold_over_gemm: 3, committed 1"
     assert guard.missing(COMMITTED, slow) == ["vs_transformers"]
+
+
+def test_the_guard_commits_to_medians():
+    values = iter([1.0, 9.0, 2.0])
+    found = guard.measure_medians(lambda name: {"cold_over_gemm": next(values)} if name == "latency" else {}, 3)
+    assert found == {"cold_over_gemm": 2.0}
 
 
 def test_the_guard_counts_instructions_of_the_same_compiler(capsys):

@@ -64,13 +64,12 @@ def show(bench: Bench, rows: list[Row]) -> None:
         bench.report.table(title, columns, [row.cells(warm) for row in rows if row.has(warm)])
 
 
-def calls(contender: Baseline, users: list[BenchUser], warm: bool) -> Timed:
+def calls(contender: Baseline, users: list[BenchUser], warm: bool, every: int = 1) -> Timed:
     """Each round another user, the same for all contenders."""
 
     def user(at: int) -> BenchUser:
         return users[at % len(users)]
 
-    every = HEAVY_EVERY if contender.heavy else 1
     if not warm:
         return Timed(lambda at: contender.answer(user(at)), every=every)
     return Timed(lambda at: contender.answer_warm(user(at)), lambda at: contender.warm_up(user(at)), every)
@@ -169,13 +168,15 @@ def paired(bench: Bench, ours: Ours, other: Baseline, users: list[BenchUser], cl
         if warm and not other.has_warm:
             found.append(None)
             continue
-        rounds = bench.rounds(5, 7) if other.heavy else bench.rounds(15, 20)
-        timed = {"ours": calls(ours, users, warm), "other": calls(other, users, warm)}
+        # in the tiny shape of a quick run nothing takes seconds
+        rounds, every = (7, HEAVY_EVERY) if other.heavy and not bench.quick else (bench.rounds(15, 20), 1)
+        timed = {"ours": calls(ours, users, warm), "other": calls(other, users, warm, every)}
         share = Clock.of(clock.left if warm or not other.has_warm else clock.left / 2)
         timings = interleave(timed, rounds, share, bench.device, bench.rounds(2, 1))
         found.append((timings["other"], timings["other"].over(timings["ours"])))
     (cold, cold_ratio), (warm_timing, warm_ratio) = (each or (None, None) for each in found)
-    return Row(other.label, cold, warm_timing, cold_ratio, warm_ratio, other.heavy)
+    heavy = other.heavy and not bench.quick
+    return Row(other.label, cold, warm_timing, cold_ratio, warm_ratio, heavy)
 
 
 def alternatives(bench: Bench, ours: Ours, users: list[BenchUser], rows: list[Row], clock: Clock) -> None:
