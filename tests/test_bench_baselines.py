@@ -34,8 +34,9 @@ ONE_TOKEN = (
     "transformers_compiled",
     "onnxruntime",
     "openvino",
+    "llama_cpp",
 )
-PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
+PACKAGES = {"onnxruntime": ["onnxruntime"], "openvino": ["openvino"], "llama_cpp": ["llama_cpp", "gguf"]}
 
 
 def small(shape=SMALL, dtype="float32", **lengths):
@@ -78,8 +79,8 @@ def test_the_engine_computes_the_rows_of_the_workload(subject, users):
 
 @pytest.mark.parametrize("key", ONE_TOKEN)
 def test_one_token_an_item_scores_as_the_engine_does(subject, users, engine_answers, key):
-    if key in PACKAGES:
-        pytest.importorskip(PACKAGES[key])
+    for package in PACKAGES.get(key, ()):
+        pytest.importorskip(package)
     # by itself OpenVINO takes half precision where the CPU has it
     contender = make(key, subject) if key != "openvino" else OpenVino(subject, "f32")
     for _ in range(2):  # a request leaves nothing behind
@@ -152,12 +153,14 @@ def test_generation_writes_what_transformers_would(subject, users, kind):
 
 
 def test_missing_packages_are_one_line(subject, monkeypatch):
-    for package in ("openvino", "faiss"):
+    for package in ("openvino", "faiss", "llama_cpp"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(Unavailable, match=r"^openvino is not installed: pip install 'speeder-engine\[bench\]'$"):
         make("openvino", subject)
     with pytest.raises(Unavailable, match=r"^faiss is not installed: pip install 'speeder-engine\[bench\]'$"):
         FaissFlat(subject.catalogue.tokens)
+    with pytest.raises(Unavailable, match=r"^[a-z_]+ is not installed: pip install llama-cpp-python gguf "):
+        make("llama_cpp", subject)
 
 
 def test_an_unknown_contender_names_those_there_are(subject):

@@ -24,8 +24,8 @@ class Answer:
 
 
 class Baseline(Protocol):
-    """A contender. `warm_up(user)` comes before every `answer_warm(user)`: the user was here, and returns with one new
-    item. Where nothing is kept (`has_warm` false) a returning user costs as much as a stranger.
+    """A contender. `warm_up(user)` comes right before every `answer_warm(user)`: the user was here, and returns with
+    one new item. Where nothing is kept (`has_warm` false) a returning user costs as much as a stranger.
     """
 
     @property

@@ -76,7 +76,8 @@ class OpenVino(ExportedGraphs):
     key = "openvino"
 
     def __init__(self, subject: Subject, precision: str | None = None) -> None:
-        self.hints = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        # contenders take turns on the same cores: threads bound to them would be in the others' way
+        self.hints: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "ENABLE_CPU_PINNING": False}
         self.hints |= {} if precision is None else {"INFERENCE_PRECISION_HINT": precision}
         super().__init__(subject)
 

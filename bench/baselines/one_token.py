@@ -4,17 +4,18 @@ All read the same rows as the engine does, isolate candidates with a 4-D mask at
 head; none can leave rows out of the last layer.
 """
 
-import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch._inductor.config
 from baselines.base import Answer, known
-from baselines.prefix_cache import PrefixCache
+from baselines.prefix_cache import PrefixCache, cache_argument
 from subject import PromptRows, Subject
 from torch import Tensor
 from workload import BenchUser
 
+Pass = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 BUCKET = 8  # rows are padded to it for the compiled model, whose shapes are fixed
 
 
@@ -73,82 +74,82 @@ class StaticPrefix:
     def __init__(self, subject: Subject) -> None:
         workload, shape = subject.workload, subject.config.decoder
         self.subject, self.body = subject, subject.transformers().model
-        self.cache_argument = "cache" if "cache" in inspect.signature(self.body.forward).parameters else _OLD_CACHE
+        self.cache_argument = cache_argument(self.body)
         longest = subject.layout.instruction_len + subject.layout.config.window + workload.num_candidates
-        self.cold = PrefixCache(shape, longest + BUCKET, subject.dtype, subject.device)
-        self.users: dict[str, PrefixCache] = {}
+        self.cache = PrefixCache(shape, longest + BUCKET, subject.dtype, subject.device)
+        self.users: dict[str, Tensor] = {}  # what the cache held after a user's history
         instruction = subject.model.instruction
         positions = torch.arange(len(instruction), device=subject.device)
         mask = positions <= positions[:, None]
         with torch.no_grad():
-            self._run(self.cold, PromptRows(instruction, positions, mask, 0, 0))
+            self._run(PromptRows(instruction, positions, mask, 0, 0), self._eager)
 
     @torch.no_grad()
     def answer(self, user: BenchUser) -> Answer:
-        return self._answer(user, self.cold, self.subject.rows(user))
+        return self._answer(user, self.subject.rows(user))
 
     @torch.no_grad()
     def warm_up(self, user: BenchUser) -> None:
-        cache = self.cold.copy()
-        self._run(cache, self.subject.history_rows(user))
-        self.users[user.user_id] = cache
+        self._run(self.subject.history_rows(user), self._eager)
+        self.users[user.user_id] = self.cache.stored.clone()
 
     @torch.no_grad()
     def answer_warm(self, user: BenchUser) -> Answer:
-        return self._answer(user, known(self.users, user), self.subject.rows(user, warm=True))
+        self.cache.stored.copy_(known(self.users, user))
+        return self._answer(user, self.subject.rows(user, warm=True))
 
-    def _answer(self, user: BenchUser, cache: PrefixCache, rows: PromptRows) -> Answer:
-        return answer_of(self.subject, user, rows, self._run(cache, rows))
+    def _answer(self, user: BenchUser, rows: PromptRows) -> Answer:
+        return answer_of(self.subject, user, rows, self._run(rows, self._pass))
 
-    def _run(self, cache: PrefixCache, rows: PromptRows) -> Tensor:
+    def _run(self, rows: PromptRows, forward: Pass) -> Tensor:
         """Final hidden states [N, d]; rows are padded to the bucket, padding sees the first position alone."""
         count = rows.num_rows
         padded = -(-count // self.bucket) * self.bucket
-        mask = torch.zeros(1, 1, padded, cache.capacity, dtype=torch.bool, device=self.subject.device)
+        mask = torch.zeros(1, 1, padded, self.cache.capacity, dtype=torch.bool, device=self.subject.device)
         mask[0, 0, :count, : rows.past + count] = rows.mask
         mask[0, 0, count:, 0] = True
         embeddings, positions = rows.embeddings[None], rows.positions[None]
         if padded > count:
             embeddings = torch.nn.functional.pad(embeddings, (0, 0, 0, padded - count))
             positions = torch.nn.functional.pad(positions, (0, padded - count))
-        cache.slots = torch.arange(rows.past, rows.past + padded, device=self.subject.device)
-        return self._pass(embeddings, positions, mask, cache)[0, :count]
+        slots = torch.arange(rows.past, rows.past + padded, device=self.subject.device)
+        return forward(embeddings, positions, mask, slots)[0, :count]
 
-    def _pass(self, embeddings: Tensor, positions: Tensor, mask: Tensor, cache: PrefixCache) -> Tensor:
-        given: dict[str, Any] = {"position_ids": positions, "attention_mask": mask, self.cache_argument: cache}
+    def _eager(self, embeddings: Tensor, positions: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
+        self.cache.slots = slots
+        given: dict[str, Any] = {"position_ids": positions, "attention_mask": mask, self.cache_argument: self.cache}
         hidden: Tensor = self.body(inputs_embeds=embeddings, use_cache=True, **given).last_hidden_state
         return hidden
+
+    _pass = _eager
 
     def close(self) -> None:
         self.users.clear()
 
 
-_OLD_CACHE = "past_key_values"
-
-
 class Compiled(StaticPrefix):
-    """The same under torch.compile, weights frozen into the graph (on a CPU they are packed for its matmuls)."""
+    """The same under torch.compile: on a CPU with the weights frozen into the graph, which packs them for its matmuls,
+    on a GPU in CUDA graphs."""
 
     key, label = "transformers_compiled", "transformers, static cache + 4-D mask, torch.compile"
     bucket = BUCKET
 
     def __init__(self, subject: Subject) -> None:
-        self._compiled: Any = None
         super().__init__(subject)
         torch._dynamo.reset()
-        self.freezing = subject.device.type == "cpu"
-        self._compiled = torch.compile(super()._pass, dynamic=False)
+        self.on_cpu = subject.device.type == "cpu"
+        if not self.on_cpu:
+            for buffer in (*self.cache.keys, *self.cache.values):
+                torch._dynamo.mark_static_address(buffer)
+        self._compiled = torch.compile(self._eager, dynamic=False, mode=None if self.on_cpu else "reduce-overhead")
 
-    def _pass(self, embeddings: Tensor, positions: Tensor, mask: Tensor, cache: PrefixCache) -> Tensor:
-        if self._compiled is None:  # the instruction's only pass
-            return super()._pass(embeddings, positions, mask, cache)
-        with torch._inductor.config.patch(freezing=self.freezing):
-            hidden: Tensor = self._compiled(embeddings, positions, mask, cache)
+    def _pass(self, embeddings: Tensor, positions: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
+        with torch._inductor.config.patch(freezing=self.on_cpu):
+            hidden: Tensor = self._compiled(embeddings, positions, mask, slots)
         return hidden
 
     def close(self) -> None:
         super().close()
-        self._compiled = None
         torch._dynamo.reset()
 
 

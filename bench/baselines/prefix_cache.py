@@ -1,5 +1,6 @@
 """A cache for transformers models whose beginning stays while every request overwrites what is behind it."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ class PrefixCache:
     counter, so that a request leaves nothing to take back. What of it a row sees is the 4-D mask's affair."""
 
     def __init__(self, shape: DecoderConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        sizes = (1, shape.num_kv_heads, capacity, shape.head_dim)
+        sizes = (shape.num_layers, 2, 1, shape.num_kv_heads, capacity, shape.head_dim)
         self.capacity = capacity
-        self.keys = [torch.zeros(sizes, dtype=dtype, device=device) for _ in range(shape.num_layers)]
-        self.values = [torch.zeros(sizes, dtype=dtype, device=device) for _ in range(shape.num_layers)]
+        self.stored = torch.zeros(sizes, dtype=dtype, device=device)
+        self.keys, self.values = ([layer[part] for layer in self.stored] for part in (0, 1))
         self.slots = torch.zeros(0, dtype=torch.int64, device=device)  # [N] of the rows that come next
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -30,8 +31,7 @@ class PrefixCache:
         """Positions are always given: nothing counts."""
         return 0
 
-    def copy(self) -> "PrefixCache":
-        made = object.__new__(PrefixCache)
-        made.capacity, made.slots = self.capacity, self.slots
-        made.keys, made.values = ([part.clone() for part in parts] for parts in (self.keys, self.values))
-        return made
+
+def cache_argument(body: Any) -> str:
+    """What a transformers body's forward calls its cache: the name has changed in 5.2x."""
+    return "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from baselines.base import Baseline, Unavailable
 from baselines.exported import OnnxRuntime, OpenVino
+from baselines.llamacpp import LlamaCpp
 from baselines.one_token import Compiled, SeparatePrompts, StaticPrefix, Uncached
 from baselines.text_generation import MultimodalGeneration, TextGeneration
 from subject import Subject
@@ -19,6 +20,7 @@ BASELINES: dict[str, Callable[[Subject], Baseline]] = {
         MultimodalGeneration,
         OnnxRuntime,
         OpenVino,
+        LlamaCpp,
     )
 }
 # one token an item, the same rows, launched operator by operator: the best of them is what a user would take

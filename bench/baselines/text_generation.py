@@ -4,11 +4,11 @@ Prompt, history, candidates, in this order, so that a returning user's keys and 
 the most a user can do for it. Weights are random: as many tokens are written as a title takes, whatever they say.
 """
 
-import inspect
 from typing import Any
 
 import torch
 from baselines.base import Answer, known
+from baselines.prefix_cache import cache_argument
 from subject import Subject
 from torch import Tensor
 from workload import BenchUser
@@ -24,8 +24,7 @@ class TextGeneration:
 
     def __init__(self, subject: Subject) -> None:
         self.subject, self.lm = subject, subject.transformers()
-        parameters = inspect.signature(self.lm.model.forward).parameters
-        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self.cache_argument = cache_argument(self.lm.model)
         self.users: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def answer(self, user: BenchUser) -> Answer:
