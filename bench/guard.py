@@ -158,6 +158,8 @@ def main(
         raise typer.Exit(1)
     for key, value in measured.items():
         typer.echo(f"{key}: {value:.4g}" + (f", committed {ratios[key]:.4g}" if key in ratios else ", not committed"))
+    if counted is not None:
+        typer.echo(f"{INSTRUCTIONS}: {counted[1]:,}, committed {committed.get(INSTRUCTIONS, 0):,}")
     bad = [str(each) for each in (*compare(ratios, measured), guard_instructions(committed, counted)) if each]
     bad += [f"{key}: was not measured, committed {ratios[key]:.4g}" for key in missing(ratios, measured)]
     typer.echo("\n".join(f"WORSE {line}" for line in bad) or "nothing got slower")

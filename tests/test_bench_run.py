@@ -10,6 +10,7 @@ import time
 import guard
 import pytest
 import torch
+import typer
 from gemm import forms, step_products, work_of
 from limits import Limits, Probe, Work
 from measure import Clock, Timed, Timing, interleave
@@ -253,6 +254,24 @@ def test_the_guard_commits_to_medians():
     values = iter([1.0, 9.0, 2.0])
     found = guard.measure_medians(lambda name: {"cold_over_gemm": next(values)} if name == "latency" else {}, 3)
     assert found == {"cold_over_gemm": 2.0}
+
+
+def test_the_guard_fails_with_the_key_and_both_figures(tmp_path, monkeypatch, capsys):
+    place = tmp_path / "guard.json"
+    found = {"cold_over_gemm": 2.0}
+    monkeypatch.setattr(guard, "measure_section", lambda name: found if name == "latency" else {})
+    monkeypatch.setattr(guard, "count_instructions", lambda: ("g++ 1", 1000))
+    with pytest.raises(typer.Exit) as nothing:
+        guard.main(place=place)
+    guard.main(update=True, place=place)
+    with pytest.raises(typer.Exit) as same:
+        guard.main(place=place)
+    found["cold_over_gemm"] = 2.6
+    capsys.readouterr()
+    with pytest.raises(typer.Exit) as worse:
+        guard.main(place=place)
+    assert [each.value.exit_code for each in (nothing, same, worse)] == [1, 0, 1]
+    assert capsys.readouterr().out.splitlines()[-1] == "WORSE cold_over_gemm: 2.6, committed 2"
 
 
 def test_the_guard_counts_instructions_of_the_same_compiler(capsys):

@@ -18,7 +18,7 @@ from speeder_engine import EngineConfig
 
 NUM_USERS = 8
 HEAVY_EVERY = 2  # rounds
-SLOW = ("onnxruntime", "openvino", "transformers_compiled")  # to make
+SLOW = ("onnxruntime", "openvino", "llama_cpp", "transformers_compiled")  # to make
 OWN_SHARE = 0.15  # of the section's time
 
 
