@@ -13,10 +13,10 @@ LAYOUT := build/layout/speeder_engine
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint types kernels gpu sanitize clean
+.PHONY: help setup demo test lint types kernels bench bench-guard gpu sanitize clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## make .venv with everything in it (PYTHON=python3.12, TORCH=...)
 
@@ -38,6 +38,12 @@ types: setup  ## mypy, strict on the package
 
 kernels: setup  ## compile every Triton kernel for every GPU, with none here: registers, spills, shared memory
 	$(BIN)/python bench/compile_kernels.py
+
+bench: setup  ## everything side by side with its alternatives, 15 minutes (ARGS="latency --shape tiny")
+	$(BIN)/python bench/run.py $(or $(ARGS),all --shape 0.5b)
+
+bench-guard: setup  ## ratios and instruction counts against the committed ones (ARGS=--update)
+	$(BIN)/python bench/guard.py $(ARGS)
 
 # nothing of .venv: the machine's own Python, with CUDA's torch in it
 gpu:  ## build, test and measure on a machine with CUDA, with its own python3 and no network (OUT=folder)

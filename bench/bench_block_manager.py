@@ -4,52 +4,12 @@ The promises: at most 20 us to plan 64 warm users with 30-item histories and one
 block operations a second in the native pool.
 """
 
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-from speeder_engine import _C
-
-BLOCK_SIZE, HISTORY, WINDOW, KEY_WIDTH = 16, 30, 256, 3
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
-
-
-class Batch:
-    """`num_users` warm sessions of HISTORY items, and the arguments of the step that adds one item to each."""
-
-    def __init__(self, num_users: int, num_cold_sessions: int = 0, **settings: int) -> None:
-        self.manager = _C.BlockManager(
-            num_blocks=4 * (num_users + num_cold_sessions) + 40,
-            block_size=BLOCK_SIZE,
-            shared_len=40,
-            max_seq_len=WINDOW,
-            key_width=KEY_WIDTH,
-            budget_blocks=2 * num_users + 3 * num_cold_sessions,
-            num_slots=3 * num_users + num_cold_sessions,
-            **settings,
-        )
-        rng = np.random.default_rng(0)
-        self.keys = rng.integers(0, 1 << 20, (num_users, HISTORY + 1, KEY_WIDTH), dtype=np.int32)
-        out = [np.empty(num_users, np.int32), np.empty(num_users, np.int32)]
-        out.append(np.empty((num_users, self.manager.max_blocks_per_seq), np.int32))
-        self.out = (*out, np.empty(num_users * WINDOW, np.int32), np.empty((num_users, 3), np.int32))
-        self.out += (np.empty((out[-1].size, 2), np.int32),)
-        self.offloads = np.empty((0, 2), np.int32)
-        for start in range(0, num_cold_sessions, num_users):
-            self.run(self.arguments([f"cold-{start + i}" for i in range(num_users)], HISTORY))
-        self.users = [f"user-{i}" for i in range(num_users)]
-        self.run(self.arguments(self.users, HISTORY))
-
-    def arguments(self, users: list[str], length: int) -> tuple[Any, ...]:
-        offsets = np.arange(len(users) + 1, dtype=np.int32) * np.int32(length)
-        return (users, offsets, np.ascontiguousarray(self.keys[:, :length]).reshape(-1, KEY_WIDTH), *self.out)
-
-    def run(self, arguments: tuple[Any, ...]) -> None:
-        self.manager.commit(self.manager.plan(*arguments)[0], self.offloads)
+from native import MissingTool, build, run
+from plan_batch import HISTORY, Batch
 
 
 def measure_plan(benchmark: Any, batch: Batch) -> None:
@@ -119,15 +79,12 @@ def test_swap_with_the_host_tier(benchmark: Any) -> None:
     assert batch.out[0].tolist() == [HISTORY] * 64
 
 
-def test_block_pool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_block_pool(capsys: pytest.CaptureFixture[str]) -> None:
     """The native pool alone, in a C++ loop."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler to build the loop with")
-    program = tmp_path / "block_pool"
-    sources = [Path(__file__).with_name("block_pool.cpp"), CSRC / "block_pool.cpp"]
-    subprocess.run([compiler, "-std=c++20", "-O3", "-DNDEBUG", f"-I{CSRC}", *sources, "-o", program], check=True)
-    rate = float(subprocess.run([program], check=True, capture_output=True, text=True).stdout)
+    try:
+        rate = float(run(build("block_pool", "-O3")))
+    except MissingTool as error:
+        pytest.skip(str(error))
     with capsys.disabled():
         print(f"\nblock pool: {rate / 1e6:.0f} million allocate and free operations a second")
     assert rate > 5e6

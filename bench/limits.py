@@ -1,110 +1,108 @@
-"""Limits on paper: what a chip's memory and multipliers allow, by shape and way to serve; nothing is measured here.
+"""What this machine does at best, measured: memory read and copied, matrices multiplied, with all threads."""
 
-python bench/limits.py                         # an NVIDIA H200 by its measured ceilings
-python bench/limits.py --copy-gb 30 --tflops 0.458 --price 0.1 --memory-gib 24
-"""
-
-import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from workload import Workload
+import torch
+from measure import Clock, Timed, Timing, interleave, median_of
+from torch import Tensor
 
-from speeder_engine.config import DecoderConfig
-from speeder_engine.random_engine import SHAPES
-
-
-@dataclass(frozen=True)
-class Chip:
-    copy_bytes: float  # a second
-    flops: float  # a second
-    memory_bytes: float
-    price: float  # an hour
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Body:
-    """What a decoder's layers cost; embeddings and the vocabulary's head are not run."""
+class Work:
+    """What a computation can't do without."""
 
-    config: DecoderConfig
-    weight_bytes_each: float = 2.0
+    num_bytes: float  # read once
+    flops: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A call that does nothing but one thing, and how much of it: bytes or operations."""
+
+    call: Callable[[], object]
+    amount: float
 
     @property
-    def parameters(self) -> int:
-        c = self.config
-        attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-        return c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+    def timed(self) -> Timed:
+        return Timed(lambda _: self.call())
 
-    def flops(self, rows: int, keys: int) -> float:
-        """Of a pass over `rows` that see `keys` each."""
-        c = self.config
-        return 2.0 * rows * self.parameters + 4.0 * rows * keys * c.num_layers * c.num_heads * c.head_dim
+    def repeated(self, times: int) -> "Probe":
+        """The same for longer: to be held against what takes seconds."""
 
-    @property
-    def position_bytes(self) -> int:
-        """Keys and values of one position in bf16."""
-        return 4 * self.config.num_layers * self.config.num_kv_heads * self.config.head_dim
+        def calls() -> None:
+            for _ in range(times):
+                self.call()
+
+        return Probe(calls, times * self.amount)
 
 
-@dataclass(frozen=True)
-class Way:
-    """Rows computed and keys seen by each, for one user."""
+class Limits:
+    """Probes by name ("copy", "read", "matmul_bfloat16", ...) and the best rates seen so far, a second."""
 
-    name: str
-    rows: int
-    keys: int
-    decoded: int = 0  # further passes, one row each
+    def __init__(self, device: torch.device, small: bool) -> None:
+        self.device = device
+        self.best: dict[str, float] = {}
+        self.probes = make_probes(device, small)
 
+    def measure(self, rounds: int, clock: Clock) -> None:
+        """All probes in turn; what was better before stays."""
+        timed = {name: probe.timed for name, probe in self.probes.items()}
+        for name, timing in interleave(timed, rounds, clock, self.device).items():
+            self.see(name, timing)
 
-def ways(workload: Workload) -> list[Way]:
-    prefix = workload.instruction_len + workload.history_len
-    return [
-        Way("text, one prompt and its answer", workload.text_prompt_len, 450, workload.generated_tokens),
-        Way("one token an item, 20 separate prompts", workload.num_candidates * (prefix + 1), prefix),
-        Way("one pass, nothing shared", prefix + workload.num_candidates, prefix),
-        Way("+ shared instruction (a new user)", workload.cold_rows, prefix),
-        Way("+ session (a user who returns)", workload.warm_rows, prefix),
-    ]
+    def see(self, name: str, timing: Timing) -> None:
+        """Timings of a probe that ran among other calls."""
+        rate = self.probes[name].amount / min(timing.seconds.values())
+        self.best[name] = max(rate, self.best.get(name, 0.0))
 
+    def pair(self, dtype: str) -> dict[str, Timed]:
+        """The two probes that bound a computation in this dtype, to be timed in turn with it."""
+        return {name: self.probes[name].timed for name in ("read", f"matmul_{dtype}")}
 
-def row_of(body: Body, way: Way, chip: Chip) -> dict[str, float]:
-    """A pass for one user, and as many as the multipliers allow when the weights' reading is shared."""
-    flops, weight_bytes = body.flops(way.rows, way.keys), body.parameters * body.weight_bytes_each
-    reads = weight_bytes / chip.copy_bytes
-    alone = max(reads, flops / chip.flops) + way.decoded * reads
-    flops += way.decoded * body.flops(1, 2 * way.keys)
-    users = chip.flops / flops
-    return {"ms": alone * 1e3, "users_s": users, "per_million": chip.price / 3600 * 1e6 / users}
+    def over_limit(self, timing: Timing, probes: dict[str, Timing], work: Work, dtype: str) -> float:
+        """How many times the physical limit a call took: the longer of reading its bytes and multiplying, each at the
+        rate that its probe had in the same round; the median over the rounds."""
+        read, matmul = (self._seconds_each(name, probes[name]) for name in ("read", f"matmul_{dtype}"))
+        return median_of(
+            seconds / max(work.num_bytes * read[at], work.flops * matmul[at])
+            for at, seconds in timing.seconds.items()
+            if at in read and at in matmul
+        )
 
-
-def table(chip: Chip, workload: Workload) -> str:
-    lines = [f"ceilings {chip.copy_bytes / 1e9:,.0f} GB/s, {chip.flops / 1e12:,.2f} TFLOP/s; {chip.price:g} an hour"]
-    lines.append(f"{'':46} {'alone ms':>10} {'users/s':>10} {'a million':>10}  bound alone by")
-    for name in ("0.5b", "1.5b", "7b"):
-        body = Body(SHAPES[name])
-        history = (workload.history_len + 1) * body.position_bytes
-        left = chip.memory_bytes - body.parameters * body.weight_bytes_each
-        sessions = f"{left / history / 1e3:,.0f} thousand sessions of {history / 1024:,.0f} KiB fit beside them"
-        kept = sessions if left > 0 else "more than its memory"
-        lines.append(f"{name}: {body.parameters / 1e9:.2f} G weights in the layers; {kept}")
-        for way in ways(workload):
-            row = row_of(body, way, chip)
-            reads = body.parameters * body.weight_bytes_each / chip.copy_bytes * 1e3
-            bound = "reading weights" if row["ms"] <= reads * (1 + way.decoded) else "products"
-            costs = f"{row['ms']:10.3f} {row['users_s']:10,.0f} {row['per_million']:10.2f}"
-            lines.append(f"  {way.name:44} {costs}  {bound}")
-    return "\n".join(lines)
+    def _seconds_each(self, name: str, timing: Timing) -> dict[int, float]:
+        self.see(name, timing)
+        return {at: seconds / self.probes[name].amount for at, seconds in timing.seconds.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--copy-gb", type=float, default=4300.0, help="memory read, GB/s")
-    parser.add_argument("--tflops", type=float, default=790.0, help="bf16 products, TFLOP/s")
-    parser.add_argument("--memory-gib", type=float, default=139.0)
-    parser.add_argument("--price", type=float, default=4.0, help="of an hour, in any currency")
-    options = parser.parse_args()
-    chip = Chip(options.copy_gb * 1e9, options.tflops * 1e12, options.memory_gib * 2**30, options.price)
-    print(table(chip, Workload()))
+def make_probes(device: torch.device, small: bool) -> dict[str, Probe]:
+    """Buffers far larger than caches, unless `small`; products large enough to be bound by arithmetic."""
+    if device.type == "cuda":
+        size, side = (1 << 26, 1024) if small else (1 << 30, 8192)
+    else:
+        size, side = (1 << 26, 768) if small else (1 << 28, 2048)
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    probes = {
+        "copy": Probe(lambda: target.copy_(source), 2 * size),
+        "read": Probe(lambda: source.sum(), size),
+        "matmul_bfloat16": multiplying(side, torch.bfloat16, device),
+        "matmul_float32": multiplying(side if device.type == "cpu" else side // 2, torch.float32, device),
+    }
+    if device.type == "cuda":
+        probes["matmul_float16"] = multiplying(side, torch.float16, device)
+    left, right = (torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device) for _ in range(2))
+    try:
+        torch._int_mm(left, right.T)
+    except RuntimeError:  # a device without 8-bit products has no such ceiling
+        return probes
+    return {**probes, "matmul_int8": Probe(lambda: torch._int_mm(left, right.T), 2 * side**3)}
 
 
-if __name__ == "__main__":
-    main()
+def multiplying(side: int, dtype: torch.dtype, device: torch.device) -> Probe:
+    # random data: zeros run faster than anything real
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product: Tensor = torch.empty_like(left)
+    return Probe(lambda: torch.mm(left, right, out=product), 2 * side**3)

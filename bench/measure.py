@@ -1,14 +1,16 @@
 """Timing, the same for every benchmark: medians, device events where there is a device, ceilings of the chip itself."""
 
+import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 Call = Callable[[], object]
+CPU = torch.device("cpu")
 
 
 class OutOfTime(Exception):
@@ -92,6 +94,96 @@ def wall_seconds(calls: Sequence[Call], clock: Clock) -> list[float]:
         if clock.left <= 0:
             break
     return found
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Something to time: `call` is given the number of the round, as is `before`, which is not timed. `every`: in each
+    so many rounds; more than one for what takes seconds."""
+
+    call: Callable[[int], object]
+    before: Callable[[int], object] | None = None
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds by round."""
+
+    seconds: dict[int, float] = field(default_factory=dict)
+
+    def quantile(self, percent: int) -> float:
+        """Seconds that this many percent of the rounds did not exceed."""
+        ordered = sorted(self.seconds.values())
+        return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+
+    @property
+    def p50(self) -> float:
+        return statistics.median(self.seconds.values())
+
+    @property
+    def p95(self) -> float:
+        return self.quantile(95)
+
+    @property
+    def p99(self) -> float:
+        return self.quantile(99)
+
+    @property
+    def count(self) -> int:
+        return len(self.seconds)
+
+    def over(self, other: "Timing") -> float:
+        """Median of this one's seconds over the other's, round by round; nan without a common round."""
+        return median_of(self.seconds[at] / other.seconds[at] for at in self.seconds if at in other.seconds)
+
+
+def median_of(values: Iterable[float]) -> float:
+    found = list(values)
+    return statistics.median(found) if found else float("nan")
+
+
+def interleave(
+    calls: Mapping[str, Timed], rounds: int, clock: Clock, device: torch.device = CPU, warm_ups: int = 2
+) -> dict[str, Timing]:
+    """Times each call once a round, A B C, B C A, C A B and so on, after warm-ups that have negative round numbers.
+
+    What is not timed in every round is warmed up once. Rounds end when `rounds` are done or the clock's time is up;
+    the first round is finished whatever the clock says. On a device a call ends when its work does.
+    """
+    timings = {name: Timing() for name in calls}
+    names = list(calls)
+    with quiet():
+        for at in range(-warm_ups, rounds):
+            shift = at % len(names) if names else 0
+            for name in names[shift:] + names[:shift]:
+                timed = calls[name]
+                if at % timed.every and at != -1:
+                    continue
+                if timed.before is not None:
+                    timed.before(at)
+                synchronize(device)
+                started = time.perf_counter()
+                timed.call(at)
+                synchronize(device)
+                if at >= 0:
+                    timings[name].seconds[at] = time.perf_counter() - started
+            if at >= 0 and clock.left <= 0:
+                break
+    return timings
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No garbage collection inside, and none of what stands now for as long."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
