@@ -8,9 +8,13 @@ import torch
 from baselines.base import Unavailable
 from baselines.faiss_flat import FaissFlat, TorchTopK
 from context import Bench
+from limits import reading
 from measure import Clock, Timed, Timing, interleave
 from torch import Tensor
 
+from speeder_engine import EngineConfig
+from speeder_engine.native.search import native_top_scores
+from speeder_engine.native.support import pick_kernels
 from speeder_engine.triton_kernels.top_scores import Answerable, top_scores
 
 USERS, K, SEEN = (1, 64), 10, 30
@@ -28,8 +32,8 @@ def measure(bench: Bench, clock: Clock) -> None:
     table.normal_(generator=generator)
     queries = torch.randn(max(USERS), width, device=bench.device, generator=generator).to(table.dtype)
     contenders = {f"ours_{users}": searching(table, queries[:users]) for users in USERS}
-    words = table.view(torch.int32).view(torch.float32) if table.element_size() == 2 else table
-    contenders["read"] = Timed(lambda _: words.sum())
+    read = reading(table)
+    contenders["read"] = Timed(lambda _: read())
     timings = interleave(contenders, bench.rounds(9, 12), Clock.of(clock.left / 2), bench.device)
     rows = [row(bench, f"ours, {label(users)}", timings[f"ours_{users}"], timings["read"]) for users in USERS]
     for users in USERS:
@@ -54,8 +58,12 @@ def searching(table: Tensor, queries: Tensor) -> Timed:
     seen = [np.sort(rng.choice(count, SEEN, replace=False)).astype(np.int32) for _ in queries]
     given = Answerable.build(torch.ones(count, dtype=torch.bool, device=table.device), seen, [None] * len(seen))
 
+    kernels = pick_kernels(EngineConfig(), table.device, table.dtype)
+
     @torch.inference_mode()
     def call(_: int) -> object:
+        if kernels is not None:
+            return native_top_scores(queries, table, prior, given, K, kernels)
         return top_scores(queries, table, prior, given, K)
 
     return Timed(call)

@@ -72,6 +72,10 @@ public:
     std::size_t weight_bytes() const;
     int threads() const { return threads_; }
     void set_threads(int threads) { threads_ = threads; }
+    // Operations that are worth another thread: waking one takes tens of microseconds where all cores are idle, and
+    // milliseconds where they are not.
+    double work_per_thread() const { return work_per_thread_; }
+    void set_work_per_thread(double operations) { work_per_thread_ = operations; }
     const char* kernels() const { return kernels_.name; }
 
 private:
@@ -84,6 +88,7 @@ private:
     const Shape shape_;
     const Kernels& kernels_;
     int threads_;
+    double work_per_thread_ = 2e7;
     std::vector<std::unique_ptr<Layer>> layers_;
     std::vector<float> norm_;
     std::unique_ptr<Scratch> scratch_;

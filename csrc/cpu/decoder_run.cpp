@@ -240,15 +240,18 @@ struct Decoder::Run {
 
 void Decoder::run(const Pass& pass) {
     auto& scratch = *scratch_;
+    const double work = 2.0 * pass.num_rows * static_cast<double>(weight_bytes()) /
+                        static_cast<double>(bytes_of(shape_.weights));
+    const int threads = static_cast<int>(std::clamp(work / work_per_thread_, 1.0, static_cast<double>(threads_)));
     const int phases = 2 + 12 * num_layers();
     if (phases > scratch.num_counters) {
         scratch.counters = std::make_unique<std::atomic<int>[]>(static_cast<std::size_t>(phases));
         scratch.num_counters = phases;
     }
     for (int i = 0; i < phases; ++i) scratch.counters[static_cast<std::size_t>(i)].store(0, std::memory_order_relaxed);
-    Barrier barrier(threads_);
-    ThreadPool::shared().run(threads_, [&](int thread) {
-        Run{shape_, kernels_, layers_, norm_, pass, scratch, barrier, thread, threads_}.go();
+    Barrier barrier(threads);
+    ThreadPool::shared().run(threads, [&](int thread) {
+        Run{shape_, kernels_, layers_, norm_, pass, scratch, barrier, thread, threads}.go();
     });
 }
 

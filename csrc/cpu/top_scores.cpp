@@ -113,6 +113,9 @@ void top_scores(const Search& search, const Kernels& kernels, int threads) {
     const bool all_limited = search.limited != nullptr &&
                              std::all_of(search.limited, search.limited + search.num_users, [](bool is) { return is; });
     const int blocks = all_limited ? 0 : (search.num_items + kBlock - 1) / kBlock;
+    const std::ptrdiff_t work = std::ptrdiff_t{search.num_items} * search.size * search.num_users *
+                                static_cast<std::ptrdiff_t>(bytes_of(search.type));
+    threads = static_cast<int>(std::clamp<std::ptrdiff_t>(work / search.bytes_per_thread, 1, threads));
     threads = std::clamp(blocks, 1, threads);
     std::vector<Walk> walks(static_cast<std::size_t>(threads), Walk(search, kernels));
     std::atomic<int> next{0};

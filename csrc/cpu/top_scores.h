@@ -25,6 +25,7 @@ struct Search {
     const bool* limited;  // [num_users] or null
     float* scores;        // [num_users, k], descending, equal ones by row; -inf where there are no more
     std::int64_t* rows;   // [num_users, k]
+    std::ptrdiff_t bytes_per_thread = std::ptrdiff_t{1} << 20;  // of the table, times users, that are worth another
 };
 
 // Throws std::invalid_argument for lists that point beyond the table.

@@ -104,6 +104,7 @@ std::vector<std::byte> run(Decoder& decoder, const Drawn& drawn, const Shape& sh
                            std::vector<std::byte>& values, int threads) {
     std::vector<std::byte> out(drawn.reads.size() * static_cast<std::size_t>(shape.hidden) * 4);
     decoder.set_threads(threads);
+    decoder.set_work_per_thread(1.0);
     decoder.forward({
         .num_rows = static_cast<int>(drawn.positions.size()),
         .rows = reinterpret_cast<const std::byte*>(rows.data()),
@@ -185,6 +186,7 @@ void search(Random& random, const Kernels& kernels) {
                   Number::fp32, items, users, size, k, prior.data(), reinterpret_cast<const bool*>(available.data()),
                   {excluded.data(), starts.data()}, {nullptr, nullptr}, nullptr, scores.data(), rows.data()};
     top_scores(wanted, kernels, 1);
+    wanted.bytes_per_thread = 1;
     wanted.scores = again.data(), wanted.rows = rows_again.data();
     top_scores(wanted, kernels, 3);
     expect(scores == again && rows == rows_again, "three threads find other items than one");
