@@ -12,7 +12,7 @@ from speeder_engine.request import Ranking
 class Speeder:
     """`settings` are the engine's; without a user id a request leaves nothing behind."""
 
-    key, label, has_warm, heavy = "speeder", "Speeder", True, False
+    key, label, has_warm, heavy = "speeder", "speeder-engine", True, False
 
     def __init__(self, subject: Subject, **settings: object) -> None:
         self.subject = subject
