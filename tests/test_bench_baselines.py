@@ -153,14 +153,23 @@ def test_generation_writes_what_transformers_would(subject, users, kind):
 
 
 def test_missing_packages_are_one_line(subject, monkeypatch):
-    for package in ("openvino", "faiss", "llama_cpp"):
+    for package in ("openvino", "faiss", "llama_cpp", "onnxruntime"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(Unavailable, match=r"^openvino is not installed: pip install 'speeder-engine\[bench\]'$"):
         make("openvino", subject)
     with pytest.raises(Unavailable, match=r"^faiss is not installed: pip install 'speeder-engine\[bench\]'$"):
         FaissFlat(subject.catalogue.tokens)
+    with pytest.raises(Unavailable, match=r"needs the package onnxruntime: pip install 'speeder-engine\[ort\]'$"):
+        make("onnxruntime", subject)
     with pytest.raises(Unavailable, match=r"^[a-z_]+ is not installed: pip install llama-cpp-python gguf "):
         make("llama_cpp", subject)
+
+
+def test_an_export_that_does_not_fit_is_one_line(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("baselines.exports.available_memory", lambda: 1024)
+    with pytest.raises(Unavailable, match=r"^an ONNX export in fp32 needs 0.0 GiB of memory, 0.0 are free$"):
+        make("onnxruntime", small())
 
 
 def test_an_unknown_contender_names_those_there_are(subject):

@@ -31,7 +31,10 @@ class ExportedGraphs:
         if subject.device.type != "cpu":
             raise Unavailable(f"{self.key} is measured on the CPU alone")
         self.subject = subject
-        self.engine = self._engine(subject)
+        try:
+            self.engine = self._engine(subject)
+        except SpeederError as error:
+            raise Unavailable(str(error)) from None
 
     def _engine(self, subject: Subject) -> GraphEngine:
         raise NotImplementedError
@@ -64,10 +67,7 @@ class OnnxRuntime(ExportedGraphs):
     key, label = "onnxruntime", "ONNX Runtime, our export, fp32"
 
     def _engine(self, subject: Subject) -> GraphEngine:
-        try:
-            return OnnxEngine.load(export_of(subject), "cpu", KV_BUDGET, torch.get_num_threads())
-        except SpeederError as error:
-            raise Unavailable(str(error)) from None
+        return OnnxEngine.load(export_of(subject), "cpu", KV_BUDGET, torch.get_num_threads())
 
 
 class OpenVino(ExportedGraphs):

@@ -9,7 +9,6 @@ from weakref import WeakKeyDictionary
 from baselines.base import Unavailable
 from subject import Subject
 
-from speeder_engine.errors import MissingDependency
 from speeder_engine.export import OnnxConfig, export_onnx
 
 # one graph answers strangers (nothing is past) and those who return; it takes minutes to trace a large model
@@ -35,7 +34,7 @@ class Export:
         needed = COPIES * self.num_bytes
         for what, free in (("disk", shutil.disk_usage(folder).free), ("memory", available_memory())):
             if free < needed:
-                sizes = f"{needed / 2**30:.0f} GiB of {what}, {free / 2**30:.0f} are free"
+                sizes = f"{needed / 2**30:.1f} GiB of {what}, {free / 2**30:.1f} are free"
                 raise Unavailable(f"an ONNX export in fp32 needs {sizes}")
 
 
@@ -47,10 +46,7 @@ def available_memory() -> int:
 
 
 def export_of(subject: Subject) -> Path:
-    """The ONNX export. Raises Unavailable where packages, disk or memory lack."""
+    """The ONNX export. Raises Unavailable where disk or memory lack, MissingDependency where packages do."""
     if subject not in _EXPORTS:
-        try:
-            _EXPORTS[subject] = Export(subject)
-        except MissingDependency as error:
-            raise Unavailable(str(error)) from None
+        _EXPORTS[subject] = Export(subject)
     return _EXPORTS[subject].path

@@ -55,6 +55,7 @@ class SeparatePrompts(Uncached):
     """A prompt a candidate, each with the whole history: a batch of plain causal prompts."""
 
     key, label = "separate_prompts", "transformers, one prompt a candidate"
+    heavy = True
 
     @torch.inference_mode()
     def _answer(self, user: BenchUser, rows: PromptRows) -> Answer:
