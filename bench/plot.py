@@ -38,7 +38,8 @@ def draw_all(values: Values, folder: Path) -> list[str]:
         for name, draw in CHARTS.items():
             figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
             if draw(axes, values):
-                figure.suptitle(subject(values), x=0.99, y=0.01, ha="right", va="bottom", fontsize=8, color="#7f8c8d")
+                axes.set_title(axes.get_title("left"), pad=20)
+                axes.text(0, 1.02, subject(values), transform=axes.transAxes, fontsize=9, color="#7f8c8d")
                 for kind in ("svg", "png"):
                     figure.savefig(folder / f"{name}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else {})
                 drawn.append(name)
@@ -162,8 +163,7 @@ def catalogue(axes: Any, values: Values) -> bool:
         return False
     _bars(axes, list(there), [values[key] for key in there.values()])
     axes.axhline(values["catalogue_read_ms"], color=LIMIT, linewidth=1, label="one read of the table")
-    axes.set_yscale("log")
-    axes.set_ylabel("milliseconds, one user (log scale)")
+    axes.set_ylabel("milliseconds, one user")
     axes.set_title(f"Top 10 of {values['catalogue_items']:,} items")
     axes.legend(frameon=False)
     return True

@@ -90,6 +90,7 @@ def run(bench: Bench, sections: tuple[str, ...]) -> bool:
     try:
         bench.limits  # noqa: B018  measured at the start, before anything else holds memory
         with progress_bar() as bench.progress:
+            os.environ["SPEEDER_PROGRESS"] = "0"  # a terminal has one place for bars
             for index, name in enumerate(bench.track(sections, "sections")):
                 share = SECTIONS[name] / sum(SECTIONS[each] for each in sections[index:])
                 failed |= not run_section(bench, name, Clock.of(bench.clock.left * share))

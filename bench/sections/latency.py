@@ -169,7 +169,7 @@ def paired(bench: Bench, ours: Ours, other: Baseline, users: list[BenchUser], cl
             found.append(None)
             continue
         # in the tiny shape of a quick run nothing takes seconds
-        rounds, every = (7, HEAVY_EVERY) if other.heavy and not bench.quick else (bench.rounds(15, 20), 1)
+        rounds, every = (7, HEAVY_EVERY) if other.heavy and not bench.quick else (bench.rounds(15, 12), 1)
         timed = {"ours": calls(ours, users, warm), "other": calls(other, users, warm, every)}
         share = Clock.of(clock.left if warm or not other.has_warm else clock.left / 2)
         timings = interleave(timed, rounds, share, bench.device, bench.rounds(2, 1))
