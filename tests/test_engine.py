@@ -88,7 +88,8 @@ def test_every_family_answers_as_transformers(family):
 )
 @pytest.mark.parametrize(("family", "budget"), [("llama", "26KB"), ("qwen3", "26KB"), ("qwen3", "4MiB")])
 def test_sessions_answer_bitwise_as_a_cold_engine(family, budget, settings):
-    """With and without norms of single heads. Appends, corrections, deletions, repeats, slides and evictions, one by one and packed."""
+    """With and without norms of single heads. Appends, corrections, deletions, repeats, slides and evictions, one by
+    one and packed."""
     tiny = make_tiny(window=WINDOW, step=STEP, family=family)
     warm = Engine(tiny.parts(), EngineConfig(kv_budget=budget, max_batch_users=8, **settings))
     cold = Engine(tiny.parts(), EngineConfig(kv_budget="0", **settings))
