@@ -13,7 +13,7 @@ LAYOUT := build/layout/speeder_engine
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint types kernels bench bench-guard gpu sanitize clean
+.PHONY: help setup demo test lint types kernels bench bench-guard gpu sanitize sanitize-cache sanitize-cpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,20 +49,28 @@ bench-guard: setup  ## ratios and instruction counts against the committed ones 
 gpu:  ## build, test and measure on a machine with CUDA, with its own python3 and no network (OUT=folder)
 	@$(PYTHON) bench/make_gpu.py $(if $(OUT),--out "$(OUT)")
 
-SANITIZE = $(CXX) -std=c++20 -g -O1 -Icsrc tests/native/stress.cpp csrc/[bs]*_*.cpp
-SANITIZE_CPU = $(CXX) -std=c++20 -g -O1 -Icsrc/cpu tests/native/cpu_stress.cpp $(filter-out %/bindings.cpp,$(wildcard csrc/cpu/*.cpp))
+SANITIZE = $(CXX) -std=c++20 -g -O1
+CACHE_STRESS = -Icsrc tests/native/stress.cpp csrc/[bs]*_*.cpp
+CPU_STRESS = -Icsrc/cpu tests/native/cpu_stress.cpp $(filter-out %/bindings.cpp,$(wildcard csrc/cpu/*.cpp))
+ADDRESS = -fsanitize=address,undefined -fno-sanitize-recover=all
+THREAD = -fsanitize=thread
 TIMES_TEN := $(if $(FULL),0)
 
-sanitize:  ## random cache operations and CPU passes under ASan+UBSan, then on several threads under TSan (FULL=1: ten times as many)
+sanitize:  ## random cache operations and CPU passes under ASan+UBSan and, on several threads, TSan (FULL=1: ten times as many)
 	@mkdir -p build
-	$(SANITIZE) -fsanitize=address,undefined -fno-sanitize-recover=all -o build/stress-address
+	@$(MAKE) --no-print-directory -j2 sanitize-cache sanitize-cpu
+
+sanitize-cache:
+	$(SANITIZE) $(CACHE_STRESS) $(ADDRESS) -o build/stress-address
 	build/stress-address 1000000$(TIMES_TEN)
-	$(SANITIZE) -fsanitize=thread -o build/stress-thread
+	$(SANITIZE) $(CACHE_STRESS) $(THREAD) -o build/stress-thread
 	build/stress-thread 500000$(TIMES_TEN) 4
-	$(SANITIZE_CPU) -fsanitize=address,undefined -fno-sanitize-recover=all -o build/cpu-stress-address
-	build/cpu-stress-address 40$(TIMES_TEN)
-	$(SANITIZE_CPU) -fsanitize=thread -o build/cpu-stress-thread
-	build/cpu-stress-thread 40$(TIMES_TEN)
+
+sanitize-cpu:
+	$(SANITIZE) $(CPU_STRESS) $(ADDRESS) -o build/cpu-stress-address
+	build/cpu-stress-address 30$(TIMES_TEN)
+	$(SANITIZE) $(CPU_STRESS) $(THREAD) -o build/cpu-stress-thread
+	build/cpu-stress-thread 30$(TIMES_TEN)
 
 clean:  ## remove everything made here: .venv, builds, caches, demo
 	rm -rf .venv build dist demo *.egg-info engine/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

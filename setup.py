@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
@@ -38,6 +38,8 @@ def extension(name: str, folder: str) -> Pybind11Extension:
         extra_compile_args=["-O3", "-Wall", "-Wextra", "-fvisibility=hidden"],
     )
 
+
+ParallelCompile(default=0).install()  # files of an extension at once, on all cores
 
 setup(
     packages=packages(),

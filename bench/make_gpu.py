@@ -71,7 +71,7 @@ def cuda_device() -> str:
 
 
 def make_layout() -> None:
-    """build/gpu/speeder_engine: links to the modules, and the extension."""
+    """build/gpu/speeder_engine: links to the modules, and the extensions."""
     package = PLACE / "speeder_engine"
     shutil.rmtree(PLACE, ignore_errors=True)
     package.mkdir(parents=True)
@@ -79,15 +79,16 @@ def make_layout() -> None:
     for path in sources:
         if path.name != "__pycache__" and path.suffix != ".so":
             (package / path.name).symlink_to(path)
-    build_extension(package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")
+    for name, folder in (("_C", "csrc"), ("_cpu", "csrc/cpu")):
+        build_extension(package / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}", ROOT / folder)
 
 
-def build_extension(target: Path) -> None:
+def build_extension(target: Path, folder: Path) -> None:
     """With the compiler alone; what another Python has built lies elsewhere and stays."""
     includes = [f"-I{path}" for path in (sysconfig.get_path("include"), pybind11_headers())]
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *includes]
-    objects = {path: PLACE / f"{path.stem}.o" for path in sorted((ROOT / "csrc").glob("*.cpp"))}
+    objects = {path: PLACE / f"{folder.name}-{path.stem}.o" for path in sorted(folder.glob("*.cpp"))}
     building = [subprocess.Popen([*compiler, *flags, "-c", path, "-o", made]) for path, made in objects.items()]
     codes = [process.wait() for process in building]
     if any(codes):

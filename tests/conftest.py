@@ -1,4 +1,4 @@
-"""What holds for every test: no network, no bars, two threads, kernels interpreted where there is no GPU."""
+"""What holds for every test: no network, no bars, few threads, kernels interpreted where there is no GPU."""
 
 import os
 import sys
@@ -19,7 +19,8 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(2)
+# beside other workers one thread each, alone two
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_configure(config: pytest.Config) -> None:
