@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # real data for `make demo`: a folder with items, interactions and images
 DATA ?=
+# processes that run the tests
+WORKERS ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
@@ -24,7 +26,7 @@ demo: setup  ## train, export and recommend on a made catalogue, or on a real on
 	$(BIN)/speeder demo $(if $(DATA),--data "$(DATA)")
 
 test: setup lint types  ## lint, types and tests
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests -n $(WORKERS) --dist loadfile
 
 lint: setup  ## ruff: rules and format
 	$(BIN)/ruff check .
