@@ -35,7 +35,8 @@ def extension(name: str, folder: str) -> Pybind11Extension:
         sorted(str(path) for path in Path(folder).glob("*.cpp")),
         depends=sorted(str(path) for pattern in ("*.h", "*.inl") for path in Path(folder).glob(pattern)),
         cxx_std=20,
-        extra_compile_args=["-O3", "-Wall", "-Wextra", "-fvisibility=hidden"],
+        extra_compile_args=["-O3", "-pthread", "-Wall", "-Wextra", "-fvisibility=hidden"],
+        extra_link_args=["-pthread"],
     )
 
 

@@ -58,7 +58,8 @@ public:
 
     // rows fp32 [n, inputs] -> out fp32 [n, outputs], through rows of the weights' type
     void run(Address rows, int num_rows, Address out) const {
-        const int size = packed_.inputs(), wide = padded(size), columns = packed_.num_panels() * packed_.columns_of_panel();
+        const int size = packed_.inputs(), wide = padded(size);
+        const int columns = packed_.num_panels() * packed_.columns_of_panel();
         const auto stride = static_cast<std::ptrdiff_t>(wide * bytes_of(packed_.type()));
         const auto count = static_cast<std::size_t>(num_rows);
         Buffer typed(count * static_cast<std::size_t>(stride)), found(count * static_cast<std::size_t>(columns) * 4);

@@ -9,7 +9,10 @@ class Buffer {
 public:
     Buffer() = default;
     explicit Buffer(std::size_t bytes);  // throws std::bad_alloc
-    Buffer(Buffer&& other) noexcept : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr, other.bytes_ = 0; }
+    Buffer(Buffer&& other) noexcept : data_(other.data_), bytes_(other.bytes_) {
+        other.data_ = nullptr;
+        other.bytes_ = 0;
+    }
     Buffer& operator=(Buffer&& other) noexcept;
     ~Buffer();
 

@@ -166,7 +166,9 @@ struct Decoder::Run {
 
     void attend(int index, int count, const Attending& attending) {
         const int units = static_cast<int>(attending.chunks.size()) * shape.kv_heads;
-        each(units, 1, [&](int i) { unit(index, attending, attending.chunks[i / shape.kv_heads], i % shape.kv_heads); });
+        each(units, 1, [&](int i) {
+            unit(index, attending, attending.chunks[static_cast<std::size_t>(i / shape.kv_heads)], i % shape.kv_heads);
+        });
         if (quantized())
             quantize(scratch.wide_attended, scratch.wide_attended_stride, shape.heads * shape.head_dim,
                      scratch.attended, count);
@@ -211,7 +213,8 @@ struct Decoder::Run {
             target = {reinterpret_cast<std::byte*>(scratch.wide_gated),
                       scratch.wide_gated_stride * static_cast<std::ptrdiff_t>(sizeof(float)), true, Number::fp32};
         multiply({{&layer.gate_up, scratch.normed, count, target}});
-        if (quantized()) quantize(scratch.wide_gated, scratch.wide_gated_stride, shape.intermediate, scratch.gated, count);
+        if (quantized())
+            quantize(scratch.wide_gated, scratch.wide_gated_stride, shape.intermediate, scratch.gated, count);
         multiply({{&layer.down, scratch.gated, count, floats(scratch.x, scratch.x_stride)}});
     }
 

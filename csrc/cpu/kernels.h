@@ -92,8 +92,8 @@ struct Kernels {
     void (*dots)(const std::byte* table, std::ptrdiff_t table_stride, int num_rows, const std::byte* users,
                  std::ptrdiff_t user_stride, int num_users, int size, Number type, float* scores,
                  std::ptrdiff_t stride);
-    // scores [count] += added; the indices of those above the threshold go into `found`, how many is returned. All three
-    // arrays reach up to a multiple of kAlign
+    // scores [count] += added; the indices of those above the threshold go into `found`, how many is returned. All
+    // three arrays reach up to a multiple of kAlign
     int (*select)(float* scores, const float* added, int count, float threshold, int* found);
     // reads memory, whole steps of 256 bytes, and returns something that depends on all of it: how fast can it be?
     float (*read)(const std::byte* data, std::size_t bytes);

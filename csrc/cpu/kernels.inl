@@ -497,8 +497,10 @@ template <class V>
 float read(const std::byte* data, std::size_t bytes) {
     typename V::F sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
     for (std::size_t at = 0; at + 256 <= bytes; at += 256)
-        for (int c = 0; c < 64; c += V::width)
-            sums[c / V::width % 4] = V::max(sums[c / V::width % 4], V::load(reinterpret_cast<const float*>(data + at) + c));
+        for (int c = 0; c < 64; c += V::width) {
+            auto& sum = sums[c / V::width % 4];
+            sum = V::max(sum, V::load(reinterpret_cast<const float*>(data + at) + c));
+        }
     return V::largest(V::max(V::max(sums[0], sums[1]), V::max(sums[2], sums[3])));
 }
 

@@ -54,7 +54,8 @@ void PackedLinear::pack(const Matrix& matrix, int panel, const Kernels& kernels)
         if (type_ == Number::int8) quantize(row, typed, column, kernels);
         else kernels.narrow(row.data(), padded(inputs_), type_, typed.data());
         for (std::size_t step = 0; step < typed.size() / kRowStepBytes; ++step)
-            std::memcpy(out + step * kStepBytes + c * kRowStepBytes, typed.data() + step * kRowStepBytes, kRowStepBytes);
+            std::memcpy(out + step * kStepBytes + c * kRowStepBytes, typed.data() + step * kRowStepBytes,
+                        kRowStepBytes);
     }
 }
 

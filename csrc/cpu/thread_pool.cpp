@@ -10,8 +10,8 @@ namespace speeder::cpu {
 
 namespace {
 
-// Some microseconds. Where every core is ours, to yield costs nothing; where another process has one, whoever spins takes
-// its time from the very thread it waits for: with 4,000 rounds a pass on a shared core took a fifth longer.
+// Some microseconds. Where every core is ours, to yield costs nothing; where another process has one, whoever spins
+// takes its time from the very thread it waits for: with 4,000 rounds a pass on a shared core took a fifth longer.
 constexpr int kSpins = 100;
 
 void relax() {

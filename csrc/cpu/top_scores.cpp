@@ -122,7 +122,8 @@ void top_scores(const Search& search, const Kernels& kernels, int threads) {
     ThreadPool::shared().run(threads, [&](int thread) {
         auto& walk = walks[static_cast<std::size_t>(thread)];
         for (int begin; (begin = next.fetch_add(kBlocksAtOnce)) < blocks;)
-            for (int block = begin; block < std::min(blocks, begin + kBlocksAtOnce); ++block) walk.block(block * kBlock);
+            for (int block = begin; block < std::min(blocks, begin + kBlocksAtOnce); ++block)
+                walk.block(block * kBlock);
         if (thread == 0 && search.limited != nullptr)
             for (int u = 0; u < search.num_users; ++u)
                 if (search.limited[u]) walk.list(u);
@@ -130,7 +131,10 @@ void top_scores(const Search& search, const Kernels& kernels, int threads) {
     std::vector<Scored> found;
     for (int u = 0; u < search.num_users; ++u) {
         found.clear();
-        for (const auto& walk : walks) found.insert(found.end(), walk.best(u).kept().begin(), walk.best(u).kept().end());
+        for (const auto& walk : walks) {
+            const auto& kept = walk.best(u).kept();
+            found.insert(found.end(), kept.begin(), kept.end());
+        }
         std::sort(found.begin(), found.end());
         found.resize(static_cast<std::size_t>(search.k), {kNever, 0});
         for (int i = 0; i < search.k; ++i) {

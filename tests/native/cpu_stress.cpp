@@ -51,10 +51,12 @@ std::unique_ptr<Decoder> make_decoder(Random& random, const Shape& shape, const 
     auto decoder = std::make_unique<Decoder>(shape, kernels, 3);
     const int q = shape.heads * shape.head_dim, qkv = q + 2 * shape.kv_heads * shape.head_dim;
     for (int i = 0; i < layers; ++i) {
-        const auto w_qkv = random.floats(product({qkv, shape.hidden}), 0.2f), w_out = random.floats(product({shape.hidden, q}), 0.2f);
+        const auto w_qkv = random.floats(product({qkv, shape.hidden}), 0.2f);
+        const auto w_out = random.floats(product({shape.hidden, q}), 0.2f);
         const auto w_gate = random.floats(product({2 * shape.intermediate, shape.hidden}), 0.2f);
         const auto w_down = random.floats(product({shape.hidden, shape.intermediate}), 0.2f);
-        const auto bias = random.floats(static_cast<std::size_t>(qkv)), norm = random.floats(static_cast<std::size_t>(shape.hidden));
+        const auto bias = random.floats(static_cast<std::size_t>(qkv));
+        const auto norm = random.floats(static_cast<std::size_t>(shape.hidden));
         const auto head_norm = random.floats(static_cast<std::size_t>(shape.head_dim));
         const bool normed = random.within(0, 1) == 1, biased = random.within(0, 1) == 1;
         decoder->add_layer({matrix(w_qkv, qkv, shape.hidden), matrix(w_out, shape.hidden, q),
@@ -79,7 +81,7 @@ struct Drawn {
             for (int b = 0; b < kWidth; ++b) tables.push_back(2 + s * kWidth + b);
             const int history = random.within(0, kBlock * kWidth), cached = random.within(0, history);
             for (int i = cached; i < history; ++i)
-                add(s, i, i + 1, tables[static_cast<std::size_t>(s * kWidth + i / kBlock)] * kBlock + i % kBlock, false);
+                add(s, i, i + 1, block(s, i) * kBlock + i % kBlock, false);
             for (int c = random.within(0, 20); c > 0; --c) add(s, history, history, -1, true);
         }
         num_pathed = random.within(0, 4);
@@ -92,6 +94,8 @@ struct Drawn {
         for (std::size_t i = 0; i < positions.size(); ++i)
             if (random.within(0, 2) > 0) reads.push_back(static_cast<std::int64_t>(i));
     }
+
+    std::int64_t block(int s, int i) const { return tables[static_cast<std::size_t>(s * kWidth + i / kBlock)]; }
 
     void add(int s, int position, int sees, std::int64_t slot, bool is_candidate) {
         positions.push_back(position), sequence.push_back(s), visible.push_back(sees);
