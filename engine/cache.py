@@ -127,26 +127,37 @@ class KVCache:
         # behind the sessions' slots: the instruction's own, which is that of an empty history, and one for what nobody
         # keeps
         self.instruction_slot, self.scratch_slot = size.num_slots, size.num_slots + 1
-        self.last_hidden = torch.zeros(size.num_slots + 2, decoder.hidden_size, device=device, dtype=dtype)
+        kept = size.num_slots + 2, decoder.hidden_size
+        self.last_hidden = _zeros("kv_budget, max_sessions: h(last) of sessions", *kept, device=device, dtype=dtype)
         # block-major: one block is one contiguous copy
         pinned = device.type == "cuda" and size.host > 0
         self.host = _zeros("host_budget: it", size.host, 2, decoder.num_layers, *shape, dtype=dtype, pin_memory=pinned)
-        self.manager = _C.BlockManager(
+        try:
+            self.manager = self._make_manager(config, layout)
+            self._buffers = _PlanBuffers(size, layout.config.window)
+        except MemoryError:
+            sizes = f"kv_budget: {size.num_blocks:,} blocks, max_sessions: {size.max_sessions:,}"
+            users = f"max_batch_users: {size.max_users:,}"
+            raise ConfigError(f"{sizes}, {users}: the host has no room for their books; lower them") from None
+        self.debug = config.debug
+        self.shared_blocks = torch.arange(size.num_shared, device=device)
+
+    def _make_manager(self, config: EngineConfig, layout: PromptLayout) -> _C.BlockManager:
+        size = self.size
+        return _C.BlockManager(
             num_blocks=size.num_blocks,
             block_size=self.block_size,
             shared_len=layout.instruction_len,
             max_seq_len=layout.config.window,
             key_width=KEY_WIDTH,
             budget_blocks=size.budget,
-            max_sessions=size.max_sessions,
+            # every session holds a block at least
+            max_sessions=max(min(size.max_sessions, size.budget + size.host), 1),
             num_slots=size.num_slots,
             max_blocks_per_user=size.quota,
             num_host_blocks=size.host,
             track_freed=config.debug,
         )
-        self.debug = config.debug
-        self.shared_blocks = torch.arange(size.num_shared, device=device)
-        self._buffers = _PlanBuffers(size, layout.config.window)
 
     def plan(self, users: Sequence[str | None], keys: Sequence[Ints]) -> CachePlan:
         """Plans one step: `keys` [n, 3] are (row, version, time bucket) of each user's window, oldest first.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speeder_engine.errors import ArtifactError, CatalogueFull, DataError, UnknownItem, name_some, shown
+from speeder_engine.errors import ArtifactError, CatalogueFull, ConfigError, DataError, UnknownItem, name_some, shown
 
 ITEMS_FILE = "items.parquet"
 TOKENS_FILE = "item_tokens.safetensors"
@@ -300,8 +300,15 @@ class Catalogue:
 
 
 def _grown(rows: Tensor, capacity: int) -> Tensor:
-    """[n, ...] -> a new [capacity, ...], zero behind."""
-    grown = rows.new_zeros(capacity, *rows.shape[1:])
+    """[n, ...] -> a new [capacity, ...], zero behind. Raises ConfigError where there is no room for it."""
+    try:
+        grown = rows.new_zeros(capacity, *rows.shape[1:])
+    except (RuntimeError, MemoryError):
+        num_bytes = capacity * rows[:1].numel() * rows.element_size()
+        raise ConfigError(
+            f"catalogue_capacity: {capacity:,} items would take {num_bytes:,} bytes and more, which {rows.device} can't"
+            " give; lower it"
+        ) from None
     grown[: rows.shape[0]] = rows
     return grown
 

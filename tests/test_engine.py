@@ -1,5 +1,6 @@
 """The engine against plain transformers, and its invariants: bitwise on the CPU, in fp32 and bf16."""
 
+import re
 import threading
 from dataclasses import replace
 
@@ -400,3 +401,22 @@ def test_a_model_without_a_rank_head_ranks_by_retrieve(tiny):
     assert engine.recommend(ids, candidates=candidates) == engine.recommend(ids, candidates=candidates, head="retrieve")
     with pytest.raises(InvalidRequest, match="trained without a rank head"):
         engine.recommend(ids, candidates=candidates, head="rank")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_batch_users": 2**31 - 1}, "max_batch_users: keys and values would take"),
+        ({"catalogue_capacity": 10**12}, "catalogue_capacity: 1,000,000,000,000 items would take"),
+    ],
+)
+def test_what_no_memory_holds_is_named(settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Engine(make_tiny().parts(), EngineConfig(**settings))
+
+
+def test_room_for_more_sessions_than_blocks_costs_nothing():
+    tiny = make_tiny()
+    engine = Engine(tiny.parts(), EngineConfig(max_sessions=2**31 - 1, kv_budget="1MiB"))
+    engine.recommend(tiny.ids(range(5)), user_id="ada")
+    assert engine.stats().num_sessions == 1
