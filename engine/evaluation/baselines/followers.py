@@ -70,5 +70,6 @@ class _Counts:
         codes, counts = np.unique(np.concatenate([*self.pending, np.zeros(0, np.int64)]), return_counts=True)
         known, place = np.unique(np.concatenate([self.codes, codes]), return_inverse=True)
         merged = np.zeros(len(known), np.int64)
-        np.add.at(merged, place, np.concatenate([self.counts, counts]))
+        merged[place[: len(self.codes)]] = self.counts
+        merged[place[len(self.codes) :]] += counts
         self.codes, self.counts, self.pending = known, merged, []
