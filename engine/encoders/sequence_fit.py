@@ -57,7 +57,9 @@ def fit_sequence_model(
     validation: Validation | None = None,
     title: str = "sequence model",
 ) -> Model:
-    """A `kind(num_items, config)` trained on `rows[offsets[u]:offsets[u + 1]]` (int64 [U + 1], int32 [N], oldest first).
+    """A `kind(num_items, config)`, trained on the histories `rows[offsets[u]:offsets[u + 1]]`, oldest first.
+
+    `offsets` int64 [U + 1], `rows` int32 [N]. `title` is what progress and errors call it.
 
     With `validation`, training stops after `patience` epochs without a better NDCG@10 over all items that the history
     has not, and the best epoch's weights are kept. Equal seeds give equal weights, whatever was drawn before.

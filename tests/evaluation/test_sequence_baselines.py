@@ -12,11 +12,11 @@ from speeder_engine.evaluation.baselines.sequence import SEQUENCE_MODELS, Sequen
 from speeder_engine.evaluation.protocols import evaluate
 
 NUM_ITEMS, WINDOW = 24, 8
-SHARED = dict(dim=16, num_layers=1, window=WINDOW, dropout=0.1, epochs=10, tokens_per_batch=256, learning_rate=1e-2)
+SHARED = {"dim": 16, "num_layers": 1, "window": WINDOW, "dropout": 0.1, "epochs": 10, "tokens_per_batch": 256}
 SMALL = {
-    "sasrec": SASRecConfig(**SHARED),
-    "gru4rec": GRU4RecConfig(**SHARED, hidden_size=24),
-    "hstu": HSTUConfig(**SHARED),
+    "sasrec": SASRecConfig(**SHARED, learning_rate=1e-2),
+    "gru4rec": GRU4RecConfig(**SHARED, learning_rate=1e-2, hidden_size=24),
+    "hstu": HSTUConfig(**SHARED, learning_rate=1e-2),
 }
 
 
