@@ -47,7 +47,7 @@ class Followers:
     def add_to(
         self, scores: NDArray[np.float32], lines: NDArray[np.int64], items: NDArray[np.int32], weight: float = 1.0
     ) -> None:
-        """Adds `weight` times the values behind `items` [n] to the `lines` [n], each once, of `scores` [Q, num_items]."""
+        """Adds `weight` times the values of `items` [n] to the `lines` [n], each once, of `scores` [Q, num_items]."""
         starts, ends = self.offsets[items], self.offsets[items + 1]
         events = ranges(starts, ends)
         scores[np.repeat(lines, ends - starts), self.rows[events]] += np.float32(weight) * self.values[events]

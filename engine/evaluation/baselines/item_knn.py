@@ -26,8 +26,8 @@ class ItemKNNConfig:
     forward: bool = True
     alpha: float = 0.3
     beta: float = 0.5
-    last: int = 10
-    decay: float = 0.6
+    last: int = 20
+    decay: float = 0.7
 
     def __post_init__(self) -> None:
         if self.last < 1 or (self.window is not None and self.window < 1):
