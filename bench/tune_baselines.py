@@ -75,11 +75,11 @@ class Search:
     start: Any
     fit: Callable[[Split, Any], Scorer]
 
-    def run(self, split: Split, queries: Queries, log: Log, rounds: int) -> None:
+    def run(self, split: Split, queries: Queries, log: Log, rounds: int, axes: dict[str, tuple[Any, ...]]) -> None:
         best, reached = self.start, self.measured(split, queries, log, self.start)
         for _ in range(rounds):
             before = best
-            for name, values in AXES[self.system].items():
+            for name, values in axes.items():
                 for value in values:
                     tried = replace(best, **{name: value})
                     found = self.measured(split, queries, log, tried)
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("systems", nargs="+", choices=list(AXES), metavar="SYSTEM", help=", ".join(AXES))
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; runs in it are not repeated")
     parser.add_argument("--rounds", type=int, default=3, help="at most so many times through all settings")
+    parser.add_argument("--axes", help="names of the settings to search, separated by commas; without it all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--epochs", type=int, help="of the trained systems, instead of their own")
     arguments = parser.parse_args()
@@ -127,7 +128,9 @@ def main() -> None:
         search = search_of(system)
         if arguments.epochs and system in SEQUENCE_MODELS:
             search = replace(search, start=replace(search.start, epochs=arguments.epochs))
-        search.run(split, queries, log, arguments.rounds)
+        named = arguments.axes.split(",") if arguments.axes else list(AXES[system])
+        axes = {name: values for name, values in AXES[system].items() if name in named}
+        search.run(split, queries, log, arguments.rounds, axes)
     for system in arguments.systems:
         print(json.dumps({"best": log.best(system)}))
 
