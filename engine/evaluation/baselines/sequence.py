@@ -17,9 +17,9 @@ from speeder_engine.evaluation.scorer import CatalogueScorer
 
 # settings chosen on validation; docs/results.md has the search
 SEQUENCE_MODELS: dict[str, tuple[type[SequenceModel], SequenceConfig]] = {
-    "sasrec": (SASRec, SASRecConfig(epochs=30, dropout=0.5, patience=5, tokens_per_batch=1024)),
-    "gru4rec": (GRU4Rec, GRU4RecConfig(epochs=30, dropout=0.5, patience=5, tokens_per_batch=1024)),
-    "hstu": (HSTU, HSTUConfig(epochs=30, dropout=0.5, patience=5, tokens_per_batch=1024)),
+    "sasrec": (SASRec, SASRecConfig(dropout=0.3, epochs=30, tokens_per_batch=1024, patience=5)),
+    "gru4rec": (GRU4Rec, GRU4RecConfig(dim=128, dropout=0.5, epochs=30, tokens_per_batch=1024, patience=5)),
+    "hstu": (HSTU, HSTUConfig(dim=128, dropout=0.5, epochs=30, tokens_per_batch=1024, patience=5)),
 }
 
 
