@@ -77,7 +77,13 @@ def train(
 
 @app.command()
 def evaluate(
-    systems: Annotated[list[str], typer.Argument(help="Checkpoints, engine directories or baseline names.")],
+    systems: Annotated[
+        list[str],
+        typer.Argument(
+            help="Checkpoints, engine directories or baselines: popularity, markov, itemknn, recent_popularity, "
+            "sasrec, gru4rec, hstu; the last three are trained first, minutes each."
+        ),
+    ],
     data: Annotated[Path, typer.Option(help="Data folder.")],
     part: Annotated[str, typer.Option(help='"test" or "validation".')] = "test",
     candidates: Annotated[

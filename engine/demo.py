@@ -17,7 +17,7 @@ from speeder_engine.data.dataset import Dataset, load_dataset
 from speeder_engine.data.splits import Queries, Split, leave_one_out
 from speeder_engine.engine import Engine
 from speeder_engine.errors import ConfigError, name_some
-from speeder_engine.evaluation.baselines import BASELINES
+from speeder_engine.evaluation.baselines import COUNTED
 from speeder_engine.evaluation.engine_scorer import EngineScorer
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.evaluation.report import Report, report_table
@@ -151,8 +151,8 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def measure(engine: Engine, split: Split, queries: Queries, lists: CandidateLists) -> list[Report]:
-    """The engine beside the classical baselines on the same queries and lists."""
+    """The engine beside the baselines that take no training, on the same queries and lists."""
     systems = [EngineScorer(engine, split.dataset.item_ids)]
-    named = [name for name in BASELINES if split.train.times is not None or name != "recent_popularity"]
-    baselines = [BASELINES[name](split.train, split.dataset.num_items) for name in named]
+    named = [name for name in COUNTED if split.train.times is not None or name != "recent_popularity"]
+    baselines = [COUNTED[name](split) for name in named]
     return [evaluate(system, queries, lists) for system in [*systems, *baselines]]

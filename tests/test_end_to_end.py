@@ -60,7 +60,7 @@ def run(dataset: Dataset, out):
     np.testing.assert_allclose(
         served.candidate_scores(first, lists.rows[:32]), model.candidate_scores(first, lists.rows[:32]), atol=1e-3
     )
-    systems = [served, *(BASELINES[name](split.train, dataset.num_items) for name in ("popularity", "markov"))]
+    systems = [served, *(BASELINES[name](split) for name in ("popularity", "markov"))]
     return engine, {system.name: evaluate(system, queries, lists) for system in systems}
 
 

@@ -1,8 +1,4 @@
-"""SASRec, the collaborative tower: a small causal transformer over item ids (Kang and McAuley, arXiv 1808.09781).
-
-Knows nothing about training. Rows are padded on the right, so the causal mask alone keeps padding out of every real
-position.
-"""
+"""SASRec, the collaborative tower: a small causal transformer over item ids (Kang and McAuley, arXiv 1808.09781)."""
 
 from dataclasses import dataclass
 
@@ -10,38 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from speeder_engine.errors import ConfigError
+from speeder_engine.encoders.sequence import SequenceConfig, SequenceModel
 
 
 @dataclass(frozen=True)
-class SASRecConfig:
-    """`window` is the longest history read; `tokens_per_batch` counts padded positions; rates are AdamW's."""
-
-    dim: int = 64
-    num_layers: int = 2
+class SASRecConfig(SequenceConfig):
     num_heads: int = 2
-    window: int = 50
-    dropout: float = 0.3
-    epochs: int = 8
-    tokens_per_batch: int = 512
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.05
-    patience: int = 3
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("dim", "num_layers", "num_heads", "window", "epochs", "tokens_per_batch", "patience"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"SASRecConfig.{name} must be at least 1, not {getattr(self, name)}")
-        if self.dim % self.num_heads:
-            raise ConfigError(f"SASRecConfig.dim {self.dim} must be a multiple of num_heads {self.num_heads}")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"SASRecConfig.dropout must lie in [0, 1), not {self.dropout}")
-        if self.learning_rate <= 0 or self.weight_decay < 0:
-            raise ConfigError(
-                f"SASRecConfig: learning_rate must be positive and weight_decay not negative, "
-                f"not {self.learning_rate} and {self.weight_decay}"
-            )
+        super().__post_init__()
+        self.check_heads(self.num_heads)
 
 
 class Layer(nn.Module):
@@ -70,30 +44,18 @@ class Layer(nn.Module):
         return hidden + self.dropout(self.down(F.gelu(self.up(self.mlp_norm(hidden)))))  # type: ignore[no-any-return]
 
 
-class SASRec(nn.Module):
-    """Item embeddings are the input and, transposed, the output; a bias per item learns popularity."""
-
+class SASRec(SequenceModel):
     def __init__(self, num_items: int, config: SASRecConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.num_items = num_items
-        self.items = nn.Embedding(num_items, config.dim)
+        super().__init__(num_items, config)
         self.positions = nn.Embedding(config.window, config.dim)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.dim)
-        self.bias = nn.Parameter(torch.zeros(num_items))
-        self.dropout = nn.Dropout(config.dropout)
         nn.init.normal_(self.items.weight, std=config.dim**-0.5)
         nn.init.normal_(self.positions.weight, std=0.02)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Item rows int64 [batch, length <= window], oldest first and padded right with any row -> [.., dim]."""
         slots = torch.arange(rows.shape[1], device=rows.device)
         hidden = self.dropout(self.items(rows) + self.positions(slots))
         for layer in self.layers:
             hidden = layer(hidden)
         return self.norm(hidden)  # type: ignore[no-any-return]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[n, dim] -> scores of all items [n, num_items]."""
-        return F.linear(hidden, self.items.weight, self.bias)

@@ -17,9 +17,9 @@ def check_histories(offsets: Ints, rows: Ints, num_items: int) -> None:
     """Refuses offsets [U + 1] that do not cut `rows` [N] into histories, and rows outside the catalogue."""
     rising = offsets.ndim == 1 and len(offsets) > 0 and not (np.diff(offsets) < 0).any()
     if not rising or offsets[0] != 0 or offsets[-1] != len(rows):
-        raise DataError(f"collaborative encoder: offsets must rise from 0 to {len(rows)}, the number of rows")
+        raise DataError(f"histories: offsets must rise from 0 to {len(rows)}, the number of rows")
     if len(rows) and (rows.min() < 0 or rows.max() >= num_items):
-        raise DataError(f"collaborative encoder: rows must lie in 0..{num_items - 1}, not {rows.min()}..{rows.max()}")
+        raise DataError(f"histories: item rows must lie in 0..{num_items - 1}, not {rows.min()}..{rows.max()}")
 
 
 def cut_windows(offsets: Ints, window: int) -> tuple[Ints, Ints]:

@@ -1,1 +1,1 @@
-"""Metrics, protocols and classical baselines; whatever scores is one `Scorer`."""
+"""Metrics, protocols and baselines; whatever scores is one `Scorer`."""

@@ -76,7 +76,7 @@ def _check_system(system: str) -> None:
 def _scorer(system: str, split: Split, head: str | None) -> Scorer:
     dataset, path = split.dataset, Path(system)
     if system in BASELINES:
-        return BASELINES[system](split.train, dataset.num_items)
+        return BASELINES[system](split)
     if (path / ENGINE_MANIFEST).is_file():
         engine = Engine.load(path, kv_budget="0")
         if head == GENERATE:

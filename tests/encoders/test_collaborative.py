@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from speeder_engine.encoders.collaborative import CollaborativeEncoder, fit_collaborative, validated_ndcg
+from speeder_engine.encoders.collaborative import CollaborativeEncoder, fit_collaborative
 from speeder_engine.encoders.sasrec import SASRec, SASRecConfig
+from speeder_engine.encoders.sequence_fit import validated_ndcg
 from speeder_engine.encoders.windows import cut_windows, draw_batches, gather, pad_right
 from speeder_engine.errors import ArtifactError, ConfigError, DataError
 
@@ -98,11 +99,10 @@ def test_validated_ndcg_masks_the_history_and_counts_ten_places():
     model = SASRec(NUM_ITEMS, SMALL)
     torch.nn.init.zeros_(model.items.weight)
     model.bias.data = torch.arange(NUM_ITEMS, dtype=torch.float32)
-    encoder = CollaborativeEncoder(model, np.ones(NUM_ITEMS, bool))
     offsets, rows = pack([np.array([29]), np.array([29, 28]), np.array([0]), np.array([29])])
     targets = np.array([28, 26, 20, 19])  # ranks 0, 1, 9, 9
     expected = (1 + 1 / np.log2(3) + 1 / np.log2(11) + 1 / np.log2(11)) / 4
-    assert validated_ndcg(encoder, (offsets, rows, targets)) == pytest.approx(expected)
+    assert validated_ndcg(model, (offsets, rows, targets)) == pytest.approx(expected)
 
 
 def test_stops_early_and_keeps_the_best_epoch(cycles):
@@ -111,7 +111,7 @@ def test_stops_early_and_keeps_the_best_epoch(cycles):
     config = SASRecConfig(**{**vars(SMALL), "epochs": 60, "patience": 2})
     encoder = fit_collaborative(offsets, rows, NUM_ITEMS, config, validation)
     short = fit_collaborative(offsets, rows, NUM_ITEMS, SASRecConfig(**{**vars(config), "epochs": 2}))
-    assert validated_ndcg(encoder, validation) > validated_ndcg(short, validation)
+    assert validated_ndcg(encoder.model, validation) > validated_ndcg(short.model, validation)
 
 
 def test_save_and_load_change_nothing(encoder, tmp_path):

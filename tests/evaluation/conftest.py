@@ -1,8 +1,13 @@
+import warnings
+
 import numpy as np
 import pytest
 
+from speeder_engine.data.dataset import Dataset
+from speeder_engine.data.items import Items
 from speeder_engine.data.runs import offsets_of
-from speeder_engine.data.splits import Histories, Queries
+from speeder_engine.data.splits import Histories, Queries, leave_one_out
+from speeder_engine.errors import SpeederWarning
 
 
 def _flat(histories):
@@ -26,5 +31,20 @@ def make_train():
     def make(histories, times=None):
         when = None if times is None else _flat(times)[1].astype(np.int64)
         return Histories(*_flat(histories), when)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_split():
+    """Leave-one-out of users' histories and their times, over `num_items` items."""
+
+    def make(histories, times=None, num_items=12):
+        ids = tuple(f"{row:03}" for row in range(num_items))
+        users = tuple(map(str, range(len(histories))))
+        when = None if times is None else _flat(times)[1].astype(np.int64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SpeederWarning)  # of histories too short for a query
+            return leave_one_out(Dataset("made", Items(ids, ids, ids), users, *_flat(histories), when))
 
     return make

@@ -3,12 +3,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from speeder_engine.cli import app
 from speeder_engine.data.candidates import draw_candidates
 from speeder_engine.data.dataset import load_dataset
 from speeder_engine.data.splits import leave_one_out
 from speeder_engine.errors import ConfigError, DataError
-from speeder_engine.evaluation.baselines import BASELINES
+from speeder_engine.evaluation.baselines import BASELINES, COUNTED
 from speeder_engine.evaluation.baselines.markov import LastItemMarkov
 from speeder_engine.evaluation.baselines.popularity import Popularity, back_off
 from speeder_engine.evaluation.baselines.recent_popularity import RecentPopularity
@@ -80,17 +82,23 @@ def test_back_off_keeps_the_order_and_stays_below_one():
     np.testing.assert_array_equal(np.sign(np.subtract.outer(found, found)), np.sign(np.subtract.outer(counts, counts)))
 
 
-def test_names_are_those_of_the_registry(log, make_train):
-    fitted = {name: factory(make_train(*log), NUM_ITEMS) for name, factory in BASELINES.items()}
+def test_names_are_those_of_the_registry(log, make_split):
+    fitted = {name: factory(make_split(*log)) for name, factory in BASELINES.items()}
     assert {name: scorer.name for name, scorer in fitted.items()} == {name: name for name in BASELINES}
     assert [name for name, scorer in fitted.items() if scorer.uses_time] == ["recent_popularity"]
+    assert set(BASELINES) == {*COUNTED, "sasrec", "gru4rec", "hstu"}
+
+
+def test_help_names_every_baseline():
+    said = CliRunner().invoke(app, ["evaluate", "--help"], env={"COLUMNS": "120"}).output
+    assert [name for name in BASELINES if name not in said] == []
 
 
 def test_what_can_not_be_fitted_is_refused(log, make_train, make_queries):
     train = make_train(*log)
-    for factory in BASELINES.values():
+    for kind in (Popularity, LastItemMarkov, RecentPopularity):
         with pytest.raises(DataError, match="num_items is 5"):
-            factory(train, 5)
+            kind.fit(train, 5)
     with pytest.raises(DataError, match="no times"):
         RecentPopularity.fit(make_train(log[0]), NUM_ITEMS)
     with pytest.raises(DataError, match="queries have no times"):
@@ -117,7 +125,7 @@ def movies(shared_data):
 @pytest.mark.parametrize("name", REFERENCE)
 def test_real_data_gives_the_independent_reference_figures(name, movies):
     split, queries, lists = movies
-    report = evaluate(BASELINES[name](split.train, split.dataset.num_items), queries, lists)
+    report = evaluate(BASELINES[name](split), queries, lists)
     hits, gain, reciprocal, valid_hits = REFERENCE[name]
     assert report.metrics["hr@10"] == pytest.approx(hits, abs=0.004)
     assert report.metrics["ndcg@10"] == pytest.approx(gain, abs=0.004)

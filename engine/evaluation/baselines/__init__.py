@@ -1,15 +1,28 @@
-"""Classical systems that anything learned must beat. Each is fitted as `factory(train, num_items)`."""
+"""Systems that a model must beat. `BASELINES[name](split)` fits one; those of `COUNTED` only count, in seconds."""
 
 from collections.abc import Callable
+from functools import partial
 
-from speeder_engine.data.splits import Histories
+from speeder_engine.data.splits import Histories, Split
+from speeder_engine.evaluation.baselines.item_knn import ItemKNN
 from speeder_engine.evaluation.baselines.markov import LastItemMarkov
 from speeder_engine.evaluation.baselines.popularity import Popularity
 from speeder_engine.evaluation.baselines.recent_popularity import RecentPopularity
+from speeder_engine.evaluation.baselines.sequence import SEQUENCE_MODELS, SequenceBaseline
 from speeder_engine.evaluation.scorer import Scorer
 
-BASELINES: dict[str, Callable[[Histories, int], Scorer]] = {
-    "popularity": Popularity.fit,
-    "markov": LastItemMarkov.fit,
-    "recent_popularity": RecentPopularity.fit,
+Factory = Callable[[Split], Scorer]
+
+
+def _counted(fit: Callable[[Histories, int], Scorer]) -> Factory:
+    return lambda split: fit(split.train, split.dataset.num_items)
+
+
+COUNTED: dict[str, Factory] = {
+    "popularity": _counted(Popularity.fit),
+    "markov": _counted(LastItemMarkov.fit),
+    "itemknn": _counted(ItemKNN.fit),
+    "recent_popularity": _counted(RecentPopularity.fit),
 }
+TRAINED: dict[str, Factory] = {name: partial(SequenceBaseline.fit, name) for name in SEQUENCE_MODELS}
+BASELINES = COUNTED | TRAINED
