@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import import_module
 from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,7 +40,7 @@ def test_installed_as_a_typed_package_of_one_version():
 
     home = Path(speeder_engine.__file__).parent
     assert (home / "py.typed").is_file()
-    assert (home / "_C.pyi").is_file()
+    assert (home / "_C.pyi").is_file() and (home / "_cpu.pyi").is_file()
     assert speeder_engine.__version__ == distribution("speeder-engine").version
 
 
@@ -49,12 +50,12 @@ def test_the_command_is_installed():
     assert callable(command.load())
 
 
-def test_the_stub_names_what_the_extension_has(root):
-    from speeder_engine import _C
-
-    stub = (root / "engine" / "_C.pyi").read_text()
+@pytest.mark.parametrize("name", ["_C", "_cpu"])
+def test_the_stub_names_what_the_extension_has(root, name):
+    extension = import_module(f"speeder_engine.{name}")
+    stub = (root / "engine" / f"{name}.pyi").read_text()
     declared = set(re.findall(r"^(?:class|def) (\w+)", stub, re.MULTILINE))
-    assert declared == {name for name in dir(_C) if not name.startswith("_")}
+    assert declared == {each for each in dir(extension) if not each.startswith("_")}
 
 
 def test_no_folder_shadows_a_mapped_one(root):
@@ -112,10 +113,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(root, wheel):
         for path in (root / folder).rglob("*")
         if path.suffix in (".py", ".pyi", ".yaml") or path.name == "py.typed"
     }
-    (extension,) = {name for name in held if name.endswith(".so")}
-    assert extension.startswith("speeder_engine/_C.")
-    assert held - {extension} == sources
-    assert {"speeder_engine/py.typed", "speeder_engine/_C.pyi", "speeder_engine/cli.py"} <= held
+    extensions = {name for name in held if name.endswith(".so")}
+    assert sorted(name.split(".")[0] for name in extensions) == ["speeder_engine/_C", "speeder_engine/_cpu"]
+    assert held - extensions == sources
+    stubs = {"speeder_engine/_C.pyi", "speeder_engine/_cpu.pyi"}
+    assert {"speeder_engine/py.typed", "speeder_engine/cli.py"} | stubs <= held
     assert any(name.startswith("speeder_engine/training/recipes/") for name in held)
 
 

@@ -56,7 +56,7 @@ def answers(engine, ids, title):
 def test_answers_are_the_same(title, dtype, through_kernels):
     tiny = make_titled(window=6, step=2) if title else make_tiny(family="qwen3", window=6, step=2)
     ids = tuple(tiny.ids(range(30)))
-    config = EngineConfig(dtype=dtype, kv_budget="4MiB", debug=True)
+    config = EngineConfig(dtype=dtype, kv_budget="4MiB", cpu_path="torch", debug=True)
     expected = answers(Engine(tiny.parts(), config), ids, title)
     switch, counts = through_kernels
     switch()

@@ -13,16 +13,24 @@ KERNELS = (add_rms_norm, compressed_attention, item_embed, qk_norm_rope_store, s
 def test_padding_disturbs_no_kernel(monkeypatch):
     tiny = make_tiny(window=6, step=2)
     ids = tiny.ids(range(30))
-    settings = {"dtype": "float32", "kv_budget": "4MiB", "max_batch_users": 2, "row_buckets": (16,)}
+    settings = {
+        "dtype": "float32",
+        "cpu_path": "torch",
+        "kv_budget": "4MiB",
+        "max_batch_users": 2,
+        "row_buckets": (16,),
+    }
     expected = Engine(tiny.parts(), EngineConfig(**settings))
     engine = Engine(tiny.parts(), EngineConfig(**settings, graphs="on", freeze_gc=False, debug=True))
     engine.warm_up()
+    launched = set()
     for kernel in KERNELS:
-        monkeypatch.setattr(kernel, "runs_triton", lambda *tensors: True)
+        monkeypatch.setattr(kernel, "runs_triton", lambda *tensors, kernel=kernel: launched.add(kernel) is None)
     asked = [Request(ids[:3], user_id="a"), Request(ids[4:6], candidates=ids[20:23])]
     found = engine.recommend_many(asked)
     shared = engine._now().cache.shared_blocks
     monkeypatch.undo()
+    assert launched == set(KERNELS)
     assert torch.equal(engine._now().cache.keys[:, shared], expected._now().cache.keys[:, shared])
     for ours, theirs in zip(found, expected.recommend_many(asked), strict=True):
         assert ours.items == theirs.items
