@@ -109,18 +109,12 @@ class _Scratch:
         self, native: NativeDecoder, embedded: Tensor, positions: Tensor, slots: Tensor, tree: TreeRows, reads: Tensor
     ) -> Tensor:
         cos, sin = self.runner.model.decoder.rotary(positions)
-        prefix = tree.prefix
-        rows = NativeRows(
+        rows = NativeRows.of(
+            tree.prefix,
             positions=torch.arange(len(positions)),
             cos=cos,
             sin=sin,
             slot_mapping=slots[:0],
-            sequence=prefix.sequence,
-            visible=prefix.visible,
-            candidate=prefix.candidate,
-            block_tables=prefix.block_tables,
-            shared_blocks=prefix.shared_blocks,
-            shared_len=prefix.shared_len,
             read_rows=reads,
             paths=tree.paths,
             own=OwnKeys(slots, self.keys, self.values),

@@ -62,18 +62,12 @@ class ModelRunner:
         return self.cos[positions], self.sin[positions]
 
     def _native_rows(self, batch: Batch) -> NativeRows:
-        rows = batch.attention
-        found = NativeRows(
+        found = NativeRows.of(
+            batch.attention,
             positions=batch.positions,
             cos=self.cos,
             sin=self.sin,
             slot_mapping=batch.slot_mapping,
-            sequence=rows.sequence,
-            visible=rows.visible,
-            candidate=rows.candidate,
-            block_tables=rows.block_tables,
-            shared_blocks=rows.shared_blocks,
-            shared_len=rows.shared_len,
             read_rows=batch.read_rows,
         )
         if batch.text is None:

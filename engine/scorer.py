@@ -12,11 +12,11 @@ from speeder_engine.batch import Reads, pad_to_tile
 from speeder_engine.catalogue import Catalogue
 from speeder_engine.models.heads import RankHead, RetrieveHead
 from speeder_engine.models.recommender import ServingModel
-from speeder_engine.native.search import native_top_scores
+from speeder_engine.native.search import search_catalogue
 from speeder_engine.query import Query, Rows
 from speeder_engine.title_scorer import title_scores
 from speeder_engine.transfer import Transfer
-from speeder_engine.triton_kernels.top_scores import Answerable, RowLists, stable_top, top_scores
+from speeder_engine.triton_kernels.top_scores import Answerable, RowLists, stable_top
 
 Scored = tuple[Rows, list[float]]  # rows, best first, and their scores
 Floats = NDArray[np.float32]
@@ -106,9 +106,7 @@ class HeadScorer:
         vectors = vectors[: len(members)] if chosen is None else vectors[chosen]
         prior = self.model.retrieve.beta * self.catalogue.prior
         deepest = max(query.request.k for query in queries)
-        if self.kernels is not None:
-            return native_top_scores(vectors, self.catalogue.tokens, prior, answerable, deepest, self.kernels)
-        return top_scores(vectors, self.catalogue.tokens, prior, answerable, deepest)
+        return search_catalogue(vectors, self.catalogue.tokens, prior, answerable, deepest, self.kernels)
 
     def _answerable(self, queries: Sequence[Query]) -> Answerable:
         """Of the whole catalogue; on the device once it is sent."""

@@ -13,9 +13,9 @@ from measure import Clock, Timed, Timing, interleave
 from torch import Tensor
 
 from speeder_engine import EngineConfig
-from speeder_engine.native.search import native_top_scores
+from speeder_engine.native.search import search_catalogue
 from speeder_engine.native.support import pick_kernels
-from speeder_engine.triton_kernels.top_scores import Answerable, top_scores
+from speeder_engine.triton_kernels.top_scores import Answerable
 
 USERS, K, SEEN = (1, 64), 10, 30
 NUM_ITEMS = {True: 200_000, False: 1_000_000}  # quick or not
@@ -62,9 +62,7 @@ def searching(table: Tensor, queries: Tensor) -> Timed:
 
     @torch.inference_mode()
     def call(_: int) -> object:
-        if kernels is not None:
-            return native_top_scores(queries, table, prior, given, K, kernels)
-        return top_scores(queries, table, prior, given, K)
+        return search_catalogue(queries, table, prior, given, K, kernels)
 
     return Timed(call)
 

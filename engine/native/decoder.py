@@ -44,6 +44,19 @@ class NativeRows:
     paths: Tensor | None = None  # [T, P], -1 for none
     own: OwnKeys | None = None
 
+    @classmethod
+    def of(cls, attention: AttentionRows, **more: Any) -> "NativeRows":
+        """What rows see, as it stands in `attention`; `more`: the other fields."""
+        return cls(
+            sequence=attention.sequence,
+            visible=attention.visible,
+            candidate=attention.candidate,
+            block_tables=attention.block_tables,
+            shared_blocks=attention.shared_blocks,
+            shared_len=attention.shared_len,
+            **more,
+        )
+
     def with_text(self, prefix: AttentionRows, paths: Tensor) -> "NativeRows":
         """With the rows of text behind those of items; their sequences are counted anew, behind the items'."""
         return replace(

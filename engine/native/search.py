@@ -5,7 +5,16 @@ from torch import Tensor
 
 from speeder_engine import _cpu
 from speeder_engine.native.support import NUMBERS
-from speeder_engine.triton_kernels.top_scores import Answerable, RowLists
+from speeder_engine.triton_kernels.top_scores import Answerable, RowLists, top_scores
+
+
+def search_catalogue(
+    vectors: Tensor, table: Tensor, prior: Tensor, answerable: Answerable, k: int, kernels: str | None
+) -> tuple[Tensor, Tensor]:
+    """`top_scores` by the native kernels that `pick_kernels` found, or without them."""
+    if kernels is None:
+        return top_scores(vectors, table, prior, answerable, k)
+    return native_top_scores(vectors, table, prior, answerable, k, kernels)
 
 
 def native_top_scores(
