@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from speeder_engine.errors import ConfigError
 
 MODALITIES = ("text", "image", "collaborative")
+MIXINGS = ("experts", "mean", "concat")
+POSITIONS = ("added", "token", "none")
 MAX_TITLE_TOKENS = 64  # of a generated answer
 MOST_INT32 = 2**31 - 1
 EXACT_LEN_ENDS = "attention window slides or its rotary frequencies change (sliding_window, rope_type)"
@@ -100,6 +102,7 @@ class CompressorConfig(Config):
     hidden_size: int
     temperature: float = 1.0
     scale: float = 1.0  # root mean square of one element of the backbone's embedding rows
+    mixing: str = "experts"  # how modalities become one token: "experts" (gated), "mean" (ungated), "concat" (one MLP)
 
     def __post_init__(self) -> None:
         check(bool(self.modalities), "CompressorConfig: at least one modality is needed")
@@ -107,6 +110,7 @@ class CompressorConfig(Config):
         check(not strange, f"CompressorConfig: unknown modalities {strange}; known are {list(MODALITIES)}")
         check(all(width > 0 for width in self.modalities.values()), "CompressorConfig: feature widths must be positive")
         check(self.temperature > 0, f"CompressorConfig.temperature must be positive, is {self.temperature}")
+        check(self.mixing in MIXINGS, f"CompressorConfig.mixing: {self.mixing!r}; choose one of {', '.join(MIXINGS)}")
         check(self.scale > 0, f"CompressorConfig.scale must be positive, is {self.scale}")
 
 
@@ -123,7 +127,7 @@ class CalendarConfig(Config):
         check(self.bucket_seconds > 0, f"CalendarConfig.bucket_seconds must be positive, is {self.bucket_seconds}")
         check(self.num_buckets > 0, f"CalendarConfig.num_buckets must be positive, is {self.num_buckets}")
 
-    def buckets(self, times: Sequence[float]) -> NDArray[np.int32]:
+    def buckets(self, times: Sequence[float] | NDArray[np.int64]) -> NDArray[np.int32]:
         """Unix seconds [n] -> buckets [n]."""
         passed = (np.asarray(times, np.float64) - self.first_second) // self.bucket_seconds
         return (np.clip(passed, 0, self.num_buckets - 1) + 1).astype(np.int32)
@@ -141,12 +145,19 @@ class PromptConfig(Config):
     question_ids: tuple[int, ...] = ()
     end_ids: tuple[int, ...] = ()  # tokens that end a generated text, as a newline does
     calendar: CalendarConfig | None = None  # of interaction times; none: they are not read
+    positions: str = "added"  # position prompts: on the item's token, a "token" of their own before it, or "none"
 
     def __post_init__(self) -> None:
         check(len(self.instruction_ids) > 0, "PromptConfig.instruction_ids: the instruction can't be empty")
+        choice = f"PromptConfig.positions: {self.positions!r}; choose one of {', '.join(POSITIONS)}"
+        check(self.positions in POSITIONS, choice)
         check(self.window >= 1, f"PromptConfig.window must be at least 1, is {self.window}")
         step = f"PromptConfig.window_step must be within 1..window ({self.window}), is {self.window_step}"
         check(1 <= self.window_step <= self.window, step)
+
+    @property
+    def rows_per_item(self) -> int:
+        return 2 if self.positions == "token" else 1
 
 
 @dataclass(frozen=True)
@@ -165,6 +176,20 @@ class HeadsConfig(Config):
 
 
 @dataclass(frozen=True)
+class LivePriorConfig(Config):
+    """The prior is popularity as it stands: log-counts decayed with each half-life, weighed."""
+
+    half_lives_days: tuple[float, ...] = (2.0, 14.0)
+    weights: tuple[float, ...] = ()  # learned in training
+
+    def __post_init__(self) -> None:
+        positive = bool(self.half_lives_days) and all(days > 0 for days in self.half_lives_days)
+        check(positive, f"live_prior.half_lives_days: at least one, all positive; are {list(self.half_lives_days)}")
+        count = f"live_prior.weights: {len(self.weights)} for {len(self.half_lives_days)} half-lives"
+        check(len(self.weights) in (0, len(self.half_lives_days)), count)
+
+
+@dataclass(frozen=True)
 class ModelConfig(Config):
     """Everything that decides what a trained model computes."""
 
@@ -172,6 +197,7 @@ class ModelConfig(Config):
     compressor: CompressorConfig
     prompt: PromptConfig
     heads: HeadsConfig = field(default_factory=HeadsConfig)
+    live_prior: LivePriorConfig | None = None  # none: the prior is a constant of the catalogue
     vocabulary_tied: bool = True  # one matrix embeds tokens and scores them; matters to titles alone
 
     def __post_init__(self) -> None:
@@ -182,7 +208,7 @@ class ModelConfig(Config):
         self._check_length()
 
     def _check_length(self) -> None:
-        instruction, window = len(self.prompt.instruction_ids), self.prompt.window
+        instruction, window = len(self.prompt.instruction_ids), self.prompt.window * self.prompt.rows_per_item
         tail = len(self.prompt.question_ids) + MAX_TITLE_TOKENS if self.heads.title else 1
         longest = instruction + window + tail
         parts = f"instruction {instruction}, window {window}, {'question and title' if tail > 1 else 'a candidate'}"

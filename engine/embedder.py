@@ -13,7 +13,7 @@ from speeder_engine.config import CompressorConfig
 from speeder_engine.encoders.base import Encoder, Input
 from speeder_engine.errors import DataError, SpeederWarning, name_some
 from speeder_engine.item import Item
-from speeder_engine.models.compressor import Compressor
+from speeder_engine.models.compressor import make_compressor
 
 EMBEDDED_AT_ONCE = 8192
 
@@ -35,7 +35,7 @@ class ItemEmbedder:
         # on the CPU one precision above, rounded away again: a token must not depend on what is upserted beside it;
         # the kernels of a GPU see to that themselves
         self.dtype = torch.float32 if device.type == "cuda" else torch.float64
-        self.compressor = Compressor(config).to(self.dtype)
+        self.compressor = make_compressor(config).to(self.dtype)
         self.compressor.load_state_dict(weights)
         self.compressor.requires_grad_(False).eval().to(device)
         self.widths = config.modalities

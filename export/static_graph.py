@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from speeder_engine.config import CompressorConfig
 from speeder_engine.export.graph_attention import DenseAttend, GraphRows, GroupQueryAttend, LayerPairs
 from speeder_engine.export.onnx_config import OnnxConfig
-from speeder_engine.models.compressor import Compressor
+from speeder_engine.models.compressor import make_compressor
 from speeder_engine.models.decoder import CausalAttend, Decoder, DecoderLayer, RMSNorm
 from speeder_engine.parts import EngineParts
 from speeder_engine.triton_kernels.qk_norm_rope_store import rotate
@@ -258,7 +258,7 @@ class CompressGraph(nn.Module):
 
     def __init__(self, config: CompressorConfig, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.compressor = Compressor(config)
+        self.compressor = make_compressor(config)
         self.compressor.load_state_dict(dict(weights))
         self.requires_grad_(False).eval()
 

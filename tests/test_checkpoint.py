@@ -18,6 +18,7 @@ from speeder_engine.encoders.fitted_text import FittedTextEncoder
 from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.export.engine_directory import engine_parts, export_engine
 from speeder_engine.models.families import decoder_config
+from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.training.backbone import instruction_ids, load_pretrained, small_llama, train_tokenizer
 from speeder_engine.training.config import BackboneConfig
@@ -59,7 +60,9 @@ def checkpoint():
 
 
 def vectors(checkpoint: Checkpoint) -> torch.Tensor:
-    scorer = ModelScorer(checkpoint.model, checkpoint.item_tokens(), torch.from_numpy(checkpoint.table.prior))
+    scorer = ModelScorer(
+        checkpoint.model, checkpoint.item_tokens(), ConstantPrior(torch.from_numpy(checkpoint.table.prior))
+    )
     with torch.no_grad():
         return scorer.user_vectors([np.array(rows, np.int32) for rows in ([], [3], [5, 7, 9], list(range(15)))])
 

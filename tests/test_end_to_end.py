@@ -24,6 +24,7 @@ from speeder_engine.evaluation.engine_scorer import EngineScorer
 from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.export.engine_directory import export_engine
+from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.synthetic import write_synthetic_dataset
 from speeder_engine.training.config import BackboneConfig, CollaborativeConfig, Stage, TrainingConfig
 from speeder_engine.training.fit import train
@@ -53,7 +54,9 @@ def run(dataset: Dataset, out):
     checkpoint = Checkpoint.load(out / "checkpoint")
     queries = split.queries("test", split.users[:200])
     lists = draw_candidates(dataset, queries)
-    model = ModelScorer(checkpoint.model, checkpoint.item_tokens(), torch.from_numpy(checkpoint.table.prior))
+    model = ModelScorer(
+        checkpoint.model, checkpoint.item_tokens(), ConstantPrior(torch.from_numpy(checkpoint.table.prior))
+    )
     served = EngineScorer(engine, dataset.item_ids)
     first = queries.slice(0, 32)
     np.testing.assert_allclose(served.scores(first), model.scores(first), atol=1e-3)

@@ -7,6 +7,7 @@ from subject import Subject
 from workload import make_users
 
 from speeder_engine.data.splits import Histories
+from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.training.batches import TrainingBatches
 from speeder_engine.training.config import TrainingConfig
@@ -30,7 +31,7 @@ class SpeederTraining:
         size, widths = subject.num_items, subject.config.compressor.modalities
         self.values = {name: torch.randn(size, width, device=subject.device) for name, width in widths.items()}
         self.present = torch.ones(size, len(widths), dtype=torch.bool, device=subject.device)
-        self.prior = subject.catalogue.prior[:size].float()
+        self.prior = ConstantPrior(subject.catalogue.prior[:size].float())
         rows = [user.grown for user in make_users(USERS, size, workload, subject.seed)]
         offsets = np.arange(USERS + 1, dtype=np.int64) * (workload.history_len + 1)
         batches = TrainingBatches(Histories(offsets, np.concatenate(rows).astype(np.int32)), size, self.config)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from speeder_engine.artifact import MANIFEST as ENGINE_MANIFEST
@@ -12,13 +11,13 @@ from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.data.candidates import draw_candidates, frozen_candidates
 from speeder_engine.data.columns import Columns
 from speeder_engine.data.dataset import load_dataset
-from speeder_engine.data.splits import FROM_END, Split, leave_one_out
+from speeder_engine.data.splits import FROM_END, Part, Split, leave_one_out
 from speeder_engine.engine import Engine
 from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.evaluation.baselines import BASELINES
 from speeder_engine.evaluation.engine_scorer import EngineScorer
 from speeder_engine.evaluation.generation_scorer import GenerationScorer
-from speeder_engine.evaluation.model_scorer import ModelScorer
+from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.evaluation.report import Report, report_table
 from speeder_engine.evaluation.scorer import Scorer
@@ -49,17 +48,18 @@ def compare(
     for system in systems:
         _check_system(system)
     split = leave_one_out(load_dataset(data, columns=columns, min_interactions=min_interactions))
-    queries = split.queries("test" if part == "test" else "validation")
+    asked: Part = "test" if part == "test" else "validation"
+    queries = split.queries(asked)
     lists = draw_candidates(split.dataset, queries)
     if candidates is not None:
         lists = frozen_candidates(candidates, split.dataset, queries)
-    return [evaluate(scorer, queries, lists) for scorer in scorers(systems, split, head)]
+    return [evaluate(scorer, queries, lists) for scorer in scorers(systems, split, asked, head)]
 
 
-def scorers(systems: Sequence[str], split: Split, head: str | None = None) -> Iterator[Scorer]:
+def scorers(systems: Sequence[str], split: Split, part: Part, head: str | None = None) -> Iterator[Scorer]:
     """Loaded or fitted one after another, so that only one model is in memory at a time."""
     for system in systems:
-        yield _scorer(system, split, head)
+        yield _scorer(system, split, part, head)
 
 
 def print_reports(reports: Sequence[Report]) -> None:
@@ -73,7 +73,7 @@ def _check_system(system: str) -> None:
         raise ConfigError(f"{system}: neither a checkpoint nor an engine directory nor a baseline ({known})")
 
 
-def _scorer(system: str, split: Split, head: str | None) -> Scorer:
+def _scorer(system: str, split: Split, part: Part, head: str | None) -> Scorer:
     dataset, path = split.dataset, Path(system)
     if system in BASELINES:
         return BASELINES[system](split)
@@ -85,5 +85,5 @@ def _scorer(system: str, split: Split, head: str | None) -> Scorer:
     checkpoint = Checkpoint.load(path)
     if checkpoint.table.item_ids != dataset.item_ids:
         raise DataError(f"{path}: was trained on other items than {dataset.name} has; evaluate on its own data")
-    prior = torch.from_numpy(checkpoint.table.prior)
+    prior = query_prior(checkpoint, split, part)
     return ModelScorer(checkpoint.model, checkpoint.item_tokens(), prior, name=system)

@@ -10,67 +10,110 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from speeder_engine.data.splits import Queries
+from speeder_engine.checkpoint import Checkpoint
+from speeder_engine.data.splits import Part, Queries, Split
+from speeder_engine.errors import DataError
+from speeder_engine.live_prior import LivePopularity
+from speeder_engine.models.prior import ConstantPrior, ExactPrior, Prior, of_candidates
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.prompt import PromptLayout, isolated_mask
 
+Rows = NDArray[np.int32]
+Seconds = NDArray[np.int64]
+
 
 class ModelScorer:
-    """The `Scorer` of a Recommender with its item tokens [I, d] and prior [I]."""
+    """The `Scorer` of a Recommender with its item tokens [I, d] and its prior; a live one knows the query's time."""
 
-    uses_time = False
-
-    def __init__(self, model: Recommender, tokens: Tensor, prior: Tensor, name: str = "speeder (model)") -> None:
+    def __init__(self, model: Recommender, tokens: Tensor, prior: Prior, name: str = "speeder (model)") -> None:
         self.name = name
         self.model, self.tokens, self.prior = model, tokens, prior
         self.layout = PromptLayout(model.config.prompt)
 
+    @property
+    def uses_time(self) -> bool:
+        return self.model.config.live_prior is not None
+
     @torch.inference_mode()
     def scores(self, queries: Queries) -> NDArray[np.float32]:
-        scores = self.user_vectors(_histories(queries)) @ self.tokens.T + self.model.retrieve.beta * self.prior
-        return _to_numpy(scores)
+        vectors, _ = self._forward(_histories(queries), _times(queries), None)
+        return _to_numpy(vectors @ self.tokens.T + self.model.retrieve.beta * self._prior(queries))
 
     @torch.inference_mode()
     def candidate_scores(self, queries: Queries, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
         """By the rank head where the model has one, else by the retrieve head."""
         rows = torch.from_numpy(candidates.astype(np.int64)).to(self.tokens.device)
-        vectors, hidden = self._forward(_histories(queries), rows)
-        retrieved = torch.einsum("bd,bcd->bc", vectors, self.tokens[rows])
+        prior = of_candidates(self._prior(queries), rows)
         if not self.model.config.heads.rank:
-            return _to_numpy(retrieved + self.model.retrieve.beta * self.prior[rows])
-        return _to_numpy(self.model.rank(hidden, retrieved) + self.model.rank.beta * self.prior[rows])
+            vectors, _ = self._forward(_histories(queries), _times(queries), None)
+            return _to_numpy(self._products(vectors, rows) + self.model.retrieve.beta * prior)
+        vectors, hidden = self._forward(_histories(queries), _times(queries), rows)
+        return _to_numpy(self.model.rank(hidden, self._products(vectors, rows)) + self.model.rank.beta * prior)
 
-    def user_vectors(self, histories: Sequence[NDArray[np.int32]]) -> Tensor:
+    def user_vectors(self, histories: Sequence[Rows], times: Sequence[Seconds] | None = None) -> Tensor:
         """[B, d]: their product with the item tokens is the retrieve score, prior aside."""
-        return self._forward(histories, None)[0]
+        return self._forward(histories, times, None)[0]
 
-    def _forward(self, histories: Sequence[NDArray[np.int32]], candidates: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _prior(self, queries: Queries) -> Tensor:
+        times = queries.query_times if queries.query_times is not None else np.zeros(len(queries), np.int64)
+        return self.prior.at(torch.from_numpy(times).to(self.tokens.device))
+
+    def _products(self, vectors: Tensor, candidates: Tensor) -> Tensor:
+        return torch.einsum("bd,bcd->bc", vectors, self.tokens[candidates])
+
+    def _forward(
+        self, histories: Sequence[Rows], times: Sequence[Seconds] | None, candidates: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """User vectors [B, d] and the candidates' final hidden states [B, C, d] (empty without candidates)."""
         self.model.eval()
-        rows, lengths = self._window(histories)
-        batch_size, length = rows.shape
+        rows, lengths, buckets = self._window(histories, times)
+        batch_size, step = len(rows), self.layout.config.rows_per_item
         num_prompt, device = self.layout.instruction_len, self.tokens.device
-        slots = torch.arange(length, device=device)
-        parts = [self.model.instruction(batch_size), self.tokens[rows] + self.model.prompts(slots)]
-        positions = torch.arange(num_prompt + length, device=device).expand(batch_size, -1)
+        num_prefix = num_prompt + step * rows.shape[1]
+        parts = [self.model.instruction(batch_size), self.model.history(self.tokens[rows], buckets)]
+        positions = torch.arange(num_prefix, device=device).expand(batch_size, -1)
         mask = None
         if candidates is not None:
             role = self.model.prompts(lengths).unsqueeze(1) + self.model.rank.role
             parts.append(self.tokens[candidates] + role)
-            at = (num_prompt + lengths).unsqueeze(1).expand(-1, candidates.shape[1])
+            at = (num_prompt + step * lengths).unsqueeze(1).expand(-1, candidates.shape[1])
             positions = torch.cat([positions, at], dim=1)
-            mask = isolated_mask(num_prompt + length, at)
+            mask = isolated_mask(num_prefix, at)
         hidden = self.model(torch.cat(parts, dim=1), positions, mask)
-        last = hidden[torch.arange(batch_size, device=device), num_prompt - 1 + lengths]
-        return self.model.retrieve(last), hidden[:, num_prompt + length :]
+        last = hidden[torch.arange(batch_size, device=device), num_prompt - 1 + step * lengths]
+        return self.model.retrieve(last), hidden[:, num_prefix:]
 
-    def _window(self, histories: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
-        windows = [history[self.layout.start(len(history)) :] for history in histories]
-        lengths = torch.tensor([len(window) for window in windows])
-        rows = torch.zeros(len(windows), int(lengths.max()), dtype=torch.int64)
-        for i, window in enumerate(windows):
-            rows[i, : len(window)] = torch.from_numpy(window.astype(np.int64))
-        return rows.to(self.tokens.device), lengths.to(self.tokens.device)
+    def _window(self, histories: Sequence[Rows], times: Sequence[Seconds] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [B, L], lengths [B] and calendar buckets [B, L], zeros where times aren't known or not read."""
+        starts = [self.layout.start(len(history)) for history in histories]
+        lengths = torch.tensor([len(h) - start for h, start in zip(histories, starts, strict=True)])
+        rows = torch.zeros(len(histories), int(lengths.max()), dtype=torch.int64)
+        buckets = torch.zeros_like(rows)
+        calendar = self.layout.config.calendar
+        for i, (history, start) in enumerate(zip(histories, starts, strict=True)):
+            count = len(history) - start
+            rows[i, :count] = torch.from_numpy(history[start:].astype(np.int64))
+            if calendar is not None and times is not None:
+                buckets[i, :count] = torch.from_numpy(calendar.buckets(times[i][start:]))
+        device = self.tokens.device
+        return rows.to(device), lengths.to(device), buckets.to(device)
+
+
+def query_prior(checkpoint: Checkpoint, split: Split, part: Part) -> Prior:
+    """The prior at the time of a part's queries: of a live one, every event before the query that a service would have
+    seen by then, other users' held-out ones included; those of the test are hidden from validation."""
+    model, dataset = checkpoint.model, split.dataset
+    if model.prior_weights is None or model.config.live_prior is None:
+        return ConstantPrior(torch.from_numpy(checkpoint.table.prior).to(model.prompts.weight.device))
+    if dataset.times is None:
+        raise DataError(f"{dataset.name}: this model's prior is live and needs times; give a time column")
+    kept = np.ones(len(dataset.rows), np.bool_)
+    if part == "validation":
+        kept[dataset.offsets[split.users + 1] - 1] = False
+    popularity = LivePopularity.of_events(
+        model.config.live_prior, dataset.num_items, dataset.times[kept], dataset.rows[kept]
+    )
+    return ExactPrior(popularity, model.prior_weights)
 
 
 def _to_numpy(scores: Tensor) -> NDArray[np.float32]:
@@ -78,5 +121,10 @@ def _to_numpy(scores: Tensor) -> NDArray[np.float32]:
     return array
 
 
-def _histories(queries: Queries) -> list[NDArray[np.int32]]:
+def _histories(queries: Queries) -> list[Rows]:
     return [queries.history(q) for q in range(len(queries))]
+
+
+def _times(queries: Queries) -> list[Seconds] | None:
+    times, offsets = queries.times, queries.offsets
+    return None if times is None else [times[offsets[q] : offsets[q + 1]] for q in range(len(queries))]

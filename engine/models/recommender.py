@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from speeder_engine.config import ModelConfig
-from speeder_engine.models.compressor import Compressor
+from speeder_engine.config import ModelConfig, check
+from speeder_engine.models.compressor import make_compressor
 from speeder_engine.models.decoder import Decoder
 from speeder_engine.models.heads import RankHead, RetrieveHead
 from speeder_engine.models.position import OrderHead, PositionPrompts
@@ -27,11 +27,17 @@ class Recommender(nn.Module):
         self.config = config
         hidden_size, scale = config.compressor.hidden_size, config.compressor.scale
         self.backbone = backbone
-        self.compressor = Compressor(config.compressor)
+        self.compressor = make_compressor(config.compressor)
         self.prompts = PositionPrompts(config.prompt.window + 1, hidden_size, scale)
+        if config.prompt.positions == "none":
+            nn.init.zeros_(self.prompts.weight.requires_grad_(False))
         self.times = _time_prompts(config)
         self.retrieve = RetrieveHead(hidden_size, scale)
         self.rank = RankHead(hidden_size, scale, config.heads)
+        self.prior_weights: nn.Parameter | None = None
+        if config.live_prior is not None:
+            count = len(config.live_prior.half_lives_days)
+            self.prior_weights = nn.Parameter(torch.full((count,), 1.0 / count))
         self.order = OrderHead(hidden_size, scale)
         self.vocabulary_head: nn.Parameter | None = None
         if config.heads.title and not config.vocabulary_tied:
@@ -45,6 +51,16 @@ class Recommender(nn.Module):
         embed = self.backbone.get_input_embeddings()  # type: ignore[operator]
         rows: Tensor = embed(self.instruction_ids)
         return rows.unsqueeze(0).expand(batch_size, -1, -1)
+
+    def history(self, tokens: Tensor, buckets: Tensor | None) -> Tensor:
+        """Tokens [B, L, d] of items and their calendar buckets [B, L] -> rows [B, L * rows_per_item, d]."""
+        prompts = self.prompts(torch.arange(tokens.shape[1], device=tokens.device))
+        if self.times is not None and buckets is not None:
+            tokens = tokens + self.times(buckets)
+        if self.config.prompt.positions == "token":
+            return torch.stack([prompts.expand_as(tokens), tokens], dim=2).flatten(1, 2)
+        rows: Tensor = tokens + prompts
+        return rows
 
     def vocabulary(self) -> Vocabulary:
         """The token embeddings and the vocabulary head, shared with this model."""
@@ -86,7 +102,10 @@ class ServingModel(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_recommender(cls, model: Recommender) -> "ServingModel":
-        """The same weights, q/k/v and gate/up fused; adapters must have been merged."""
+        """The same weights, q/k/v and gate/up fused; adapters must have been merged. ConfigError for position prompts
+        that are rows of their own: they are for comparison in training."""
+        own_rows = "PromptConfig.positions: the engine serves prompts 'added' to items, not a 'token' of their own"
+        check(model.config.prompt.positions != "token", f"{own_rows}; train with another setting")
         served = cls(model.config)
         served.decoder = Decoder.from_transformers(model.backbone)
         served.instruction.copy_(model.instruction(1)[0])

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from speeder_engine.config import CalendarConfig
 from speeder_engine.data.splits import Histories
 from speeder_engine.training.config import TrainingConfig
 
@@ -30,6 +31,8 @@ class TrainingBatch:
     candidates: Tensor  # int64 [B, C]: the item that came next, then negatives
     pairs: Tensor  # int64 [B, 2]: two slots in random order; equal where the segment is too short for a pair
     first_is_earlier: Tensor  # float32 [B]
+    buckets: Tensor  # int64 [B, L]: calendar buckets of the items, 0 where none is known or shown
+    times: Tensor  # int64 [B, L + 1]: Unix seconds of the targets, 0 where not known
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -54,10 +57,13 @@ class Segment:
 class TrainingBatches:
     """Iterates over the epochs of a training set."""
 
-    def __init__(self, histories: Histories, num_items: int, config: TrainingConfig) -> None:
+    def __init__(
+        self, histories: Histories, num_items: int, config: TrainingConfig, calendar: CalendarConfig | None = None
+    ) -> None:
         self.histories = histories
         self.num_items = num_items
         self.config = config
+        self.calendar = calendar
         self.num_segments = sum(len(_cuts(int(n), config.window, 0)) for n in histories.lengths)
 
     @property
@@ -89,18 +95,34 @@ class TrainingBatches:
         size, longest = len(segments), max(segment.num_inputs for segment in segments)
         rows = np.zeros((size, longest), dtype=np.int64)
         targets = np.full((size, longest + 1), PAD, dtype=np.int64)
+        times = np.zeros((size, longest + 1), dtype=np.int64)
         for i, segment in enumerate(segments):
-            items = self.histories.rows[segment.offset + segment.start : segment.offset + segment.stop]
+            events = slice(segment.offset + segment.start, segment.offset + segment.stop)
+            items = self.histories.rows[events]
             rows[i, : segment.num_inputs] = items[:-1]
             targets[i, : len(items)] = items
+            if self.histories.times is not None:
+                times[i, : len(items)] = self.histories.times[events]
             if segment.start > 0:
                 targets[i, 0] = PAD  # the prompt is empty here, the user's history is not
         lengths = np.array([segment.num_inputs for segment in segments], dtype=np.int64)
         # from the second item on: an empty history ranks nothing that popularity would not
         cuts = rng.integers(np.minimum(1, lengths), lengths + 1)
         pairs, earlier = _pairs(lengths, rng)
-        arrays = rows, lengths, targets, cuts, self._candidates(targets, cuts, rng), pairs, earlier
+        candidates = self._candidates(targets, cuts, rng)
+        buckets = self._buckets(times[:, :-1], lengths, rng)
+        arrays = rows, lengths, targets, cuts, candidates, pairs, earlier, buckets, times
         return TrainingBatch(*(torch.from_numpy(array) for array in arrays))
+
+    def _buckets(
+        self, times: NDArray[np.int64], lengths: NDArray[np.int64], rng: np.random.Generator
+    ) -> NDArray[np.int64]:
+        """Some histories come without times, so that a request may."""
+        if self.calendar is None:
+            return np.zeros_like(times)
+        shown = rng.random(len(times)) >= self.config.time_dropout
+        known = (np.arange(times.shape[1]) < lengths[:, None]) & shown[:, None]
+        return np.where(known, self.calendar.buckets(times.ravel()).reshape(times.shape), 0)
 
     def _candidates(
         self, targets: NDArray[np.int64], cuts: NDArray[np.int64], rng: np.random.Generator

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from speeder_engine.config import MODALITIES, Config, HeadsConfig, check
+from speeder_engine.config import MIXINGS, MODALITIES, POSITIONS, Config, HeadsConfig, LivePriorConfig, check
 from speeder_engine.errors import ConfigError, MissingDependency
 
 MOST_NEGATIVES = 1000  # every one is a row of the forward pass
@@ -38,16 +38,22 @@ class BackboneConfig(Config):
 
 @dataclass(frozen=True)
 class CollaborativeConfig(Config):
-    """S0: the SASRec whose item vectors become the collaborative modality."""
+    """S0: the SASRec whose item vectors become the collaborative modality.
+
+    `tune`: they go on learning with the model, instead of being frozen.
+    """
 
     dim: int = 64
     epochs: int = 8
     learning_rate: float = 3e-3
+    dropout: float = 0.3
+    tune: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dim", "epochs", "learning_rate"):
             check(getattr(self, name) > 0, f"collaborative.{name} must be positive, is {getattr(self, name)}")
         check(self.dim % 2 == 0, f"collaborative.dim must be even, is {self.dim}")
+        check(0 <= self.dropout < 1, f"collaborative.dropout must be within 0..1, is {self.dropout}")
 
 
 @dataclass(frozen=True)
@@ -89,13 +95,20 @@ class TrainingConfig(Config):
     image_encoder: str | None = None
     collaborative: CollaborativeConfig = field(default_factory=CollaborativeConfig)
     stages: tuple[Stage, ...] = DEFAULT_STAGES
+    mixing: str = "experts"  # MRC: "experts" (gated), "mean" (experts without a router), "concat" (one perceptron)
+    positions: str = "added"  # SPAE, absolute: "added" to tokens, "token" (a row of its own before each item), "none"
+    calendar_days: float = 0.0  # interaction times as buckets of so many days; 0: times are not read
     heads: HeadsConfig = field(default_factory=HeadsConfig)
+    live_prior: LivePriorConfig | None = None  # none: the prior is the popularity of all training events
     batch_size: int = 128
     weight_decay: float = 0.05
     warmup: float = 0.05
     max_grad_norm: float = 1.0
     token_dropout: float = 0.3
     modality_dropout: float = 0.1
+    time_dropout: float = 0.1  # histories shown without their times
+    label_smoothing: float = 0.0
+    averaging: float = 0.0  # decay a step of the averaged weights that are validated and kept; 0: the last weights
     rank_negatives: int = 7
     rank_weight: float = 0.3
     order_weight: float = 0.1
@@ -113,12 +126,17 @@ class TrainingConfig(Config):
         )
         step = f"window_step must be within 1..window ({self.window}), is {self.window_step}"
         check(1 <= self.window_step <= self.window, step)
-        for name in ("token_dropout", "modality_dropout", "warmup"):
+        check(self.mixing in MIXINGS, f"mixing: {self.mixing!r}; choose one of {', '.join(MIXINGS)}")
+        check(self.positions in POSITIONS, f"positions: {self.positions!r}; choose one of {', '.join(POSITIONS)}")
+        live = "live_prior and heads.prior: false contradict each other; leave one of them out"
+        check(self.live_prior is None or self.heads.prior, live)
+        dropouts = ("token_dropout", "modality_dropout", "time_dropout")
+        for name in (*dropouts, "warmup", "label_smoothing", "averaging"):
             check(0 <= getattr(self, name) < 1, f"{name} must be within 0..1, is {getattr(self, name)}")
         both = "heads.rank and rank_weight: give the head a weight, or leave it out (rank: false, rank_weight: 0)"
         check(self.heads.rank == (self.rank_weight > 0), both)
         check(not self.heads.title, "heads.title: a title head can't be trained yet; leave it out of the recipe")
-        for name in ("rank_weight", "order_weight", "weight_decay"):
+        for name in ("rank_weight", "order_weight", "weight_decay", "calendar_days"):
             check(getattr(self, name) >= 0, f"{name} can't be negative, is {getattr(self, name)}")
 
     @property

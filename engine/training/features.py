@@ -93,6 +93,7 @@ def _collaborative(split: Split, config: TrainingConfig) -> Features:
         dim=wanted.dim,
         window=config.window,
         epochs=wanted.epochs,
+        dropout=wanted.dropout,
         learning_rate=wanted.learning_rate,
         seed=config.seed,
     )

@@ -10,19 +10,24 @@ from torch import Tensor
 
 from speeder_engine.catalogue import ItemTable
 from speeder_engine.checkpoint import Checkpoint, TrainingState, check_replaceable
-from speeder_engine.config import CompressorConfig, ModelConfig, PromptConfig
+from speeder_engine.config import CalendarConfig, CompressorConfig, ModelConfig, PromptConfig
 from speeder_engine.data.splits import Histories, Split
 from speeder_engine.errors import ConfigError, DataError
-from speeder_engine.evaluation.model_scorer import ModelScorer
+from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.files import write_atomic
+from speeder_engine.live_prior import SECONDS_A_DAY, LivePopularity
 from speeder_engine.models.families import decoder_config
+from speeder_engine.models.prior import ConstantPrior, LivePrior, Prior
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.training.backbone import embedding_scale, instruction_ids, make_backbone
 from speeder_engine.training.batches import TrainingBatches
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.features import ItemFeatures, make_features
-from speeder_engine.training.trainer import Trainer
+from speeder_engine.training.token_table import TokenTable
+from speeder_engine.training.trainer import Trainer, Validate
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train(
@@ -53,9 +58,23 @@ def train(
 
     trainer.run(checkpoint.state, save)
     checkpoint.state = None
+    _take_learned(checkpoint, trainer, split)
     checkpoint.metrics = trainer.history[-1] if trainer.history else checkpoint.metrics
     checkpoint.save(out)
     return checkpoint
+
+
+def _take_learned(checkpoint: Checkpoint, trainer: Trainer, split: Split) -> None:
+    """What stood still until now: tuned item vectors, and the prior as it stands after the last training event."""
+    checkpoint.features |= trainer.table.learned_features()
+    live, weights = checkpoint.model.config.live_prior, checkpoint.model.prior_weights
+    if live is not None and weights is not None:
+        learned = replace(live, weights=tuple(float(weight) for weight in weights.detach()))
+        checkpoint.model.config = replace(checkpoint.model.config, live_prior=learned)
+        train = split.train
+        popularity = LivePopularity.of_events(learned, split.dataset.num_items, train.times, train.rows)
+        checkpoint.table = replace(checkpoint.table, prior=popularity.prior(int(popularity.times[-1]) + 1))
+    checkpoint.frozen_in = None
 
 
 def _log_path(out: Path) -> Path:
@@ -67,15 +86,21 @@ def new_checkpoint(split: Split, config: TrainingConfig, made: ItemFeatures) -> 
     items = split.dataset.items
     backbone, tokenizer = make_backbone(config.backbone, [config.instruction, *items.texts])
     prompt = PromptConfig(
-        config.instruction, instruction_ids(tokenizer, config.instruction), config.window, config.window_step
+        config.instruction,
+        instruction_ids(tokenizer, config.instruction),
+        config.window,
+        config.window_step,
+        calendar=make_calendar(split, config.calendar_days),
+        positions=config.positions,
     )
     hf = backbone.config
     widths = {name: made.features[name].dim for name in config.modalities if name in made.features}
-    compressor = CompressorConfig(widths, hf.hidden_size, scale=embedding_scale(backbone))  # type: ignore[union-attr,arg-type]
-    model = Recommender(ModelConfig(decoder_config(hf), compressor, prompt, config.heads), backbone)
+    scale = embedding_scale(backbone)
+    compressor = CompressorConfig(widths, hf.hidden_size, scale=scale, mixing=config.mixing)  # type: ignore[union-attr,arg-type]
+    shape = ModelConfig(decoder_config(hf), compressor, prompt, config.heads, config.live_prior)
     prior = popularity_prior(split.train, len(items)) if config.heads.prior else np.zeros(len(items), np.float32)
     return Checkpoint(
-        model=model,
+        model=Recommender(shape, backbone),
         tokenizer=tokenizer,
         table=ItemTable.fresh(items.item_ids, items.titles, prior),
         features=made.features,
@@ -83,6 +108,18 @@ def new_checkpoint(split: Split, config: TrainingConfig, made: ItemFeatures) -> 
         training={"config": config.to_json(), "data": split.dataset.fingerprint()},
         state=TrainingState(),
     )
+
+
+def make_calendar(split: Split, days: float) -> CalendarConfig | None:
+    """Buckets of so many days from the first training event to the last; None for 0 days."""
+    if not days:
+        return None
+    times = split.train.times
+    if times is None:
+        raise DataError(f"{split.dataset.name}: calendar_days needs times; give a time column or set it to 0")
+    seconds = round(days * SECONDS_A_DAY)
+    first = int(times.min())
+    return CalendarConfig(first, seconds, (int(times.max()) - first) // seconds + 1)
 
 
 def popularity_prior(train: Histories, num_items: int) -> NDArray[np.float32]:
@@ -93,22 +130,39 @@ def popularity_prior(train: Histories, num_items: int) -> NDArray[np.float32]:
 
 
 def _trainer(checkpoint: Checkpoint, split: Split, config: TrainingConfig, log: Path) -> Trainer:
-    model, prior = checkpoint.model, torch.from_numpy(checkpoint.table.prior)
+    model = checkpoint.model
     names = model.compressor.modalities
     kept = [(stage, tuple(name for name in stage.modalities if name in names)) for stage in config.stages]
     config = replace(config, stages=tuple(replace(stage, modalities=left) for stage, left in kept if left))
+    tuned = ("collaborative",) if config.collaborative.tune else ()
+    table = TokenTable(model.compressor, checkpoint.features, config.modality_dropout, tuned)
+    batches = TrainingBatches(split.train, split.dataset.num_items, config, model.config.prompt.calendar)
+    prior = training_prior(checkpoint, split)
+    return Trainer(model, table, prior, batches, _validation(checkpoint, split, config), config, log)
+
+
+def training_prior(checkpoint: Checkpoint, split: Split) -> Prior:
+    """What is known at each training event: of a live prior, the training events before it."""
+    model, train = checkpoint.model, split.train
+    if model.prior_weights is None or model.config.live_prior is None:
+        return ConstantPrior(torch.from_numpy(checkpoint.table.prior).to(DEVICE))
+    popularity = LivePopularity.of_events(model.config.live_prior, split.dataset.num_items, train.times, train.rows)
+    return LivePrior(popularity, model.prior_weights, DEVICE)
+
+
+def _validation(checkpoint: Checkpoint, split: Split, config: TrainingConfig) -> Validate:
     rng = np.random.default_rng(config.seed)
     users = np.sort(rng.permutation(split.users)[: config.validation_users])
     queries = split.queries("validation", users)
+    prior = query_prior(checkpoint, split, "validation")
 
     def validate(tokens: Tensor) -> dict[str, float]:
         with torch.no_grad():
-            scorer = ModelScorer(model, tokens, prior.to(tokens.device))
+            scorer = ModelScorer(checkpoint.model, tokens, prior)
             report = evaluate(scorer, queries, None, ks=(10,), show_progress=False)
         return {name: float(report.metrics[name]) for name in ("hr@10", "ndcg@10")}
 
-    batches = TrainingBatches(split.train, split.dataset.num_items, config)
-    return Trainer(model, checkpoint.features, prior, batches, validate, config, log)
+    return validate
 
 
 def _resumable(split: Split, config: TrainingConfig, out: Path) -> Checkpoint:

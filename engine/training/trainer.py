@@ -5,7 +5,7 @@ Between two epochs all state fits in a `TrainingState`: a run resumed from it go
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,28 @@ from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from speeder_engine.checkpoint import TrainingState
-from speeder_engine.encoders.features import Features
 from speeder_engine.errors import MissingDependency, SpeederError
+from speeder_engine.models.prior import Prior
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.progress import progress_bar
 from speeder_engine.training.batches import TrainingBatches
 from speeder_engine.training.config import Stage, TrainingConfig
 from speeder_engine.training.losses import Losses, compute_losses
+from speeder_engine.training.token_table import TokenTable
+from speeder_engine.training.weights import Weights, load_moments, pack, unpack
 
 METRIC = "ndcg@10"
 Validate = Callable[[Tensor], dict[str, float]]  # item tokens [I, d] -> metrics on the validation users
 
 
 class Trainer:
-    """Owns the optimizer and the loop; `model` is trained in place."""
+    """Owns the optimizer and the loop; `model` and what learns in `table` are trained in place."""
 
     def __init__(
         self,
         model: Recommender,
-        features: dict[str, Features],
-        prior: Tensor,
+        table: TokenTable,
+        prior: Prior,
         batches: TrainingBatches,
         validate: Validate,
         config: TrainingConfig,
@@ -47,12 +49,10 @@ class Trainer:
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
         self.model: Recommender = self.accelerator.prepare(model)
-        self.prior = prior.to(self.device)
+        self.table = table.to(self.device)
+        self.weights = Weights({"model": self.model, "table": self.table})
+        self.prior = prior
         self.batches, self.validate, self.log_path = batches, validate, log
-        names = model.compressor.modalities
-        self.values = {name: torch.from_numpy(features[name].values).to(self.device) for name in names}
-        present = [torch.from_numpy(features[name].present) for name in names]
-        self.present = torch.stack(present, dim=1).to(self.device)
         self.history: list[dict[str, Any]] = []
 
     def run(self, state: TrainingState, save: Callable[[TrainingState], None]) -> list[dict[str, Any]]:
@@ -69,23 +69,23 @@ class Trainer:
         self, stage: Stage, state: TrainingState, save: Callable[[TrainingState], None], progress: Progress
     ) -> None:
         optimizer, schedule = self._optimizer(stage, state.step)
-        best = self._restore(state, optimizer)
+        best, averaged = self._restore(state, optimizer)
         task = progress.add_task(f"{stage.name} {' + '.join(stage.modalities)}", total=self._steps(stage), note="")
         progress.update(task, completed=state.step)
         while state.epoch < stage.epochs and state.bad_epochs < self.config.patience:
             started = time.perf_counter()
-            loss = self._epoch(stage, state, optimizer, schedule, progress, task)
-            metrics = self.validate(self.tokens(self.share(stage, 1.0)))
+            loss = self._epoch(stage, state, optimizer, schedule, averaged, progress, task)
+            with self.weights.replaced_by(averaged):
+                metrics = self.validate(self.tokens(self.share(stage, 1.0)))
+                better = metrics[METRIC] > state.best
+                best = self.weights.copy() if better else best
             self._record(stage, state, loss, metrics, time.perf_counter() - started)
-            if metrics[METRIC] > state.best:
-                state.best, state.bad_epochs, best = metrics[METRIC], 0, _snapshot(self.model)
-            else:
-                state.bad_epochs += 1
+            state.best, state.bad_epochs = (metrics[METRIC], 0) if better else (state.best, state.bad_epochs + 1)
             progress.update(task, note=f"loss {loss:.3f}  {METRIC} {metrics[METRIC]:.4f} (best {state.best:.4f})")
-            state.tensors = _pack(self.model, optimizer, best)
+            state.tensors = pack({"now": self.weights.copy(), "best": best, "averaged": averaged or {}}, optimizer)
             save(state)
         progress.update(task, completed=self._steps(stage))
-        self.model.load_state_dict(best, strict=False)
+        self.weights.load(best)
 
     def _epoch(
         self,
@@ -93,24 +93,26 @@ class Trainer:
         state: TrainingState,
         optimizer: torch.optim.Optimizer,
         schedule: Any,
+        averaged: dict[str, Tensor] | None,
         progress: Progress,
         task: TaskID,
     ) -> float:
         """One pass over the training set; returns the mean retrieve loss."""
         self.model.train()
+        self.table.train()
         torch.manual_seed(self.config.seed * 100_003 + state.epochs_done)  # dropout, too, is resumed exactly
         total = count = 0.0
         for batch in self.batches.epoch(state.epochs_done):
             share = self.share(stage, state.step / max(self._steps(stage), 1))
-            losses = compute_losses(
-                self.model, self.tokens(share, drop=True), self.prior, batch.to(self.device), self.config
-            )
+            losses = compute_losses(self.model, self.table(share), self.prior, batch.to(self.device), self.config)
             self._check_finite(losses, stage, state.step)
             self.accelerator.backward(losses.total)
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+            self.accelerator.clip_grad_norm_(self.weights.parameters.values(), self.config.max_grad_norm)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
+            if averaged is not None:
+                self.weights.average_into(averaged, min(self.config.averaging, (1 + state.step) / (10 + state.step)))
             total += float(losses.retrieve.detach()) * losses.num_targets
             count += losses.num_targets
             state.step += 1
@@ -119,12 +121,10 @@ class Trainer:
         state.epochs_done += 1
         return total / count
 
-    def tokens(self, share: Tensor, drop: bool = False) -> Tensor:
-        """The item-token table [I, d], with modality dropout where `drop`."""
-        present = self.present
-        if drop and self.config.modality_dropout:
-            present = present & (torch.rand(present.shape, device=present.device) >= self.config.modality_dropout)
-        tokens: Tensor = self.model.compressor(self.values, present, share)
+    def tokens(self, share: Tensor) -> Tensor:
+        """The item-token table [I, d], nothing dropped."""
+        self.table.eval()
+        tokens: Tensor = self.table(share)
         return tokens
 
     def share(self, stage: Stage, done: float) -> Tensor:
@@ -140,7 +140,7 @@ class Trainer:
         """AdamW and its cosine, `step` steps into the stage."""
         from transformers import get_cosine_schedule_with_warmup
 
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = list(self.weights.parameters.values())
         decayed = [p for p in trained if p.ndim >= 2]
         groups = [
             {"params": decayed, "weight_decay": self.config.weight_decay},
@@ -152,13 +152,15 @@ class Trainer:
         warmup, end = int(self.config.warmup * self._steps(stage)), int(1.05 * self._steps(stage))
         return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, end, last_epoch=step - 1)
 
-    def _restore(self, state: TrainingState, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """Puts a resumed stage's weights and moments in place; returns its best weights so far."""
-        if not state.tensors:
-            return _snapshot(self.model)
-        self.model.load_state_dict(_part(state.tensors, "model."), strict=False)
-        load_moments(optimizer, _part(state.tensors, "optimizer."))
-        return _part(state.tensors, "best.")
+    def _restore(
+        self, state: TrainingState, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """Puts a resumed stage's weights and moments in place; returns its best weights so far, and the averaged."""
+        if state.tensors:
+            self.weights.load(unpack(state.tensors, "now"))
+            load_moments(optimizer, unpack(state.tensors, "optimizer"))
+        averaged = unpack(state.tensors, "averaged") or (self.weights.copy() if self.config.averaging else None)
+        return unpack(state.tensors, "best") or self.weights.copy(), averaged
 
     def _check_finite(self, losses: Losses, stage: Stage, step: int) -> None:
         for name in ("retrieve", "rank", "order"):
@@ -178,32 +180,3 @@ class Trainer:
         if self.log_path is not None:
             with self.log_path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-
-
-def _trained(model: Recommender) -> Iterable[tuple[str, Tensor]]:
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-
-
-def _snapshot(model: Recommender) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in _trained(model)}
-
-
-def _pack(model: Recommender, optimizer: torch.optim.Optimizer, best: dict[str, Tensor]) -> dict[str, Tensor]:
-    packed = {f"model.{name}": p.detach() for name, p in _trained(model)}
-    packed |= {f"best.{name}": value for name, value in best.items()}
-    moments = optimizer.state_dict()["state"]
-    packed |= {f"optimizer.{index}.{name}": value for index, each in moments.items() for name, value in each.items()}
-    return packed
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def load_moments(optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
-    """The inverse of how `_pack` flattens an optimizer's state."""
-    nested: dict[int, dict[str, Tensor]] = {}
-    for name, value in moments.items():
-        index, key = name.split(".", 1)
-        nested.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": nested})

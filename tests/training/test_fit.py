@@ -18,6 +18,7 @@ from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.export.engine_directory import export_engine
 from speeder_engine.models.families import FAMILIES
+from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.training import trainer as trainer_module
 from speeder_engine.training.backbone import train_tokenizer
 from speeder_engine.training.config import BackboneConfig, Stage, TrainingConfig
@@ -51,7 +52,9 @@ def finished(split, tmp_path_factory):
 
 def test_it_learns_the_rule(split, finished):
     checkpoint, folder = finished
-    scorer = ModelScorer(checkpoint.model, checkpoint.item_tokens(), torch.from_numpy(checkpoint.table.prior))
+    scorer = ModelScorer(
+        checkpoint.model, checkpoint.item_tokens(), ConstantPrior(torch.from_numpy(checkpoint.table.prior))
+    )
     report = evaluate(scorer, split.queries("test"), None, ks=(1, 10))
     assert report.metrics["hr@1"] > 0.8  # by chance 1 in 24
     log = [json.loads(line) for line in (folder / "c.log.jsonl").read_text().splitlines()]
@@ -186,7 +189,9 @@ def test_a_pretrained_backbone_of_every_family_is_tuned_and_served(split, tmp_pa
     tuned = [p for name, p in checkpoint.model.named_parameters() if "lora_B" in name]
     assert tuned and all(p.abs().max() > 0 for p in tuned)
     checkpoint.model.eval()
-    scorer = ModelScorer(checkpoint.model, checkpoint.item_tokens(), torch.from_numpy(checkpoint.table.prior))
+    scorer = ModelScorer(
+        checkpoint.model, checkpoint.item_tokens(), ConstantPrior(torch.from_numpy(checkpoint.table.prior))
+    )
     histories = [np.array(rows, np.int32) for rows in ([], [3], [5, 7, 9], range(15))]
     with torch.no_grad():
         expected = scorer.user_vectors(histories).numpy()

@@ -7,6 +7,7 @@ from reference import make_tiny, reference_scores
 from torch.nn import functional as F
 
 from speeder_engine.config import HeadsConfig
+from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.training.batches import PAD, TrainingBatch
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.losses import compute_losses
@@ -33,12 +34,17 @@ def make_batch(lengths=(3, 7, 1), seed=0):
     candidates = np.concatenate([targets[np.arange(size), cuts][:, None], negatives], axis=1)
     pairs = np.array([[max(n - 1, 0), 0] for n in lengths])
     arrays = (rows, np.array(lengths), targets, cuts, candidates, pairs)
-    return TrainingBatch(*(torch.from_numpy(array) for array in arrays), torch.zeros(size))
+    return TrainingBatch(
+        *(torch.from_numpy(array) for array in arrays),
+        torch.zeros(size),
+        torch.zeros(size, longest, dtype=torch.long),
+        torch.zeros(size, longest + 1, dtype=torch.long),
+    )
 
 
 def test_losses_equal_those_of_separate_prompts(tiny):
     batch = make_batch()
-    losses = compute_losses(tiny.model, tiny.tokens, tiny.prior, batch, CONFIG)
+    losses = compute_losses(tiny.model, tiny.tokens, ConstantPrior(tiny.prior), batch, CONFIG)
     retrieve, rank = [], []
     for i, n in enumerate(batch.lengths.tolist()):
         rows = batch.rows[i, :n].numpy()
@@ -53,7 +59,7 @@ def test_losses_equal_those_of_separate_prompts(tiny):
 
 
 def test_padding_and_company_change_nothing(tiny):
-    whole = compute_losses(tiny.model, tiny.tokens, tiny.prior, make_batch((3, 7, 1)), CONFIG)
+    whole = compute_losses(tiny.model, tiny.tokens, ConstantPrior(tiny.prior), make_batch((3, 7, 1)), CONFIG)
     order, rank, retrieve, count = [], [], 0.0, 0
     batch = make_batch((3, 7, 1))
     for i, n in enumerate(batch.lengths.tolist()):
@@ -62,8 +68,10 @@ def test_padding_and_company_change_nothing(tiny):
             batch.lengths[i : i + 1],
             batch.targets[i : i + 1, : n + 1],
             *(getattr(batch, name)[i : i + 1] for name in ("cuts", "candidates", "pairs", "first_is_earlier")),
+            batch.buckets[i : i + 1, :n],
+            batch.times[i : i + 1, : n + 1],
         )
-        losses = compute_losses(tiny.model, tiny.tokens, tiny.prior, alone, CONFIG)
+        losses = compute_losses(tiny.model, tiny.tokens, ConstantPrior(tiny.prior), alone, CONFIG)
         rank.append(losses.rank)
         if n > 1:
             order.append(losses.order)
@@ -76,9 +84,9 @@ def test_padding_and_company_change_nothing(tiny):
 def test_the_order_task_sees_the_history(tiny):
     """The same two items in another history must be able to get another answer."""
     batch = make_batch((7,))
-    before = compute_losses(tiny.model, tiny.tokens, tiny.prior, batch, CONFIG).order
+    before = compute_losses(tiny.model, tiny.tokens, ConstantPrior(tiny.prior), batch, CONFIG).order
     batch.rows[0, 3] = (batch.rows[0, 3] + 1) % 120
-    assert compute_losses(tiny.model, tiny.tokens, tiny.prior, batch, CONFIG).order != before
+    assert compute_losses(tiny.model, tiny.tokens, ConstantPrior(tiny.prior), batch, CONFIG).order != before
 
 
 def test_a_loss_without_weight_is_not_computed(tiny):
@@ -86,15 +94,15 @@ def test_a_loss_without_weight_is_not_computed(tiny):
     config = TrainingConfig(
         window=12, window_step=4, token_dropout=0.0, rank_weight=0.0, order_weight=0.0, heads=without
     )
-    full = compute_losses(tiny.model, tiny.tokens, tiny.prior, make_batch(), CONFIG)
-    bare = compute_losses(tiny.model, tiny.tokens, tiny.prior, make_batch(), config)
+    full = compute_losses(tiny.model, tiny.tokens, ConstantPrior(tiny.prior), make_batch(), CONFIG)
+    bare = compute_losses(tiny.model, tiny.tokens, ConstantPrior(tiny.prior), make_batch(), config)
     torch.testing.assert_close(bare.retrieve, full.retrieve, atol=1e-5, rtol=1e-5)
     assert bare.rank == bare.order == 0 and bare.total == bare.retrieve
 
 
 def test_gradients_reach_every_part(tiny):
     tiny.tokens.requires_grad_()
-    compute_losses(tiny.model, tiny.tokens, tiny.prior, make_batch(), CONFIG).total.backward()
+    compute_losses(tiny.model, tiny.tokens, ConstantPrior(tiny.prior), make_batch(), CONFIG).total.backward()
     untouched = [
         name
         for name, parameter in tiny.model.named_parameters()

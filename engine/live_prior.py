@@ -1,0 +1,61 @@
+"""The prior as it stands at a moment: decayed counts of the events so far, weighed as training found best.
+
+f_s(i, t) = log(1 + sum over events e of item i before t of 2^(-(t - t_e) / half_life_s))
+prior(i, t) = sum_s w_s f_s(i, t)
+
+Counts move while a model serves: `LivePopularity.prior(now)` goes into `Engine.set_prior`, no cache is touched.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speeder_engine.config import LivePriorConfig
+from speeder_engine.errors import ConfigError, DataError
+
+SECONDS_A_DAY = 86_400
+Floats = NDArray[np.float32]
+Ints = NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class LivePopularity:
+    """Events of all users, `times` int64 [N] Unix seconds ascending and `rows` [N] of `num_items` items."""
+
+    config: LivePriorConfig
+    num_items: int
+    times: NDArray[np.int64]
+    rows: NDArray[np.int32]
+
+    @classmethod
+    def of_events(cls, config: LivePriorConfig, num_items: int, times: Ints | None, rows: Ints) -> "LivePopularity":
+        """Events in any order; DataError where they have no times."""
+        if times is None:
+            raise DataError("live prior: the interactions have no times; give a time column or leave live_prior out")
+        order = np.argsort(times, kind="stable")
+        return cls(config, num_items, times[order].astype(np.int64), rows[order].astype(np.int32))
+
+    def features(self, moments: Ints) -> Floats:
+        """float32 [n, num_items, S] at the moments int64 [n], in any order: only events strictly before count."""
+        half_lives = np.asarray(self.config.half_lives_days) * SECONDS_A_DAY
+        found = np.empty((len(moments), self.num_items, len(half_lives)), np.float32)
+        counts = np.zeros((self.num_items, len(half_lives)))
+        now, done = int(self.times[0]) if len(self.times) else 0, 0
+        ends = np.searchsorted(self.times, moments)
+        for at in np.argsort(moments, kind="stable"):
+            moment, end = max(int(moments[at]), now), int(ends[at])
+            counts *= np.exp2(-(moment - now) / half_lives)
+            weights = np.exp2(-(moment - self.times[done:end, None]) / half_lives)  # [events, S]
+            np.add.at(counts, self.rows[done:end], weights)
+            found[at] = np.log1p(counts)
+            now, done = moment, end
+        return found
+
+    def prior(self, moment: int) -> Floats:
+        """float32 [num_items]: what `Engine.set_prior` takes at Unix second `moment`."""
+        if not self.config.weights:
+            raise ConfigError("live prior: its weights are learned in training; take the config of an engine directory")
+        weighed: Floats = self.features(np.array([moment]))[0] @ np.asarray(self.config.weights, np.float32)
+        return weighed

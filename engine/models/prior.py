@@ -1,0 +1,57 @@
+"""What is added to scores: the prior, a constant of the catalogue or popularity as it stood at each target."""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from speeder_engine.live_prior import LivePopularity
+
+REFRESH = 3600  # seconds: how old counts are at most in training, as where a service sets them every hour
+
+
+class Prior(Protocol):
+    def at(self, times: Tensor) -> Tensor:
+        """Unix seconds [n] -> [n, I], or [I] where it is the same at all times."""
+        ...
+
+
+class ConstantPrior:
+    """[I], whenever."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def at(self, times: Tensor) -> Tensor:
+        return self.values
+
+
+class LivePrior:
+    """Features of a `LivePopularity` at every hour that has an event, weighed by a model's `prior_weights` [S]."""
+
+    def __init__(self, popularity: LivePopularity, weights: nn.Parameter, device: torch.device) -> None:
+        self.weights = weights
+        self.hours = torch.from_numpy(np.unique(popularity.times // REFRESH)).to(device)
+        found = popularity.features(self.hours.cpu().numpy() * REFRESH)
+        self.features = torch.from_numpy(found.astype(np.float16)).to(device)  # [hours, I, S]
+
+    def at(self, times: Tensor) -> Tensor:
+        hours = torch.searchsorted(self.hours, torch.div(times, REFRESH, rounding_mode="floor"))
+        return self.features[hours.clamp_max(len(self.hours) - 1)].to(self.weights.dtype) @ self.weights
+
+
+class ExactPrior:
+    """The same to the second, for evaluation: only events before the query count, however close."""
+
+    def __init__(self, popularity: LivePopularity, weights: Tensor) -> None:
+        self.popularity, self.weights = popularity, weights
+
+    def at(self, times: Tensor) -> Tensor:
+        features = torch.from_numpy(self.popularity.features(times.cpu().numpy())).to(self.weights.device)
+        return features @ self.weights.detach()
+
+
+def of_candidates(prior: Tensor, candidates: Tensor) -> Tensor:
+    """Prior [I] or [B, I] -> [B, C] of the candidate rows [B, C]."""
+    return prior[candidates] if prior.ndim == 1 else prior.gather(1, candidates)
