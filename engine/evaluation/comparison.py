@@ -10,8 +10,7 @@ from speeder_engine.evaluation.bootstrap import Interval, paired_difference
 from speeder_engine.evaluation.groups import GROUP_METRICS, Grouping, GroupMetrics, grouped
 from speeder_engine.evaluation.report import Report
 from speeder_engine.evaluation.report_table import difference_table, group_table, report_table
-
-PAIRED_METRICS = ("hr@10", "ndcg@10", "vhr@1")
+from speeder_engine.evaluation.results import PAIRED_METRICS
 
 
 @dataclass(frozen=True, eq=False)
