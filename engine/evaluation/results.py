@@ -40,8 +40,12 @@ def paired_rows(
     against_name: str,
     metrics: Sequence[str] = PAIRED_METRICS,
 ) -> list[Row]:
-    """A row a metric of the difference to `against`, which is a system or a variant of the same system by its name."""
-    named = {"system": system, "variant": variant, "against": against_name}
+    """A row a metric of the difference to `against`, reports of another system or of a variant of the same one.
+
+    system, variant, uses_time (of the first), against, metric, mean, low, high.
+    """
+    uses_time = _uses_time(reports_by_seed, system)
+    named = {"system": system, "variant": variant, "uses_time": uses_time, "against": against_name}
     return [
         {**named, "metric": metric, **_bounds(paired_difference(reports_by_seed, against, metric))}
         for metric in _metrics([*reports_by_seed, *against], metrics)
