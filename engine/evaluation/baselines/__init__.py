@@ -1,17 +1,19 @@
 """Systems that a model must beat. `BASELINES[name](split)` fits one.
 
 Those of `COUNTED` and `TIMED` only count, in seconds; `TIMED` ones need the interactions' times, and of these all but
-`popularity_at_last` the query's.
+`popularity_at_last` the query's. Those of `TRAINED` and `ENSEMBLES` take minutes.
 """
 
 from collections.abc import Callable
 from functools import partial
 
 from speeder_engine.data.splits import Histories, Split
+from speeder_engine.evaluation.baselines.ensemble import Ensemble, Member
 from speeder_engine.evaluation.baselines.item_knn import ItemKNN
 from speeder_engine.evaluation.baselines.markov import LastItemMarkov
 from speeder_engine.evaluation.baselines.popularity import Popularity
 from speeder_engine.evaluation.baselines.recent_popularity import RecentPopularity
+from speeder_engine.evaluation.baselines.sasrec_time import SASRecTime
 from speeder_engine.evaluation.baselines.sequence import SEQUENCE_MODELS, SequenceBaseline
 from speeder_engine.evaluation.scorer import Scorer
 
@@ -35,4 +37,17 @@ TIMED: dict[str, Factory] = {
     "live_popularity_2": partial(RecentPopularity.fit_live, days=2, name="live_popularity_2"),
 }
 TRAINED: dict[str, Factory] = {name: partial(SequenceBaseline.fit, name) for name in SEQUENCE_MODELS}
-BASELINES = COUNTED | TIMED | TRAINED
+TRAINED["sasrec_time"] = SASRecTime.fit
+SINGLE = COUNTED | TIMED | TRAINED
+
+
+def _ensemble(name: str, split: Split) -> Ensemble:
+    members = [Member(SINGLE[each](split), each not in TRAINED) for each in name.split("+")]
+    return Ensemble.fit(name, members, split.queries("validation"))
+
+
+ENSEMBLES: dict[str, Factory] = {
+    name: partial(_ensemble, name)
+    for name in ("sasrec+itemknn", "sasrec+live_popularity+itemknn", "sasrec_time+live_popularity+itemknn")
+}
+BASELINES = SINGLE | ENSEMBLES
