@@ -80,8 +80,10 @@ def evaluate(
     systems: Annotated[
         list[str],
         typer.Argument(
-            help="Checkpoints, engine directories or baselines: popularity, markov, itemknn, recent_popularity, "
-            "sasrec, gru4rec, hstu; the last three are trained first, minutes each."
+            help="Checkpoints, engine directories or baselines: popularity, markov, itemknn; with times "
+            "popularity_at_last, recent_popularity, recent_popularity_7, live_popularity, live_popularity_2; "
+            "trained first, minutes each: sasrec, gru4rec, hstu, sasrec_time (with times), sasrec+itemknn, "
+            "sasrec+live_popularity+itemknn, sasrec_time+live_popularity+itemknn."
         ),
     ],
     data: Annotated[Path, typer.Option(help="Data folder.")],
@@ -93,19 +95,26 @@ def evaluate(
         str | None,
         typer.Option(help="How engines answer the candidate lists: retrieve, rank, title, or generate (free text)."),
     ] = None,
+    by: Annotated[
+        str, typer.Option(help="Also for groups of users: length, popularity (of the target), or both.")
+    ] = "",
+    against: Annotated[
+        str | None, typer.Option(help="A system: how much the others differ from it, with paired 95 % intervals.")
+    ] = None,
     min_interactions: Annotated[int, typer.Option(help="k of the k-core.")] = 5,
     column: Column = None,
     as_json: AsJson = False,
 ) -> None:
     """Full ranking and the candidate protocol (1 target, 19 negatives), systems side by side."""
     from speeder_engine.data.columns import Columns
-    from speeder_engine.evaluation.compare import compare, print_reports
+    from speeder_engine.evaluation.compare import compare, print_comparison
 
-    reports = compare(systems, data, part, candidates, min_interactions, Columns.parse(column or []), head)
+    columns, groupings = Columns.parse(column or []), [name.strip() for name in by.split(",") if name.strip()]
+    comparison = compare(systems, data, part, candidates, min_interactions, columns, head, groupings, against)
     if as_json:
-        typer.echo(json.dumps([report.to_json() for report in reports]))
+        typer.echo(json.dumps(comparison.to_json()))
     else:
-        print_reports(reports)
+        print_comparison(comparison)
 
 
 @export_app.command("engine")

@@ -17,10 +17,11 @@ from speeder_engine.data.dataset import Dataset, load_dataset
 from speeder_engine.data.splits import Queries, Split, leave_one_out
 from speeder_engine.engine import Engine
 from speeder_engine.errors import ConfigError, name_some
-from speeder_engine.evaluation.baselines import COUNTED
+from speeder_engine.evaluation.baselines import COUNTED, TIMED
 from speeder_engine.evaluation.engine_scorer import EngineScorer
 from speeder_engine.evaluation.protocols import evaluate
-from speeder_engine.evaluation.report import Report, report_table
+from speeder_engine.evaluation.report import Report
+from speeder_engine.evaluation.report_table import report_table
 from speeder_engine.export.engine_directory import export_engine
 from speeder_engine.synthetic import write_synthetic_dataset
 from speeder_engine.tables import latency_table, recommendation_table
@@ -153,6 +154,6 @@ def _seconds(call: Callable[[], object]) -> float:
 def measure(engine: Engine, split: Split, queries: Queries, lists: CandidateLists) -> list[Report]:
     """The engine beside the baselines that take no training, on the same queries and lists."""
     systems = [EngineScorer(engine, split.dataset.item_ids)]
-    named = [name for name in COUNTED if split.train.times is not None or name != "recent_popularity"]
-    baselines = [COUNTED[name](split) for name in named]
+    counted = COUNTED if split.train.times is None else COUNTED | TIMED
+    baselines = [fit(split) for fit in counted.values()]
     return [evaluate(system, queries, lists) for system in [*systems, *baselines]]

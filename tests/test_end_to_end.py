@@ -116,10 +116,10 @@ def test_made_catalogue(tmp_path):
     assert set(engine.parts.config.compressor.modalities) == {"text", "collaborative", "image"}
     compared = compare(
         [str(tmp_path / "engine"), str(tmp_path / "checkpoint"), "popularity"], folder, candidates=tmp_path / "lists"
-    )
+    ).reports
     by_engine, by_checkpoint, _ = (report.metrics for report in compared)
     assert by_engine == pytest.approx(by_checkpoint, abs=0.006)  # a rounding may turn two users' ranks
-    again = compare(["popularity"], folder, candidates=tmp_path / "lists")[0]
+    again = compare(["popularity"], folder, candidates=tmp_path / "lists").reports[0]
     assert again.metrics == compared[2].metrics
     assert json.loads((tmp_path / "engine" / "engine.json").read_text())["limits"]["num_items"] == len(engine.catalogue)
     check_upserts(engine, load_dataset(folder), Checkpoint.load(tmp_path / "checkpoint"))

@@ -53,9 +53,11 @@ class SASRec(SequenceModel):
         nn.init.normal_(self.items.weight, std=config.dim**-0.5)
         nn.init.normal_(self.positions.weight, std=0.02)
 
-    def forward(self, rows: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, added: Tensor | None = None) -> Tensor:
+        """`added` [batch, length, dim] goes into the inputs, beside items and positions."""
         slots = torch.arange(rows.shape[1], device=rows.device)
-        hidden = self.dropout(self.items(rows) + self.positions(slots))
+        inputs = self.items(rows) + self.positions(slots)
+        hidden = self.dropout(inputs if added is None else inputs + added)
         for layer in self.layers:
             hidden = layer(hidden)
         return self.norm(hidden)  # type: ignore[no-any-return]

@@ -3,10 +3,13 @@
 It sees rows only; which events are training events is the caller's matter.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,14 +20,16 @@ from speeder_engine.progress import progress_bar
 
 Validation = tuple[Ints, Ints, Ints]  # offsets [U + 1], rows [N], the one target row of each history [U]
 Model = TypeVar("Model", bound=SequenceModel)
+Loss = Callable[[Tensor, Tensor], Tensor]  # of the windows with these first rows and numbers of steps, int64 [B] each
 WARM_UP = 0.05
 
 
 class BestEpoch:
     """Keeps the weights of the best validated epoch and says when `patience` epochs brought nothing better."""
 
-    def __init__(self, model: SequenceModel) -> None:
+    def __init__(self, model: nn.Module, patience: int) -> None:
         self.model = model
+        self.patience = patience
         self.metric = -1.0
         self.epochs_since = 0
         self.weights: dict[str, Tensor] = {}
@@ -35,7 +40,7 @@ class BestEpoch:
 
     @property
     def is_over(self) -> bool:
-        return self.epochs_since >= self.model.config.patience
+        return self.epochs_since >= self.patience
 
     def offer(self, metric: float) -> None:
         self.epochs_since += 1
@@ -71,15 +76,22 @@ def fit_sequence_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = kind(num_items, config)
-        optimise(model, torch.from_numpy(rows.astype(np.int64)), starts, lengths, validation, title)
+        events = torch.from_numpy(rows.astype(np.int64))
+        validated = None if validation is None else partial(validated_ndcg, model, validation)
+        optimise(model, config, partial(batch_loss, model, events), starts, lengths, validated, title)
     return model.eval()
 
 
 def optimise(
-    model: SequenceModel, rows: Tensor, starts: Ints, lengths: Ints, validation: Validation | None, title: str
+    model: nn.Module,
+    config: SequenceConfig,
+    loss_of: Loss,
+    starts: Ints,
+    lengths: Ints,
+    validated: Callable[[], float] | None,
+    title: str,
 ) -> None:
-    """AdamW under a warm-up and a cosine; leaves the best validated weights, or the last, in the model."""
-    config = model.config
+    """AdamW under a warm-up and a cosine; leaves the weights that validated best, or the last, in the model."""
     generator = np.random.default_rng(config.seed)
     epochs = [draw_batches(lengths, config.tokens_per_batch, generator) for _ in range(config.epochs)]
     total = sum(map(len, epochs))
@@ -87,21 +99,21 @@ def optimise(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=total + 1, pct_start=WARM_UP, cycle_momentum=False
     )
-    best = BestEpoch(model)
+    best = BestEpoch(model, config.patience)
     with progress_bar() as progress:
         task = progress.add_task(title, total=total, note="")
         for batches in epochs:
             model.train()
             for batch in batches:
-                loss = batch_loss(model, rows, torch.from_numpy(starts[batch]), torch.from_numpy(lengths[batch]))
+                loss = loss_of(torch.from_numpy(starts[batch]), torch.from_numpy(lengths[batch]))
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
                 progress.update(task, advance=1, note=f"loss {loss.item():.3f}{best.note}")
-            if validation is not None:
-                best.offer(validated_ndcg(model, validation))
+            if validated is not None:
+                best.offer(validated())
                 if best.is_over:
                     break
     best.restore()
@@ -114,16 +126,26 @@ def batch_loss(model: SequenceModel, rows: Tensor, starts: Tensor, lengths: Tens
 
 
 def validated_ndcg(model: SequenceModel, validation: Validation) -> float:
-    """NDCG@10 with one target each: 1 / log2(2 + number of unseen items scored above it), 0 from the tenth on."""
+    """`ndcg_at_10` of the model's scores."""
+    offsets, rows, _ = validation
+    return ndcg_at_10(
+        lambda users: model.scores([rows[offsets[user] : offsets[user + 1]] for user in users]).numpy(), validation
+    )
+
+
+def ndcg_at_10(scores_of: Callable[[range], NDArray[np.float32]], validation: Validation) -> float:
+    """With one target each: 1 / log2(2 + number of unseen items scored above it), 0 from the tenth on.
+
+    `scores_of` gives those of some users, [n, num_items], and loses them: the history's are overwritten.
+    """
     offsets, rows, targets = validation
     gains = np.zeros(len(targets))
     for start in range(0, len(targets), SCORED_AT_ONCE):
         chunk = range(start, min(start + SCORED_AT_ONCE, len(targets)))
-        histories = [rows[offsets[user] : offsets[user + 1]] for user in chunk]
-        scores = model.scores(histories).numpy()
+        scores = scores_of(chunk)
         wanted = scores[np.arange(len(chunk)), targets[chunk.start : chunk.stop]].copy()
-        for line, history in zip(scores, histories, strict=True):
-            line[history] = -np.inf
+        for line, user in zip(scores, chunk, strict=True):
+            line[rows[offsets[user] : offsets[user + 1]]] = -np.inf
         above = (scores > wanted[:, None]).sum(axis=1)
         gains[chunk.start : chunk.stop] = np.where(above < 10, 1 / np.log2(2 + above), 0)
     return float(gains.mean())

@@ -15,11 +15,12 @@ from speeder_engine.data.splits import FROM_END, Part, Split, leave_one_out
 from speeder_engine.engine import Engine
 from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.evaluation.baselines import BASELINES
+from speeder_engine.evaluation.comparison import Comparison
 from speeder_engine.evaluation.engine_scorer import EngineScorer
 from speeder_engine.evaluation.generation_scorer import GenerationScorer
+from speeder_engine.evaluation.groups import GROUPINGS, check_groupings
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
-from speeder_engine.evaluation.report import Report, report_table
 from speeder_engine.evaluation.scorer import Scorer
 
 GENERATE = "generate"  # the literature's way: a title is written, and the candidate that has it is the answer
@@ -34,17 +35,22 @@ def compare(
     min_interactions: int = 5,
     columns: Columns | None = None,
     head: str | None = None,
-) -> list[Report]:
+    by: Sequence[str] = (),
+    against: str | None = None,
+) -> Comparison:
     """One report a system, all on the same queries and candidate lists.
 
     candidates: a file of frozen lists, drawn and written if it isn't there; None draws the same lists without keeping
-    them. head: how engine directories answer those lists, one of `HEADS`; None leaves it to the engine. Raises
+    them. head: how engine directories answer those lists, one of `HEADS`; None leaves it to the engine. by: names
+    of GROUPINGS. against: the system that others are paired with, evaluated too where it isn't among `systems`. Raises
     ConfigError for a system that is neither a folder of ours nor a baseline.
     """
     if head is not None and head not in HEADS:
         raise ConfigError(f"head: {head!r} is no way to answer; choose one of {', '.join(HEADS)}")
     if part not in FROM_END:
         raise ConfigError(f"part: {part!r}; choose {' or '.join(FROM_END)}")
+    check_groupings(by)
+    systems = list(dict.fromkeys([*systems, *([] if against is None else [against])]))
     for system in systems:
         _check_system(system)
     split = leave_one_out(load_dataset(data, columns=columns, min_interactions=min_interactions))
@@ -53,7 +59,8 @@ def compare(
     lists = draw_candidates(split.dataset, queries)
     if candidates is not None:
         lists = frozen_candidates(candidates, split.dataset, queries)
-    return [evaluate(scorer, queries, lists) for scorer in scorers(systems, split, asked, head)]
+    reports = [evaluate(scorer, queries, lists) for scorer in scorers(systems, split, asked, head)]
+    return Comparison.of(reports, [GROUPINGS[name](split, queries) for name in by], against)
 
 
 def scorers(systems: Sequence[str], split: Split, part: Part, head: str | None = None) -> Iterator[Scorer]:
@@ -62,8 +69,8 @@ def scorers(systems: Sequence[str], split: Split, part: Part, head: str | None =
         yield _scorer(system, split, part, head)
 
 
-def print_reports(reports: Sequence[Report]) -> None:
-    Console().print(report_table(reports))
+def print_comparison(comparison: Comparison) -> None:
+    Console().print(*comparison.tables(), sep="\n")
 
 
 def _check_system(system: str) -> None:

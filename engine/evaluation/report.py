@@ -1,19 +1,21 @@
-"""What an evaluation found: means for people and machines, values per user for intervals. Computes no scores."""
+"""What an evaluation found: means, and values per user for intervals; kept in a file. Computes no scores."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
-from rich.table import Column, Table
-from rich.text import Text
 
 from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.evaluation.metrics import Rows, Values, per_user
+from speeder_engine.files import write_atomic
 
-COLUMNS = ("vhr@1", "valid_ratio", "hr@1", "hr@10", "ndcg@10", "mrr", "coverage@10")
+FORMAT = "speeder report 1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,7 @@ class Report:
 
     `ranks` int32 [Q] are of the targets over the full catalogue, from 0, for `users` int32 [Q]; `metrics` has flat
     keys: `hr@K`, `ndcg@K`, `mrr`, `coverage@10`, and on candidate lists `vhr@1`, `valid_ratio`, `hr@1_valid`.
+    `notes` are the caller's own (a seed, a variant), anything that JSON can hold.
     """
 
     system: str
@@ -43,6 +46,7 @@ class Report:
     ranks: Rows
     metrics: dict[str, float]
     on_candidates: CandidateOutcome | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         lengths = {len(self.users), len(self.ranks)}
@@ -73,27 +77,28 @@ class Report:
             "metrics": dict(self.metrics),
         }
 
+    def save(self, path: Path | str, notes: Mapping[str, Any] | None = None) -> None:
+        """One .npz without pickle, old or new at every moment; `notes` are added to the report's own."""
+        told = {"format": FORMAT, **self.to_json(), "notes": {**self.notes, **(notes or {})}}
+        arrays = {"users": self.users, "ranks": self.ranks, "report": np.array(json.dumps(told))}
+        if self.on_candidates is not None:
+            arrays |= {"candidate_ranks": self.on_candidates.ranks, "valid": self.on_candidates.valid}
+        content = io.BytesIO()
+        np.savez_compressed(content, allow_pickle=False, **arrays)
+        write_atomic(Path(path), content.getvalue())
 
-def report_table(reports: Sequence[Report], columns: Sequence[str] = COLUMNS) -> Table:
-    """Two classes, without and with knowledge of the query's time; the best of each class and column is bold."""
-    shown = [name for name in columns if any(name in report.metrics for report in reports)]
-    # all figures stay whole on 80 columns: the headers fold
-    numbers = (Column(name, justify="right", min_width=6, overflow="fold") for name in shown)
-    table = Table(Column("system", no_wrap=True), *numbers, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for uses_time, title in ((False, "without query time"), (True, "with query time")):
-        group = [report for report in reports if report.uses_time is uses_time]
-        if not group:
-            continue
-        table.add_section()
-        table.add_row(Text(title, "italic"))
-        best = {name: max(report.metrics.get(name, -np.inf) for report in group) for name in shown}
-        for report in group:
-            cells = [_cell(report.metrics.get(name), best[name]) for name in shown]
-            table.add_row(Text(report.system), *cells)
-    return table
-
-
-def _cell(value: float | None, best: float) -> Text:
-    if value is None:
-        return Text("-", "dim")
-    return Text(f"{value:.4f}", "bold" if value == best else "")
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """DataError where `path` is no report as `save` writes it."""
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                told = json.loads(str(arrays["report"]))
+                if told["format"] != FORMAT:
+                    raise ValueError(f"its format is {told['format']!r}, not {FORMAT!r}")
+                outcome = None
+                if "valid" in arrays:
+                    outcome = CandidateOutcome(arrays["candidate_ranks"], arrays["valid"])
+                users, ranks, metrics = arrays["users"], arrays["ranks"], told["metrics"]
+            return cls(told["system"], told["uses_time"], users, ranks, metrics, outcome, told["notes"])
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path}: not a readable report ({error}); evaluate again and save it") from error

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,7 @@ from speeder_engine.data.candidates import draw_candidates
 from speeder_engine.data.dataset import load_dataset
 from speeder_engine.data.splits import leave_one_out
 from speeder_engine.errors import ConfigError, DataError
-from speeder_engine.evaluation.baselines import BASELINES, COUNTED
+from speeder_engine.evaluation.baselines import BASELINES, COUNTED, ENSEMBLES, TIMED, TRAINED
 from speeder_engine.evaluation.baselines.markov import LastItemMarkov
 from speeder_engine.evaluation.baselines.popularity import Popularity, back_off
 from speeder_engine.evaluation.baselines.recent_popularity import RecentPopularity
@@ -75,6 +76,56 @@ def test_recent_popularity_counts_the_window_before_the_query(log, days, make_tr
         assert _order(found[None])[0] == _by((window, popularity))
 
 
+@pytest.mark.parametrize("days", [1, 7])
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_live_popularity_counts_all_that_was_known(log, days, part, make_split):
+    """By hand, event for event; whole days make others' events, and targets, coincide with the query."""
+    histories, times = log
+    split = make_split(histories, times, NUM_ITEMS)
+    events = [pair for history, when in zip(histories, times, strict=True) for pair in zip(history, when, strict=True)]
+    trained = Counter(split.train.rows.tolist())
+    queries = split.queries(part)
+    scores = RecentPopularity.fit_live(split, days).scores(queries)
+    for found, now in zip(scores, queries.query_times.tolist(), strict=True):
+        known = Counter(row for row, time in events if now - days * DAY <= time < now)
+        assert np.floor(found).tolist() == [known[row] for row in range(NUM_ITEMS)]
+        assert _order(found[None])[0] == _by((known, trained))
+
+
+def test_live_popularity_sees_others_targets_and_never_its_own(make_split):
+    """Three users whose last events stand on days 5, 6 and 6: only the first one's can be known, by the other two."""
+    histories = [[0, 1, 7], [2, 3, 8], [4, 5, 8]]
+    times = [[0, DAY, 5 * DAY], [0, DAY, 6 * DAY], [0, DAY, 6 * DAY]]
+    split = make_split(histories, times, NUM_ITEMS)
+    queries = split.queries("test")
+    live = np.floor(RecentPopularity.fit_live(split, 14).scores(queries))
+    assert live[:, 7].tolist() == [0, 1, 1] and live[:, 8].tolist() == [0, 0, 0]
+    trained = RecentPopularity.fit(split.train, NUM_ITEMS).scores(queries)
+    assert np.floor(trained[:, 7]).tolist() == [0, 0, 0]
+
+
+def test_popularity_at_last_looks_back_from_the_history(log, make_split):
+    histories, times = log
+    split = make_split(histories, times, NUM_ITEMS)
+    events = list(zip(split.train.rows.tolist(), split.train.times.tolist(), strict=True))
+    trained = Counter(split.train.rows.tolist())
+    queries = split.queries("test")
+    scorer = RecentPopularity.fit(split.train, NUM_ITEMS, name="popularity_at_last", until="last")
+    assert not scorer.uses_time
+    timeless = replace(queries, query_times=None)
+    for q, found in enumerate(scorer.scores(timeless)):
+        now = int(queries.history_times(q)[-1])
+        window = Counter(row for row, time in events if now - 14 * DAY <= time < now)
+        assert _order(found[None])[0] == _by((window, trained))
+
+
+def test_an_empty_history_has_no_last_moment(log, make_train, make_queries):
+    scorer = RecentPopularity.fit(make_train(*log), NUM_ITEMS, until="last")
+    queries = make_queries([[], [3]], [0, 0])
+    scores = scorer.scores(replace(queries, times=np.array([20 * DAY], np.int64)))
+    assert scores[0].tolist() == scorer.popularity.tolist() and scores[1].max() >= 1
+
+
 def test_back_off_keeps_the_order_and_stays_below_one():
     counts = np.array([5, 0, 5, 1_000_000, 3])
     found = back_off(counts)
@@ -85,8 +136,9 @@ def test_back_off_keeps_the_order_and_stays_below_one():
 def test_names_are_those_of_the_registry(log, make_split):
     fitted = {name: factory(make_split(*log)) for name, factory in BASELINES.items()}
     assert {name: scorer.name for name, scorer in fitted.items()} == {name: name for name in BASELINES}
-    assert [name for name, scorer in fitted.items() if scorer.uses_time] == ["recent_popularity"]
-    assert set(BASELINES) == {*COUNTED, "sasrec", "gru4rec", "hstu"}
+    timed = {*TIMED, "sasrec_time", *(name for name in ENSEMBLES if "live" in name)} - {"popularity_at_last"}
+    assert {name for name, scorer in fitted.items() if scorer.uses_time} == timed
+    assert set(BASELINES) == {*COUNTED, *TIMED, *TRAINED, *ENSEMBLES}
 
 
 def test_help_names_every_baseline():
@@ -111,6 +163,8 @@ REFERENCE = {
     "popularity": (0.131, 0.068, 0.064, 0.453),
     "markov": (0.198, 0.111, 0.097, 0.471),
     "recent_popularity": (0.278, 0.164, 0.144, 0.549),
+    "live_popularity": (0.297, 0.179, 0.157, 0.559),
+    "live_popularity_2": (0.321, 0.204, 0.179, 0.546),
 }
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from speeder_engine.errors import ConfigError, DataError
-from speeder_engine.evaluation.bootstrap import mean_interval, paired_difference
+from speeder_engine.evaluation.bootstrap import mean_interval, mean_over_seeds, paired_difference
 from speeder_engine.evaluation.report import Report
 
 
@@ -67,3 +67,22 @@ def test_what_can_not_be_resampled_is_refused():
     for wrong in ({"level": 1.0}, {"resamples": 0}):
         with pytest.raises(ConfigError):
             mean_interval(np.ones(3), **wrong)
+
+
+def test_several_seeds_are_averaged_before_users_are_drawn():
+    rng = np.random.default_rng(5)
+    ranks = rng.integers(0, 25, (3, 400))
+    seeds = [_report("a", each) for each in ranks]
+    values = mean_over_seeds(seeds, "hr@10")
+    np.testing.assert_allclose(values, [(ranks[:, user] < 10).mean() for user in range(400)])
+    assert values.dtype == np.float64
+    base = _report("base", rng.integers(0, 25, 400))
+    found = paired_difference(seeds, base, "hr@10", seed=3)
+    assert found == mean_interval(values - base.values("hr@10"), seed=3)
+    # one seed of a system is less certain than the mean of three
+    alone = paired_difference(seeds[0], base, "hr@10", seed=3)
+    assert found.high - found.low < alone.high - alone.low
+    with pytest.raises(DataError, match="can't be paired"):
+        mean_over_seeds([*seeds, _report("a", [1, 2])], "hr@10")
+    with pytest.raises(DataError, match="no reports"):
+        mean_over_seeds([], "hr@10")

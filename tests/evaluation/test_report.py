@@ -1,54 +1,13 @@
-import re
-from io import StringIO
-
 import numpy as np
 import pytest
-from rich.console import Console
 
 from speeder_engine.errors import ConfigError, DataError
-from speeder_engine.evaluation.report import COLUMNS, CandidateOutcome, Report, report_table
+from speeder_engine.evaluation.report import CandidateOutcome, Report
 
 
 def _report(system, uses_time, **metrics):
     users = np.arange(2, dtype=np.int32)
     return Report(system, uses_time, users, users, {name.replace("_at_", "@"): each for name, each in metrics.items()})
-
-
-def _rows(table, width=120):
-    """The printed rows, cells apart by two spaces or more."""
-    console = Console(width=width, record=True, file=StringIO())
-    console.print(table)
-    lines = [line.strip() for line in console.export_text().splitlines() if any(map(str.isalnum, line))]
-    return [re.split(" {2,}", line) for line in lines]
-
-
-def test_the_table_has_two_classes_and_only_columns_that_somebody_fills():
-    reports = [
-        _report("late", True, hr_at_10=0.5, mrr=0.25),
-        _report("[plain]", False, hr_at_10=0.125),
-        _report("other", False, hr_at_10=0.25),
-    ]
-    assert _rows(report_table(reports)) == [
-        ["system", "hr@10", "mrr"],
-        ["without query time"],
-        ["[plain]", "0.1250", "-"],
-        ["other", "0.2500", "-"],
-        ["with query time"],
-        ["late", "0.5000", "0.2500"],
-    ]
-
-
-def test_every_figure_is_whole_on_80_columns():
-    metrics = dict.fromkeys(COLUMNS, 0.1234)
-    users = np.arange(2, dtype=np.int32)
-    table = report_table([Report("recent_popularity", True, users, users, metrics)])
-    assert _rows(table, 80)[-1] == ["recent_popularity", *["0.1234"] * 7]
-
-
-def test_the_best_of_a_class_is_bold():
-    table = report_table([_report("a", False, mrr=0.1), _report("b", False, mrr=0.2), _report("c", True, mrr=0.15)])
-    cells = list(table.columns[1].cells)
-    assert {str(cell): cell.style for cell in cells if str(cell)} == {"0.1000": "", "0.2000": "bold", "0.1500": "bold"}
 
 
 def test_a_first_rank_counts_only_where_the_answer_was_valid():
@@ -68,3 +27,42 @@ def test_values_need_what_they_are_computed_from():
         Report("a", False, np.arange(3, dtype=np.int32), np.arange(2, dtype=np.int32), {})
     with pytest.raises(DataError, match="one rank for each"):
         Report("a", False, np.zeros(0, np.int32), np.zeros(0, np.int32), {})
+
+
+def _saved(tmp_path, on_lists):
+    users, ranks = np.array([3, 5, 9], np.int32), np.array([0, 2**31 - 1, 7], np.int32)
+    outcome = CandidateOutcome(np.array([1, 0, 4], np.int32), np.array([True, False, True])) if on_lists else None
+    report = Report("sasrec+itemknn", True, users, ranks, {"hr@10": 2 / 3, "mrr": 0.1}, outcome, {"seed": 1})
+    report.save(tmp_path / "deeper" / "one.npz", {"variant": "declared", "lengths": [1, 2]})
+    return report, tmp_path / "deeper" / "one.npz"
+
+
+@pytest.mark.parametrize("on_lists", [True, False])
+def test_a_file_gives_back_what_was_saved(tmp_path, on_lists):
+    report, path = _saved(tmp_path, on_lists)
+    found = Report.load(path)
+    assert found.to_json() == report.to_json()
+    assert found.notes == {"seed": 1, "variant": "declared", "lengths": [1, 2]}
+    for metric in ("hr@10", "mrr", *(("vhr@1", "valid_ratio") if on_lists else ())):
+        np.testing.assert_array_equal(found.values(metric), report.values(metric))
+    np.testing.assert_array_equal(found.users, report.users)
+    assert found.ranks.dtype == found.users.dtype == np.int32
+    assert (found.on_candidates is None) is not on_lists
+    assert [each.name for each in path.parent.iterdir()] == ["one.npz"]
+
+
+def test_a_file_that_is_no_report_is_refused(tmp_path):
+    _, path = _saved(tmp_path, True)
+    whole = path.read_bytes()
+    for name, content in (("cut", whole[: len(whole) // 2]), ("empty", b""), ("other", b"not a report at all")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}: not a readable report"):
+            Report.load(tmp_path / name)
+    with pytest.raises(DataError, match="nowhere: not a readable report"):
+        Report.load(tmp_path / "nowhere")
+    np.savez(tmp_path / "foreign.npz", report=np.array('{"format": "speeder report 9"}'))
+    with pytest.raises(DataError, match="format is 'speeder report 9'"):
+        Report.load(tmp_path / "foreign.npz")
+    np.savez(tmp_path / "pickled.npz", report=np.array([{}], dtype=object))
+    with pytest.raises(DataError, match="not a readable report"):
+        Report.load(tmp_path / "pickled.npz")

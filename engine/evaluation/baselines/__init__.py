@@ -1,13 +1,19 @@
-"""Systems that a model must beat. `BASELINES[name](split)` fits one; those of `COUNTED` only count, in seconds."""
+"""Systems that a model must beat. `BASELINES[name](split)` fits one.
+
+Those of `COUNTED` and `TIMED` only count, in seconds; `TIMED` ones need the interactions' times, and of these all but
+`popularity_at_last` the query's. Those of `TRAINED` and `ENSEMBLES` take minutes.
+"""
 
 from collections.abc import Callable
 from functools import partial
 
 from speeder_engine.data.splits import Histories, Split
+from speeder_engine.evaluation.baselines.ensemble import Ensemble, Member
 from speeder_engine.evaluation.baselines.item_knn import ItemKNN
 from speeder_engine.evaluation.baselines.markov import LastItemMarkov
 from speeder_engine.evaluation.baselines.popularity import Popularity
 from speeder_engine.evaluation.baselines.recent_popularity import RecentPopularity
+from speeder_engine.evaluation.baselines.sasrec_time import SASRecTime
 from speeder_engine.evaluation.baselines.sequence import SEQUENCE_MODELS, SequenceBaseline
 from speeder_engine.evaluation.scorer import Scorer
 
@@ -22,7 +28,26 @@ COUNTED: dict[str, Factory] = {
     "popularity": _counted(Popularity.fit),
     "markov": _counted(LastItemMarkov.fit),
     "itemknn": _counted(ItemKNN.fit),
+}
+TIMED: dict[str, Factory] = {
+    "popularity_at_last": _counted(partial(RecentPopularity.fit, name="popularity_at_last", until="last")),
     "recent_popularity": _counted(RecentPopularity.fit),
+    "recent_popularity_7": _counted(partial(RecentPopularity.fit, days=7, name="recent_popularity_7")),
+    "live_popularity": RecentPopularity.fit_live,
+    "live_popularity_2": partial(RecentPopularity.fit_live, days=2, name="live_popularity_2"),
 }
 TRAINED: dict[str, Factory] = {name: partial(SequenceBaseline.fit, name) for name in SEQUENCE_MODELS}
-BASELINES = COUNTED | TRAINED
+TRAINED["sasrec_time"] = SASRecTime.fit
+SINGLE = COUNTED | TIMED | TRAINED
+
+
+def _ensemble(name: str, split: Split) -> Ensemble:
+    members = [Member(SINGLE[each](split), each not in TRAINED) for each in name.split("+")]
+    return Ensemble.fit(name, members, split.queries("validation"))
+
+
+ENSEMBLES: dict[str, Factory] = {
+    name: partial(_ensemble, name)
+    for name in ("sasrec+itemknn", "sasrec+live_popularity+itemknn", "sasrec_time+live_popularity+itemknn")
+}
+BASELINES = SINGLE | ENSEMBLES
