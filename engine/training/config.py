@@ -40,19 +40,22 @@ class BackboneConfig(Config):
 class CollaborativeConfig(Config):
     """S0: the SASRec whose item vectors become the collaborative modality.
 
-    `tune`: they go on learning with the model, instead of being frozen.
+    `neighbours`: so many factors of who follows whom stand beside them. `tune`: all go on learning with the model,
+    instead of being frozen.
     """
 
     dim: int = 64
     epochs: int = 8
     learning_rate: float = 3e-3
     dropout: float = 0.3
+    neighbours: int = 0
     tune: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dim", "epochs", "learning_rate"):
             check(getattr(self, name) > 0, f"collaborative.{name} must be positive, is {getattr(self, name)}")
         check(self.dim % 2 == 0, f"collaborative.dim must be even, is {self.dim}")
+        check(self.neighbours >= 0, f"collaborative.neighbours can't be negative, is {self.neighbours}")
         check(0 <= self.dropout < 1, f"collaborative.dropout must be within 0..1, is {self.dropout}")
 
 

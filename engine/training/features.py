@@ -1,9 +1,13 @@
 """S0: every item's frozen modality vectors: the user's own where the data brings them, encoded and cached otherwise."""
 
+import hashlib
+import json
 import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from speeder_engine.data.dataset import Dataset
 from speeder_engine.data.splits import Split
@@ -12,6 +16,7 @@ from speeder_engine.encoders.cache import FeatureCache
 from speeder_engine.encoders.choose import choose_image_encoder, choose_text_encoder
 from speeder_engine.encoders.collaborative import fit_collaborative
 from speeder_engine.encoders.features import Features
+from speeder_engine.encoders.neighbours import fit_neighbours
 from speeder_engine.encoders.sasrec import SASRecConfig
 from speeder_engine.errors import ConfigError, DataError, SpeederWarning
 from speeder_engine.training.config import TrainingConfig
@@ -36,7 +41,7 @@ def make_features(split: Split, config: TrainingConfig, cache_dir: Path) -> Item
             log.info("%s: vectors that came with the data", name)
             made.features[name] = dataset.items.vectors[name]
         elif name == "collaborative":
-            made.features[name] = _collaborative(split, config)
+            made.features[name] = _collaborative(split, config, cache_dir)
         else:
             _encode(name, dataset, config, cache_dir, made)
         if name in made.features and not made.features[name].present.any():
@@ -87,8 +92,12 @@ def read_images(dataset: Dataset) -> list[bytes | None]:
     return images
 
 
-def _collaborative(split: Split, config: TrainingConfig) -> Features:
-    wanted = config.collaborative
+def _collaborative(split: Split, config: TrainingConfig, cache_dir: Path) -> Features:
+    """Fitted on the training events, or what a run with the same settings on the same events has left."""
+    path = cache_dir / f"collaborative-{_collaborative_key(split, config)}.safetensors"
+    if path.is_file():
+        return Features.load(path)
+    wanted, train, num_items = config.collaborative, split.train, split.dataset.num_items
     sasrec = SASRecConfig(
         dim=wanted.dim,
         window=config.window,
@@ -97,4 +106,20 @@ def _collaborative(split: Split, config: TrainingConfig) -> Features:
         learning_rate=wanted.learning_rate,
         seed=config.seed,
     )
-    return fit_collaborative(split.train.offsets, split.train.rows, split.dataset.num_items, sasrec).features
+    features = fit_collaborative(train.offsets, train.rows, num_items, sasrec).features
+    if wanted.neighbours:
+        factors = fit_neighbours(train.offsets, train.rows, num_items, wanted.neighbours, config.seed)
+        spread = max(float(features.values[features.present].std()), 1e-12)
+        both = np.concatenate([features.values / spread, factors.values], axis=1)
+        features = Features(both.astype(np.float32), features.present)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    features.save(path)
+    return features
+
+
+def _collaborative_key(split: Split, config: TrainingConfig) -> str:
+    """Of the events, row by row, and of all settings that the vectors depend on."""
+    settings = {**config.collaborative.to_json(), "window": config.window, "seed": config.seed, "tune": None}
+    told = json.dumps([settings, split.dataset.num_items, "1"], sort_keys=True).encode()
+    events = split.train.offsets.tobytes() + split.train.rows.tobytes()
+    return hashlib.sha256(told + events).hexdigest()[:32]

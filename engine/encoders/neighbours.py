@@ -1,0 +1,58 @@
+"""Item vectors from who follows whom: a truncated singular value decomposition of discounted counts, no training.
+
+F_ij = events of j at most `window` after one of i, in the same history / (count(i)^.5 count(j)^.4)
+F ~ U S V^T,    vector_i = [U_i sqrt(S) ; V_i sqrt(S)]      i as one that is followed, and as one that follows
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from speeder_engine.encoders.features import Features
+from speeder_engine.encoders.windows import Ints, check_histories
+from speeder_engine.errors import ConfigError
+
+WINDOW = 10
+DISCOUNTS = (0.5, 0.4)  # exponents of the counts of the followed and of the following item
+OVERSAMPLED, ITERATIONS = 16, 6  # of the randomised decomposition
+
+
+def fit_neighbours(offsets: Ints, rows: Ints, num_items: int, rank: int, seed: int = 0) -> Features:
+    """Vectors [num_items, 2 rank] of unit variance; items without a training event are not present.
+
+    Histories are `rows[offsets[u]:offsets[u + 1]]`, oldest first. Equal seeds give equal vectors. ConfigError for a
+    rank that the catalogue hasn't.
+    """
+    if not 0 < rank <= num_items:
+        raise ConfigError(f"collaborative.neighbours: {rank} factors of {num_items} items; take at most as many")
+    check_histories(offsets, rows, num_items)
+    counts = np.bincount(rows, minlength=num_items)
+    matrix = following(offsets, rows, num_items, counts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        size = min(rank + OVERSAMPLED, num_items)
+        left, values, right = torch.svd_lowrank(matrix, q=size, niter=ITERATIONS)
+    weights = values[:rank].clamp_min(0).sqrt()
+    vectors = torch.cat([left[:, :rank] * weights, right[:, :rank] * weights], dim=1).numpy()
+    seen = counts > 0
+    vectors = vectors[seen] / max(float(vectors[seen].std()), 1e-12)
+    return Features.of_present(vectors.astype(np.float32), seen)
+
+
+def following(offsets: Ints, rows: Ints, num_items: int, counts: NDArray[np.int64]) -> Tensor:
+    """F as a sparse float32 [num_items, num_items]."""
+    histories = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    wide = rows.astype(np.int64)
+    codes = [np.zeros(0, np.int64)]
+    for apart in range(1, WINDOW + 1):
+        here = np.flatnonzero(histories[:-apart] == histories[apart:])
+        codes.append(wide[here] * num_items + wide[here + apart])
+    pairs, found = np.unique(np.concatenate(codes), return_counts=True)
+    earlier, later = pairs // num_items, pairs % num_items
+    taken = np.maximum(counts, 1).astype(np.float64)
+    discounted = found * taken[earlier] ** -DISCOUNTS[0] * taken[later] ** -DISCOUNTS[1]
+    places = torch.from_numpy(np.stack([earlier, later]))
+    return torch.sparse_coo_tensor(
+        places, torch.from_numpy(discounted.astype(np.float32)), (num_items, num_items), check_invariants=True
+    )
