@@ -1,0 +1,88 @@
+"""The study of docs/results.md: trains, evaluates and writes docs/results/DATA.json.
+
+    python bench/study.py DATA --work DIR systems            the models and all baselines, three seeds
+    python bench/study.py DATA --work DIR ablations          one change of the declared model each
+    python bench/study.py DATA --work DIR controls           images, order and length of histories, cold items
+    python bench/study.py DATA --work DIR report --out docs/results/NAME.json
+
+Every run leaves its ranks in DIR as soon as it is done and is not done again: a stopped study goes on. The report takes
+what is there. Two runs at a time, a thread each, unless told otherwise.
+"""
+
+import argparse
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from study_report import write_report
+from study_runs import Run, do, prepare
+from study_variants import DECLARED, VARIANTS
+
+SINGLE = ("popularity", "popularity_at_last", "markov", "itemknn")
+TIMED = ("recent_popularity", "recent_popularity_7", "live_popularity", "live_popularity_2")
+TRAINED = ("sasrec", "gru4rec", "hstu", "sasrec_time")
+CONTROLS = ("shuffled images", "noise images", "cold items")
+MODELS = (DECLARED, "declared, with time")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run for a table, the most telling first."""
+
+    table: str
+    seeds: tuple[int, ...]
+
+    def runs(self) -> Iterator[Run]:
+        if self.table == "systems":
+            yield from (Run(name, name, 0) for name in (*SINGLE, *TIMED))
+            for seed in self.seeds:
+                yield from (Run("speeder", name, seed) for name in MODELS)
+                yield from (Run(name, name, seed) for name in TRAINED)
+        elif self.table == "ablations":
+            changed = [name for name in VARIANTS if name not in (*MODELS, *CONTROLS)]
+            yield from (Run("speeder", name, seed) for seed in self.seeds for name in changed)
+        elif self.table == "controls":
+            yield from (Run("speeder", name, seed) for seed in self.seeds for name in CONTROLS)
+
+
+def study(data: Path, work: Path, plan: Plan, workers: int) -> None:
+    prepare(data, work)
+    waiting = [run for run in plan.runs() if not run.path(work).exists()]
+    print(f"{plan.table}: {len(waiting)} runs to do", flush=True)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        started = {pool.submit(do, run, data, work): (run, time.perf_counter()) for run in waiting}
+        for done in as_completed(started):
+            run, since = started[done]
+            found = {name: round(value, 4) for name, value in done.result().items()}
+            print(json.dumps({"run": str(run), **found, "after_s": round(time.perf_counter() - since)}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="a data folder")
+    parser.add_argument("table", choices=("systems", "ablations", "controls", "report"))
+    parser.add_argument("--work", type=Path, required=True, help="where runs leave their results")
+    parser.add_argument("--out", type=Path, help="the JSON file of `report`")
+    parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if arguments.table == "report":
+        if arguments.out is None:
+            parser.error("report: name the file to write with --out")
+        write_report(arguments.data, arguments.work, arguments.out)
+        return
+    seeds = tuple(int(seed) for seed in arguments.seeds.split(","))
+    study(arguments.data, arguments.work, Plan(arguments.table, seeds), arguments.workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What the runs of the study have left -> docs/results/DATA.json, as bench/results_tables.py reads it."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from study_runs import LENGTHS
+from study_variants import DECLARED
+
+from speeder_engine.data.dataset import load_dataset
+from speeder_engine.data.splits import leave_one_out
+from speeder_engine.evaluation.groups import GROUPINGS
+from speeder_engine.evaluation.report import Report
+from speeder_engine.evaluation.results import curve_of, group_rows, paired_rows, rows_of
+from speeder_engine.files import write_json
+
+OURS, WITH_TIME, COLD = "speeder", "declared, with time", "cold targets"
+Reports = Mapping[tuple[str, str], Mapping[int, Report]]  # system and variant -> seed -> report
+
+
+def write_report(data: Path, work: Path, out: Path) -> None:
+    reports, extra = read_reports(work)
+    split = leave_one_out(load_dataset(data))
+    asked = split.queries("test")
+    systems = {key: each for key, each in reports.items() if key[1] != COLD}
+    results: dict[str, Any] = {"data": split.dataset.name, "rows": [], "paired": [], "groups": [], "curves": []}
+    for (system, variant), by_seed in reports.items():
+        results["rows"] += rows_of(list(by_seed.values()), system, name_of(variant))
+    results["paired"] = differences(systems)
+    for key in shown_in_groups(systems):
+        for group in GROUPINGS.values():
+            results["groups"] += group_rows(list(systems[key].values()), key[0], name_of(key[1]), group(split, asked))
+    curve = lengths(extra, reports)
+    results["curves"] = [curve] if curve else []
+    shuffled = extra.get("shuffled", {})
+    if shuffled:
+        results["rows"] += rows_of(list(shuffled.values()), OURS, "history shuffled but for its last item")
+        results["paired"] += paired_rows(
+            list(shuffled.values()),
+            OURS,
+            "history shuffled but for its last item",
+            seeds_of(reports[OURS, DECLARED], shuffled),
+            f"{OURS} ({DECLARED})",
+        )
+    results["validation"] = [
+        {"system": OURS, "variant": name_of(variant), "seed": seed, **rounded(report.metrics)}
+        for (variant, seed), report in sorted(extra["validation"].items())
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, results)
+
+
+def read_reports(work: Path) -> tuple[dict[tuple[str, str], dict[int, Report]], dict[str, dict[Any, Report]]]:
+    """Test reports by system, variant and seed; others by what was asked, of the declared model by seed."""
+    found: dict[tuple[str, str], dict[int, Report]] = defaultdict(dict)
+    extra: dict[str, dict[Any, Report]] = defaultdict(dict)
+    for path in sorted((work / "reports").glob("*.npz")):
+        system, variant, seed, *asked = path.stem.split("@")
+        if not asked:
+            found[system, variant][int(seed)] = Report.load(path)
+        elif asked[0] == "validation":
+            extra["validation"][variant, int(seed)] = Report.load(path)
+        else:
+            extra[asked[0]][int(seed)] = Report.load(path)
+    return found, extra
+
+
+def differences(reports: Reports) -> list[dict[str, Any]]:
+    """The declared models to every system of their class, and every variant to the declared model of its class.
+
+    Seeds are paired with the same seeds where a variant has fewer.
+    """
+    rows = []
+    for ours in ((OURS, DECLARED), (OURS, WITH_TIME)):
+        for key, others in reports.items():
+            if ours not in reports or key == ours:
+                continue
+            mine = reports[ours]
+            if next(iter(mine.values())).uses_time != next(iter(others.values())).uses_time:
+                continue
+            if key[0] == OURS:
+                against = f"{OURS} ({DECLARED})"
+                rows += paired_rows(list(others.values()), OURS, key[1], seeds_of(mine, others), against)
+            else:
+                rows += paired_rows(list(mine.values()), OURS, DECLARED, list(others.values()), key[0])
+    return rows
+
+
+def seeds_of(reports: Mapping[int, Report], like: Mapping[int, Report]) -> list[Report]:
+    """Those of the seeds that `like` has, or all where they share none."""
+    return [reports[seed] for seed in like if seed in reports] or list(reports.values())
+
+
+def name_of(variant: str) -> str:
+    """Both declared models are the declared row of their class."""
+    return DECLARED if variant == WITH_TIME else variant
+
+
+def shown_in_groups(reports: Reports) -> list[tuple[str, str]]:
+    wanted = [(OURS, DECLARED), ("itemknn", "itemknn"), ("sasrec", "sasrec")]
+    return [key for key in wanted if key in reports]
+
+
+def lengths(extra: Mapping[str, Mapping[Any, Report]], reports: Reports) -> dict[str, Any] | None:
+    """Accuracy over how many of a history's last items are seen."""
+    points = [list(extra.get(f"last {length}", {}).values()) for length in LENGTHS]
+    if not all(points) or (OURS, DECLARED) not in reports:
+        return None
+    series: dict[str, Sequence[Sequence[Report]]] = {"speeder": points}
+    return curve_of("history cut to its last items", LENGTHS, series, "ndcg@10")
+
+
+def rounded(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 5) for name, value in metrics.items()}

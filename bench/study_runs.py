@@ -1,0 +1,143 @@
+"""One run of the study: a system, a variant and a seed; trained, asked the test queries, its ranks kept in a file."""
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from study_variants import DECLARED, VARIANTS, cold_items, with_vectors
+
+from speeder_engine.checkpoint import Checkpoint
+from speeder_engine.data.candidates import draw_candidates
+from speeder_engine.data.dataset import load_dataset
+from speeder_engine.data.runs import offsets_of, ranges
+from speeder_engine.data.splits import Queries, Split, leave_one_out
+from speeder_engine.encoders.features import Features
+from speeder_engine.evaluation.baselines import BASELINES
+from speeder_engine.evaluation.baselines.ensemble import Ensemble, Member
+from speeder_engine.evaluation.baselines.sasrec_time import SASRecTime
+from speeder_engine.evaluation.baselines.sequence import SEQUENCE_MODELS, SequenceBaseline
+from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
+from speeder_engine.evaluation.protocols import evaluate
+from speeder_engine.evaluation.scorer import Scorer
+from speeder_engine.models.prior import ConstantPrior
+from speeder_engine.training.config import load_recipe
+from speeder_engine.training.features import make_features
+from speeder_engine.training.fit import train
+
+LENGTHS = (1, 2, 5, 10, 20, 50)  # of histories cut to their last items
+ENSEMBLES = {
+    "sasrec": ("sasrec+itemknn", "sasrec+live_popularity+itemknn"),
+    "sasrec_time": ("sasrec_time+live_popularity+itemknn",),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    system: str
+    variant: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.system}@{self.variant}@{self.seed}"
+
+    def path(self, work: Path, extra: str = "") -> Path:
+        return work / "reports" / f"{self}{extra and '@' + extra}.npz"
+
+
+def prepare(data: Path, work: Path) -> Split:
+    """The split, with the text and image vectors that all runs share."""
+    split = leave_one_out(load_dataset(data))
+    for name in ("text", "image"):
+        path = work / f"{name}.safetensors"
+        if not path.exists():
+            config = load_recipe("study")
+            alone = replace(config, stages=(replace(config.stages[0], modalities=(name,)),))
+            work.mkdir(parents=True, exist_ok=True)
+            make_features(split, alone, work / "cache").features[name].save(path)
+        split = with_vectors(split, name, Features.load(path))
+    return split
+
+
+def do(run: Run, data: Path, work: Path) -> dict[str, float]:
+    """Leaves the run's reports in `work`; returns the test metrics."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    split = prepare(data, work)
+    (work / "reports").mkdir(exist_ok=True)
+    if run.system == "speeder":
+        return _speeder(run, split, work)
+    scorer = _baseline(run, split)
+    for name in ENSEMBLES.get(run.system, ()):
+        _keep(Run(name, name, run.seed), _ensemble(name, scorer, split), split, work)
+    return _keep(run, scorer, split, work)
+
+
+def _baseline(run: Run, split: Split) -> Scorer:
+    if run.system == "sasrec_time":
+        tuned = SEQUENCE_MODELS["sasrec"][1]
+        return SASRecTime.fit(split, replace(tuned, seed=run.seed))
+    if run.system in SEQUENCE_MODELS:
+        return SequenceBaseline.fit(run.system, split, replace(SEQUENCE_MODELS[run.system][1], seed=run.seed))
+    return BASELINES[run.system](split)
+
+
+def _ensemble(name: str, first: Scorer, split: Split) -> Ensemble:
+    """With the trained member that is there already."""
+    others = [Member(BASELINES[each](split), damped=True) for each in name.split("+")[1:]]
+    return Ensemble.fit(name, [Member(first, damped=False), *others], split.queries("validation"))
+
+
+def _speeder(run: Run, split: Split, work: Path) -> dict[str, float]:
+    variant = VARIANTS[run.variant]
+    config = variant.config(load_recipe(variant.recipe), run.seed)
+    folder = work / "checkpoints" / str(run)
+    trained_on = split if variant.alter is None else variant.alter(split, run.seed)
+    train(trained_on, config, folder, cache_dir=work / "cache", resume=(folder / "checkpoint.json").exists())
+    checkpoint = Checkpoint.load(folder)
+    scorer = partial(ModelScorer, checkpoint.model, checkpoint.item_tokens())
+    if run.variant == DECLARED:
+        for name, queries in _altered_queries(split.queries("test"), run.seed):
+            evaluate(scorer(query_prior(checkpoint, split, "test")), queries, None, show_progress=False).save(
+                run.path(work, name)
+            )
+    if run.variant == "cold items":
+        queries = split.queries("test")
+        cold = np.flatnonzero(np.isin(queries.targets, cold_items(split.dataset.num_items)))
+        asked = split.queries("test", queries.users[cold])
+        # by their tokens alone: a prior knows that nobody has taken them yet
+        nothing = ConstantPrior(torch.zeros(split.dataset.num_items))
+        _keep(Run("speeder", "cold targets", run.seed), scorer(nothing), split, work, asked)
+    validation = scorer(query_prior(checkpoint, split, "validation"))
+    evaluate(validation, split.queries("validation"), None, show_progress=False).save(run.path(work, "validation"))
+    found = _keep(run, scorer(query_prior(checkpoint, split, "test")), split, work)
+    if run.variant not in (DECLARED, "declared, with time"):
+        shutil.rmtree(folder)
+    return found
+
+
+def _keep(run: Run, scorer: Scorer, split: Split, work: Path, queries: Queries | None = None) -> dict[str, float]:
+    asked = queries or split.queries("test")
+    report = evaluate(scorer, asked, draw_candidates(split.dataset, asked), show_progress=False)
+    report.save(run.path(work), {"variant": run.variant, "seed": run.seed})
+    return report.metrics
+
+
+def _altered_queries(queries: Queries, seed: int) -> Iterator[tuple[str, Queries]]:
+    """Histories shuffled but for their last item, and cut to their last few."""
+    rng = np.random.default_rng(seed)
+    order = np.arange(len(queries.rows))
+    for start, end in zip(queries.offsets[:-1], queries.offsets[1:], strict=True):
+        order[start : end - 1] = start + rng.permutation(max(end - start - 1, 0))
+    # the times stay where they were: what is shuffled is which item came when
+    yield "shuffled", replace(queries, rows=queries.rows[order])
+    for length in LENGTHS:
+        starts = np.maximum(queries.offsets[1:] - length, queries.offsets[:-1])
+        events = ranges(starts, queries.offsets[1:])
+        times = None if queries.times is None else queries.times[events]
+        offsets = offsets_of(queries.offsets[1:] - starts)
+        yield f"last {length}", replace(queries, offsets=offsets, rows=queries.rows[events], times=times)
