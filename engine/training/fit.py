@@ -24,6 +24,7 @@ from speeder_engine.training.backbone import embedding_scale, instruction_ids, m
 from speeder_engine.training.batches import TrainingBatches
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.features import ItemFeatures, make_features
+from speeder_engine.training.run_log import RunLog
 from speeder_engine.training.token_table import TokenTable
 from speeder_engine.training.trainer import Trainer, Validate
 
@@ -31,16 +32,23 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train(
-    split: Split, config: TrainingConfig, out: Path, *, cache_dir: Path | None = None, resume: bool = False
+    split: Split,
+    config: TrainingConfig,
+    out: Path,
+    *,
+    cache_dir: Path | None = None,
+    resume: bool = False,
+    tensorboard: Path | None = None,
 ) -> Checkpoint:
     """Trains on `split.train` and leaves a checkpoint in `out`, saved after every epoch.
 
     cache_dir: where encoded features are kept (default: beside `out`). resume: go on from the epoch `out` stopped at;
-    raises ConfigError where it was made with other settings or other data.
+    raises ConfigError where it was made with other settings or other data. tensorboard: a folder for its scalars.
     """
     if not len(split.users):
         raise DataError(f"{split.dataset.name}: no user has the three interactions that training and validation need")
     check_replaceable(out)
+    log = RunLog(_log_path(out), tensorboard)
     if resume:
         checkpoint = _resumable(split, config, out)
     else:
@@ -50,7 +58,7 @@ def train(
         write_atomic(_log_path(out), b"")
     if checkpoint.state is None:
         return checkpoint
-    trainer = _trainer(checkpoint, split, config, _log_path(out))
+    trainer = _trainer(checkpoint, split, config, log)
 
     def save(state: TrainingState) -> None:
         checkpoint.state = state
@@ -129,7 +137,7 @@ def popularity_prior(train: Histories, num_items: int) -> NDArray[np.float32]:
     return prior
 
 
-def _trainer(checkpoint: Checkpoint, split: Split, config: TrainingConfig, log: Path) -> Trainer:
+def _trainer(checkpoint: Checkpoint, split: Split, config: TrainingConfig, log: RunLog) -> Trainer:
     model = checkpoint.model
     names = model.compressor.modalities
     kept = [(stage, tuple(name for name in stage.modalities if name in names)) for stage in config.stages]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from counting import make_dataset
+from tiny_training import CONFIG
 from transformers import AutoConfig, AutoModel
 
 from speeder_engine import Engine
@@ -24,20 +25,6 @@ from speeder_engine.training.backbone import train_tokenizer
 from speeder_engine.training.config import BackboneConfig, Stage, TrainingConfig
 from speeder_engine.training.features import read_images
 from speeder_engine.training.fit import train
-
-CONFIG = TrainingConfig(
-    instruction="Next:",
-    window=10,
-    window_step=5,
-    backbone=BackboneConfig(vocab_size=270, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64),
-    stages=(
-        Stage("S1", ("text",), 2, 5e-3),
-        Stage("S2", ("text", "collaborative"), 3, 5e-3, 0.5),
-    ),
-    batch_size=16,
-    token_dropout=0.1,
-    patience=2,
-)
 
 
 def weights(checkpoint):
