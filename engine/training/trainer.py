@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 from rich.progress import Progress, TaskID
-from torch import Tensor, nn
+from torch import Tensor
 
 from speeder_engine.checkpoint import TrainingState
-from speeder_engine.errors import SpeederError
 from speeder_engine.models.prior import Prior
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.progress import progress_bar
 from speeder_engine.training.batches import TrainingBatches
 from speeder_engine.training.config import Stage, TrainingConfig
 from speeder_engine.training.epoch_tally import EpochTally
-from speeder_engine.training.losses import Losses, compute_losses
+from speeder_engine.training.finite import check_step
+from speeder_engine.training.losses import compute_losses
 from speeder_engine.training.run_log import RunLog
 from speeder_engine.training.token_table import TokenTable
 from speeder_engine.training.weights import Weights, load_moments, pack, unpack
@@ -102,9 +102,10 @@ class Trainer:
         for batch in self.batches.epoch(state.epochs_done):
             share = self.share(stage, state.step / max(self._steps(stage), 1))
             losses = compute_losses(self.model, self.table(share), self.prior, batch.to(self.device), self.config)
-            self._check_finite(losses, stage, state.step)
             losses.total.backward()  # type: ignore[no-untyped-call]
-            norm = nn.utils.clip_grad_norm_(self.weights.parameters.values(), self.config.max_grad_norm)
+            norm = self.weights.gradient_norm()
+            check_step(f"stage {stage.name}, step {state.step}", losses, float(norm), self.weights)
+            self.weights.clip_gradients(self.config.max_grad_norm, norm)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
@@ -158,14 +159,6 @@ class Trainer:
             load_moments(optimizer, unpack(state.tensors, "optimizer"))
         averaged = unpack(state.tensors, "averaged") or (self.weights.copy() if self.config.averaging else None)
         return unpack(state.tensors, "best") or self.weights.copy(), averaged
-
-    def _check_finite(self, losses: Losses, stage: Stage, step: int) -> None:
-        for name in ("retrieve", "rank", "order"):
-            if not torch.isfinite(getattr(losses, name)):
-                raise SpeederError(
-                    f"stage {stage.name}, step {step}: the {name} loss is not finite; "
-                    "lower the stage's learning_rate, or check the feature vectors for extreme values"
-                )
 
     def _record(
         self,

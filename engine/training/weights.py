@@ -46,13 +46,27 @@ class Weights:
         for name, parameter in self.parameters.items():
             averaged[name].lerp_(parameter, 1 - decay)
 
-    def name_not_finite(self) -> str | None:
-        """The first parameter that holds NaN or infinity, or whose gradient does."""
-        for name, parameter in self.parameters.items():
-            for what, tensor in ((name, parameter), (f"the gradient of {name}", parameter.grad)):
-                if tensor is not None and not torch.isfinite(tensor).all():
-                    return what
-        return None
+    def gradient_norm(self) -> Tensor:
+        """Of all gradients as one vector; a scalar."""
+        norm: Tensor = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        return norm
+
+    def clip_gradients(self, longest: float, norm: Tensor) -> None:
+        """Scales the gradients, whose norm is `norm`, so that it is at most `longest`."""
+        nn.utils.clip_grads_with_norm_(self.parameters.values(), longest, norm)
+
+    def parameter_not_finite(self) -> str | None:
+        """The first parameter that holds NaN or infinity."""
+        return _first_not_finite(self.parameters)
+
+    def gradient_not_finite(self) -> str | None:
+        """The first gradient that does, by its parameter's name."""
+        gradients = {f"the gradient of {name}": p.grad for name, p in self.parameters.items() if p.grad is not None}
+        return _first_not_finite(gradients)
+
+
+def _first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    return next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
 
 
 def pack(parts: Mapping[str, Mapping[str, Tensor]], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
