@@ -1,9 +1,11 @@
 """What an epoch adds up to: its mean loss, its gradient norms, how much of its batches was padding."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from speeder_engine.training.batches import TrainingBatch
+from speeder_engine.training.losses import Losses
 
 
 @dataclass
@@ -22,15 +24,12 @@ class EpochTally:
     def mean_loss(self) -> float:
         return self.loss / self.num_targets
 
-    def add_batch(self, batch: TrainingBatch, loss: float, num_targets: int) -> None:
-        """`loss`: the mean over `num_targets` of `batch`."""
-        self.loss += loss * num_targets
-        self.num_targets += num_targets
-        self.num_items += int(batch.lengths.sum())
-        self.num_slots += batch.rows.numel()
-
-    def add_step(self, norm: float) -> None:
-        """`norm`: of the whole gradient, before it was clipped."""
+    def add_step(self, group: Sequence[TrainingBatch], losses: Losses, norm: float) -> None:
+        """The batches of one step, their losses and the norm of the whole gradient, before it was clipped."""
+        self.loss += float(losses.retrieve.detach()) * losses.num_targets
+        self.num_targets += losses.num_targets
+        self.num_items += sum(int(batch.lengths.sum()) for batch in group)
+        self.num_slots += sum(batch.rows.numel() for batch in group)
         self.norm += norm
         self.largest_norm = max(self.largest_norm, norm)
         self.num_steps += 1

@@ -142,6 +142,8 @@ def _trainer(checkpoint: Checkpoint, split: Split, config: TrainingConfig, log: 
     names = model.compressor.modalities
     kept = [(stage, tuple(name for name in stage.modalities if name in names)) for stage in config.stages]
     config = replace(config, stages=tuple(replace(stage, modalities=left) for stage, left in kept if left))
+    if config.checkpoint_layers:
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     tuned = ("collaborative",) if config.collaborative.tune else ()
     table = TokenTable(model.compressor, checkpoint.features, config.modality_dropout, tuned)
     batches = TrainingBatches(split.train, split.dataset.num_items, config, model.config.prompt.calendar)

@@ -19,7 +19,7 @@ from speeder_engine.training.batches import TrainingBatches
 from speeder_engine.training.config import Stage, TrainingConfig
 from speeder_engine.training.epoch_tally import EpochTally
 from speeder_engine.training.finite import check_step
-from speeder_engine.training.losses import compute_losses
+from speeder_engine.training.gradient import GradientMaker, groups
 from speeder_engine.training.run_log import RunLog
 from speeder_engine.training.token_table import TokenTable
 from speeder_engine.training.weights import Weights, load_moments, pack, unpack
@@ -46,7 +46,7 @@ class Trainer:
         self.model = model.to(self.device)
         self.table = table.to(self.device)
         self.weights = Weights({"model": self.model, "table": self.table})
-        self.prior = prior
+        self.gradient = GradientMaker(self.model, self.table, prior, config, self.device)
         self.batches, self.validate, self.log = batches, validate, log
         self.history: list[dict[str, Any]] = []
 
@@ -99,10 +99,9 @@ class Trainer:
         self.table.train()
         torch.manual_seed(self.config.seed * 100_003 + state.epochs_done)  # dropout, too, is resumed exactly
         tally = EpochTally()
-        for batch in self.batches.epoch(state.epochs_done):
+        for group in groups(self.batches.epoch(state.epochs_done), self.config.accumulate):
             share = self.share(stage, state.step / max(self._steps(stage), 1))
-            losses = compute_losses(self.model, self.table(share), self.prior, batch.to(self.device), self.config)
-            losses.total.backward()  # type: ignore[no-untyped-call]
+            losses = self.gradient.backward(group, share)
             norm = self.weights.gradient_norm()
             check_step(f"stage {stage.name}, step {state.step}", losses, float(norm), self.weights)
             self.weights.clip_gradients(self.config.max_grad_norm, norm)
@@ -111,8 +110,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
             if averaged is not None:
                 self.weights.average_into(averaged, min(self.config.averaging, (1 + state.step) / (10 + state.step)))
-            tally.add_batch(batch, float(losses.retrieve.detach()), losses.num_targets)
-            tally.add_step(float(norm))
+            tally.add_step(group, losses, float(norm))
             state.step += 1
             progress.update(task, advance=1, note=f"loss {tally.mean_loss:.3f}  {METRIC} {max(state.best, 0):.4f}")
         state.epoch += 1
@@ -132,7 +130,7 @@ class Trainer:
         return torch.tensor([shares.get(name, 0.0) for name in self.model.compressor.modalities], device=self.device)
 
     def _steps(self, stage: Stage) -> int:
-        return stage.epochs * self.batches.batches_per_epoch
+        return stage.epochs * -(-self.batches.batches_per_epoch // self.config.accumulate)
 
     def _optimizer(self, stage: Stage, step: int) -> tuple[torch.optim.Optimizer, Any]:
         """AdamW and its cosine, `step` steps into the stage."""

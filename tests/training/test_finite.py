@@ -8,7 +8,7 @@ from tiny_training import one_stage
 
 from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.errors import SpeederError
-from speeder_engine.training import trainer as trainer_module
+from speeder_engine.training import gradient as gradient_module
 from speeder_engine.training.fit import train
 
 CONFIG = one_stage(epochs=3)
@@ -17,7 +17,7 @@ STEPS_AN_EPOCH = 8
 
 def poison_at(monkeypatch, step, poison):
     """Calls `poison(model, losses)` at the losses of a step."""
-    real, seen = trainer_module.compute_losses, []
+    real, seen = gradient_module.compute_losses, []
 
     def poisoned(model, tokens, prior, batch, config):
         if len(seen) == step:
@@ -28,7 +28,7 @@ def poison_at(monkeypatch, step, poison):
         seen.append(step)
         return losses
 
-    monkeypatch.setattr(trainer_module, "compute_losses", poisoned)
+    monkeypatch.setattr(gradient_module, "compute_losses", poisoned)
 
 
 def nan_parameter(model, losses):

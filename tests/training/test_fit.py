@@ -20,7 +20,7 @@ from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.export.engine_directory import export_engine
 from speeder_engine.models.families import FAMILIES
 from speeder_engine.models.prior import ConstantPrior
-from speeder_engine.training import trainer as trainer_module
+from speeder_engine.training import gradient as gradient_module
 from speeder_engine.training.backbone import train_tokenizer
 from speeder_engine.training.config import BackboneConfig, Stage, TrainingConfig
 from speeder_engine.training.features import read_images
@@ -99,13 +99,13 @@ def test_a_modality_that_no_item_has_is_left_out(split, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_place(split, tmp_path, monkeypatch):
-    real = trainer_module.compute_losses
+    real = gradient_module.compute_losses
 
     def poisoned(model, tokens, prior, batch, config):
         tokens = tokens + (float("nan") if np.random.default_rng(0) and model.training else 0.0)
         return real(model, tokens, prior, batch, config)
 
-    monkeypatch.setattr(trainer_module, "compute_losses", poisoned)
+    monkeypatch.setattr(gradient_module, "compute_losses", poisoned)
     with pytest.raises(SpeederError, match=r"stage S1, step 0: the retrieve loss is not finite; lower"):
         train(split, CONFIG, tmp_path / "c")
     assert not (tmp_path / "c").exists()
