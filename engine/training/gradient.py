@@ -14,6 +14,7 @@ from speeder_engine.training.batches import PAD, TrainingBatch
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.losses import Losses, compute_losses
 from speeder_engine.training.precision import autocast
+from speeder_engine.training.sampled import ItemSampler, SampledPrior
 from speeder_engine.training.token_table import TokenTable
 
 
@@ -21,29 +22,42 @@ class GradientMaker:
     """Runs forward and backward; gradients add up in the parameters of `model` and `table`."""
 
     def __init__(
-        self, model: Recommender, table: TokenTable, prior: Prior, config: TrainingConfig, device: torch.device
+        self,
+        model: Recommender,
+        table: TokenTable,
+        prior: Prior,
+        config: TrainingConfig,
+        device: torch.device,
+        sampler: ItemSampler | None = None,
     ) -> None:
         self.model, self.table, self.prior = model, table, prior
-        self.config, self.device = config, device
+        self.config, self.device, self.sampler = config, device, sampler
 
-    def backward(self, group: Sequence[TrainingBatch], share: Tensor) -> Losses:
-        """The losses of all batches of `group` as one, each a mean over all its targets; `share` [M]."""
+    def backward(self, group: Sequence[TrainingBatch], share: Tensor, number: tuple[int, ...] = ()) -> Losses:
+        """The losses of all batches of `group` as one, each a mean over all its targets; `share` [M]. What is drawn
+        beside the batches depends on `number`."""
         if len(group) == 1:
-            losses = self._losses(group[0], share)
+            losses = self._losses(group[0], share, number)
             losses.total.backward()  # type: ignore[no-untyped-call]
             return losses
         counts = [count_targets(batch) for batch in group]
         whole = {name: max(sum(each[name] for each in counts), 1) for name in counts[0]}
         parts = []
-        for batch, mine in zip(group, counts, strict=True):
+        for index, (batch, mine) in enumerate(zip(group, counts, strict=True)):
             shares = {name: mine[name] / whole[name] for name in mine}
-            parts.append(weighed(self._losses(batch, share), shares, self.config))
+            parts.append(weighed(self._losses(batch, share, (*number, index)), shares, self.config))
             parts[-1].total.backward()  # type: ignore[no-untyped-call]
         return added(parts)
 
-    def _losses(self, batch: TrainingBatch, share: Tensor) -> Losses:
+    def _losses(self, batch: TrainingBatch, share: Tensor, number: tuple[int, ...]) -> Losses:
         with autocast(self.config.precision, self.device):
-            return compute_losses(self.model, self.table(share), self.prior, batch.to(self.device), self.config)
+            if self.sampler is None:
+                return compute_losses(self.model, self.table(share), self.prior, batch.to(self.device), self.config)
+            sampled = self.sampler.draw(batch, number)
+            items = sampled.rows.to(self.device)
+            batch, tokens = sampled.renumber(batch).to(self.device), self.table(share, items)
+            prior, log_inclusion = SampledPrior(self.prior, items), sampled.log_inclusion.to(self.device)
+            return compute_losses(self.model, tokens, prior, batch, self.config, log_inclusion)
 
 
 def count_targets(batch: TrainingBatch) -> dict[str, int]:

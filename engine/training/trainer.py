@@ -21,10 +21,12 @@ from speeder_engine.training.epoch_tally import EpochTally
 from speeder_engine.training.finite import check_step
 from speeder_engine.training.gradient import GradientMaker, groups
 from speeder_engine.training.run_log import RunLog
+from speeder_engine.training.sampled import make_sampler
 from speeder_engine.training.token_table import TokenTable
 from speeder_engine.training.weights import Weights, load_moments, pack, unpack
 
 METRIC = "ndcg@10"
+COMPRESSED_AT_ONCE = 50_000  # items with all that the compressor computes between
 Validate = Callable[[Tensor], dict[str, float]]  # item tokens [I, d] -> metrics on the validation users
 
 
@@ -46,7 +48,8 @@ class Trainer:
         self.model = model.to(self.device)
         self.table = table.to(self.device)
         self.weights = Weights({"model": self.model, "table": self.table})
-        self.gradient = GradientMaker(self.model, self.table, prior, config, self.device)
+        sampler = make_sampler(config, batches.histories.rows, batches.num_items)
+        self.gradient = GradientMaker(self.model, self.table, prior, config, self.device, sampler)
         self.batches, self.validate, self.log = batches, validate, log
         self.history: list[dict[str, Any]] = []
 
@@ -101,7 +104,7 @@ class Trainer:
         tally = EpochTally()
         for group in groups(self.batches.epoch(state.epochs_done), self.config.accumulate):
             share = self.share(stage, state.step / max(self._steps(stage), 1))
-            losses = self.gradient.backward(group, share)
+            losses = self.gradient.backward(group, share, (state.epochs_done, state.step))
             norm = self.weights.gradient_norm()
             check_step(f"stage {stage.name}, step {state.step}", losses, float(norm), self.weights)
             self.weights.clip_gradients(self.config.max_grad_norm, norm)
@@ -120,8 +123,11 @@ class Trainer:
     def tokens(self, share: Tensor) -> Tensor:
         """The item-token table [I, d], nothing dropped."""
         self.table.eval()
-        tokens: Tensor = self.table(share)
-        return tokens
+        if self.batches.num_items <= COMPRESSED_AT_ONCE:
+            tokens: Tensor = self.table(share)
+            return tokens
+        parts = torch.split(torch.arange(self.batches.num_items, device=self.device), COMPRESSED_AT_ONCE)
+        return torch.cat([self.table(share, part).detach() for part in parts])
 
     def share(self, stage: Stage, done: float) -> Tensor:
         """How far each modality has been brought in after `done` (0..1) of a stage: the newest one ramps up."""
