@@ -57,6 +57,7 @@ def train(
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe, e.g. collaborative.epochs=3.")
     ] = None,
+    fsdp: Annotated[bool, typer.Option(help="One of torchrun's processes: train together, in shards.")] = False,
     tensorboard: Annotated[Path | None, typer.Option(help="A folder for TensorBoard's scalars.")] = None,
     min_interactions: Annotated[int, typer.Option(help="k of the k-core.")] = 5,
     column: Column = None,
@@ -69,12 +70,16 @@ def train(
     from speeder_engine.training.config import load_recipe
     from speeder_engine.training.fit import train as fit
     from speeder_engine.training.overrides import override
+    from speeder_engine.training.parallel import ALONE, join_processes
 
+    processes = join_processes() if fsdp else ALONE
     config = override(load_recipe(recipe), [*(changes or []), *([] if seed is None else [f"seed={seed}"])])
     dataset = load_dataset(data, columns=Columns.parse(column or []), min_interactions=min_interactions)
     if not as_json:
         typer.echo(dataset.summary(), err=True)
-    checkpoint = fit(leave_one_out(dataset), config, out, resume=resume, tensorboard=tensorboard)
+    checkpoint = fit(leave_one_out(dataset), config, out, resume=resume, tensorboard=tensorboard, processes=processes)
+    if not processes.is_first:
+        return
     if as_json:
         typer.echo(json.dumps({"checkpoint": str(out), **checkpoint.metrics}))
     else:

@@ -28,3 +28,10 @@ def without_dropout(config: TrainingConfig) -> TrainingConfig:
     """Nothing of a step is random but its batch."""
     backbone = replace(config.backbone, dropout=0.0)
     return replace(config, backbone=backbone, token_dropout=0.0, modality_dropout=0.0)
+
+
+def together() -> TrainingConfig:
+    """What several processes train as one would."""
+    stages = (Stage("S1", ("text",), 1, 3e-4), Stage("S2", ("text", "collaborative"), 2, 3e-4))
+    config = replace(without_dropout(CONFIG), stages=stages, validation_users=30, averaging=0.9)
+    return replace(config, collaborative=replace(config.collaborative, tune=True))

@@ -13,6 +13,7 @@ from speeder_engine.models.recommender import Recommender
 from speeder_engine.training.batches import PAD, TrainingBatch
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.losses import Losses, compute_losses
+from speeder_engine.training.parallel import ALONE, Processes
 from speeder_engine.training.precision import autocast
 from speeder_engine.training.sampled import ItemSampler, SampledPrior
 from speeder_engine.training.token_table import TokenTable
@@ -29,25 +30,35 @@ class GradientMaker:
         config: TrainingConfig,
         device: torch.device,
         sampler: ItemSampler | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.model, self.table, self.prior = model, table, prior
-        self.config, self.device, self.sampler = config, device, sampler
+        self.config, self.device, self.sampler, self.processes = config, device, sampler, processes
 
     def backward(self, group: Sequence[TrainingBatch], share: Tensor, number: tuple[int, ...] = ()) -> Losses:
         """The losses of all batches of `group` as one, each a mean over all its targets; `share` [M]. What is drawn
         beside the batches depends on `number`."""
-        if len(group) == 1:
+        if len(group) == 1 and self.processes.size == 1:
             losses = self._losses(group[0], share, number)
             losses.total.backward()  # type: ignore[no-untyped-call]
             return losses
+        size, parts = self.processes.size, []
         counts = [count_targets(batch) for batch in group]
         whole = {name: max(sum(each[name] for each in counts), 1) for name in counts[0]}
-        parts = []
-        for index, (batch, mine) in enumerate(zip(group, counts, strict=True)):
-            shares = {name: mine[name] / whole[name] for name in mine}
-            parts.append(weighed(self._losses(batch, share, (*number, index)), shares, self.config))
-            parts[-1].total.backward()  # type: ignore[no-untyped-call]
-        return added(parts)
+        for index, batch in enumerate(group):
+            mine = self.processes.part(batch)
+            given = self.processes.has_part(batch)
+            shares = {name: given * count / whole[name] for name, count in count_targets(mine).items()}
+            parts.append(weighed(self._losses(mine, share, (*number, index)), shares, self.config))
+            (parts[-1].total * size).backward()  # type: ignore[no-untyped-call]
+        self.processes.sum_gradients([*self.model.parameters(), *self.table.tuned.parameters()])
+        return self._over_processes(added(parts), whole["retrieve"])
+
+    def _over_processes(self, losses: Losses, num_targets: int) -> Losses:
+        """What every process has of weighed losses, together."""
+        values = {name: value for name, value in vars(losses).items() if isinstance(value, Tensor)}
+        sums: dict[str, Any] = dict(zip(values, self.processes.sums([*values.values()]), strict=True))
+        return replace(losses, **sums, num_targets=num_targets)
 
     def _losses(self, batch: TrainingBatch, share: Tensor, number: tuple[int, ...]) -> Losses:
         with autocast(self.config.precision, self.device):

@@ -20,6 +20,7 @@ from speeder_engine.training.config import Stage, TrainingConfig
 from speeder_engine.training.epoch_tally import EpochTally
 from speeder_engine.training.finite import check_step
 from speeder_engine.training.gradient import GradientMaker, groups
+from speeder_engine.training.parallel import ALONE, Processes
 from speeder_engine.training.run_log import RunLog
 from speeder_engine.training.sampled import make_sampler
 from speeder_engine.training.token_table import TokenTable
@@ -42,14 +43,15 @@ class Trainer:
         validate: Validate,
         config: TrainingConfig,
         log: RunLog,
+        processes: Processes = ALONE,
     ) -> None:
-        self.config = config
+        self.config, self.processes = config, processes
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.to(self.device)
         self.table = table.to(self.device)
         self.weights = Weights({"model": self.model, "table": self.table})
         sampler = make_sampler(config, batches.histories.rows, batches.num_items)
-        self.gradient = GradientMaker(self.model, self.table, prior, config, self.device, sampler)
+        self.gradient = GradientMaker(self.model, self.table, prior, config, self.device, sampler, processes)
         self.batches, self.validate, self.log = batches, validate, log
         self.history: list[dict[str, Any]] = []
 
@@ -74,7 +76,7 @@ class Trainer:
             started = time.perf_counter()
             tally = self._epoch(stage, state, optimizer, schedule, averaged, progress, task)
             with self.weights.replaced_by(averaged):
-                metrics = self.validate(self.tokens(self.share(stage, 1.0)))
+                metrics = self.processes.agreed(self.validate(self.tokens(self.share(stage, 1.0))), self.device)
                 better = metrics[METRIC] > state.best
                 best = self.weights.copy() if better else best
             self._record(stage, state, tally, schedule.get_last_lr()[0], metrics, time.perf_counter() - started)
@@ -100,7 +102,8 @@ class Trainer:
         """One pass over the training set."""
         self.model.train()
         self.table.train()
-        torch.manual_seed(self.config.seed * 100_003 + state.epochs_done)  # dropout, too, is resumed exactly
+        # dropout, too, is resumed exactly
+        torch.manual_seed(self.config.seed * 100_003 + state.epochs_done + 1_000_000_007 * self.processes.rank)
         tally = EpochTally()
         for group in groups(self.batches.epoch(state.epochs_done), self.config.accumulate):
             share = self.share(stage, state.step / max(self._steps(stage), 1))
@@ -148,7 +151,9 @@ class Trainer:
             {"params": decayed, "weight_decay": self.config.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98), fused=True)
+        # sharded and whole parameters can't go through one kernel
+        kernels = {"foreach": False} if self.weights.sharded else {"fused": True}
+        optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98), **kernels)
         for group in optimizer.param_groups:
             group["initial_lr"] = stage.learning_rate  # what a schedule that starts in the middle expects
         warmup, end = int(self.config.warmup * self._steps(stage)), int(1.05 * self._steps(stage))
