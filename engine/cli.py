@@ -53,6 +53,12 @@ def train(
     out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
     recipe: Annotated[str, typer.Option(help="Packaged recipe (demo, small) or YAML file.")] = "small",
     resume: Annotated[bool, typer.Option(help="Go on from the epoch OUT stopped at.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe, e.g. collaborative.epochs=3.")
+    ] = None,
+    fsdp: Annotated[bool, typer.Option(help="One of torchrun's processes: train together, in shards.")] = False,
+    tensorboard: Annotated[Path | None, typer.Option(help="A folder for TensorBoard's scalars.")] = None,
     min_interactions: Annotated[int, typer.Option(help="k of the k-core.")] = 5,
     column: Column = None,
     as_json: AsJson = False,
@@ -63,12 +69,17 @@ def train(
     from speeder_engine.data.splits import leave_one_out
     from speeder_engine.training.config import load_recipe
     from speeder_engine.training.fit import train as fit
+    from speeder_engine.training.overrides import override
+    from speeder_engine.training.parallel import ALONE, join_processes
 
-    config = load_recipe(recipe)
+    processes = join_processes() if fsdp else ALONE
+    config = override(load_recipe(recipe), [*(changes or []), *([] if seed is None else [f"seed={seed}"])])
     dataset = load_dataset(data, columns=Columns.parse(column or []), min_interactions=min_interactions)
     if not as_json:
         typer.echo(dataset.summary(), err=True)
-    checkpoint = fit(leave_one_out(dataset), config, out, resume=resume)
+    checkpoint = fit(leave_one_out(dataset), config, out, resume=resume, tensorboard=tensorboard, processes=processes)
+    if not processes.is_first:
+        return
     if as_json:
         typer.echo(json.dumps({"checkpoint": str(out), **checkpoint.metrics}))
     else:

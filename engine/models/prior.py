@@ -12,8 +12,8 @@ REFRESH = 3600  # seconds: how old counts are at most in training, as where a se
 
 
 class Prior(Protocol):
-    def at(self, times: Tensor) -> Tensor:
-        """Unix seconds [n] -> [n, I], or [I] where it is the same at all times."""
+    def at(self, times: Tensor, items: Tensor | None = None) -> Tensor:
+        """Unix seconds [n] -> [n, I], or [I] where it is the same at all times; of the given item rows only."""
         ...
 
 
@@ -23,8 +23,8 @@ class ConstantPrior:
     def __init__(self, values: Tensor) -> None:
         self.values = values
 
-    def at(self, times: Tensor) -> Tensor:
-        return self.values
+    def at(self, times: Tensor, items: Tensor | None = None) -> Tensor:
+        return self.values if items is None else self.values[items]
 
 
 class LivePrior:
@@ -36,9 +36,11 @@ class LivePrior:
         found = popularity.features(self.hours.cpu().numpy() * REFRESH)
         self.features = torch.from_numpy(found.astype(np.float16)).to(device)  # [hours, I, S]
 
-    def at(self, times: Tensor) -> Tensor:
+    def at(self, times: Tensor, items: Tensor | None = None) -> Tensor:
         hours = torch.searchsorted(self.hours, torch.div(times, REFRESH, rounding_mode="floor"))
-        return self.features[hours.clamp_max(len(self.hours) - 1)].to(self.weights.dtype) @ self.weights
+        hours = hours.clamp_max(len(self.hours) - 1)
+        found = self.features[hours] if items is None else self.features[hours.unsqueeze(1), items]
+        return found.to(self.weights.dtype) @ self.weights
 
 
 class ExactPrior:
@@ -47,9 +49,9 @@ class ExactPrior:
     def __init__(self, popularity: LivePopularity, weights: Tensor) -> None:
         self.popularity, self.weights = popularity, weights
 
-    def at(self, times: Tensor) -> Tensor:
+    def at(self, times: Tensor, items: Tensor | None = None) -> Tensor:
         features = torch.from_numpy(self.popularity.features(times.cpu().numpy())).to(self.weights.device)
-        return features @ self.weights.detach()
+        return (features if items is None else features[:, items]) @ self.weights.detach()
 
 
 def of_candidates(prior: Tensor, candidates: Tensor) -> Tensor:

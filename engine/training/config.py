@@ -7,6 +7,7 @@ from typing import Any
 from speeder_engine.config import MIXINGS, MODALITIES, POSITIONS, Config, HeadsConfig, LivePriorConfig, check
 from speeder_engine.errors import ConfigError, MissingDependency
 
+PRECISIONS = ("float32", "bfloat16", "auto")
 MOST_NEGATIVES = 1000  # every one is a row of the forward pass
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -117,8 +118,17 @@ class TrainingConfig(Config):
     order_weight: float = 0.1
     patience: int = 3
     validation_users: int = 2000
+    precision: str = "float32"  # of forward passes: "bfloat16", or "auto" for that where the hardware has it
+    accumulate: int = 1  # batches an optimizer step
+    sampled_items: int = 0  # negatives a softmax; 0: all up to `full_softmax_items`, 8,192 drawn beyond
+    full_softmax_items: int = 50_000
+    checkpoint_layers: bool = False  # compute the backbone's layers again in the backward pass, instead of keeping them
 
     def __post_init__(self) -> None:
+        check(self.precision in PRECISIONS, f"precision: {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
+        check(self.accumulate > 0, f"accumulate must be positive, is {self.accumulate}")
+        for name in ("sampled_items", "full_softmax_items"):
+            check(getattr(self, name) >= 0, f"{name} can't be negative, is {getattr(self, name)}")
         check(len(self.stages) > 0, "stages: at least one is needed")
         for name in ("batch_size", "window", "patience", "validation_users", "max_grad_norm", "rank_negatives"):
             check(getattr(self, name) > 0, f"{name} must be positive, is {getattr(self, name)}")

@@ -1,5 +1,6 @@
 """From a dataset to a checkpoint: features, backbone, staged training, and what a resumed run needs in between."""
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from speeder_engine.training.backbone import embedding_scale, instruction_ids, m
 from speeder_engine.training.batches import TrainingBatches
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.features import ItemFeatures, make_features
+from speeder_engine.training.parallel import ALONE, Processes
+from speeder_engine.training.run_log import RunLog
 from speeder_engine.training.token_table import TokenTable
 from speeder_engine.training.trainer import Trainer, Validate
 
@@ -31,36 +34,54 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train(
-    split: Split, config: TrainingConfig, out: Path, *, cache_dir: Path | None = None, resume: bool = False
+    split: Split,
+    config: TrainingConfig,
+    out: Path,
+    *,
+    cache_dir: Path | None = None,
+    resume: bool = False,
+    tensorboard: Path | None = None,
+    processes: Processes = ALONE,
 ) -> Checkpoint:
     """Trains on `split.train` and leaves a checkpoint in `out`, saved after every epoch.
 
     cache_dir: where encoded features are kept (default: beside `out`). resume: go on from the epoch `out` stopped at;
-    raises ConfigError where it was made with other settings or other data.
+    raises ConfigError where it was made with other settings or other data. tensorboard: a folder for its scalars.
+    processes: those that train together, each calling this; the first writes.
     """
     if not len(split.users):
         raise DataError(f"{split.dataset.name}: no user has the three interactions that training and validation need")
     check_replaceable(out)
+    first = processes.is_first
+    log = RunLog(_log_path(out) if first else None, tensorboard if first else None)
     if resume:
         checkpoint = _resumable(split, config, out)
     else:
         torch.manual_seed(config.seed)
-        made = make_features(split, config, cache_dir or out.parent / f"{out.name}-cache")
+        with processes.first_before_others():
+            made = make_features(split, config, cache_dir or out.parent / f"{out.name}-cache")
         checkpoint = new_checkpoint(split, config, made)
-        write_atomic(_log_path(out), b"")
+        if first:
+            write_atomic(_log_path(out), b"")
     if checkpoint.state is None:
         return checkpoint
-    trainer = _trainer(checkpoint, split, config, _log_path(out))
+    # a model that is trained in shards can't be saved: its weights are gathered into the checkpoint's
+    trained = checkpoint if processes.size == 1 else replace(checkpoint, model=deepcopy(checkpoint.model))
+    trainer = _trainer(trained, split, config, log, processes)
 
-    def save(state: TrainingState) -> None:
+    def save(state: TrainingState | None) -> None:
+        if trained is not checkpoint:
+            trainer.weights.gather_into({"model": checkpoint.model})
         checkpoint.state = state
-        checkpoint.save(out)
+        if state is None:
+            _take_learned(checkpoint, trainer, split)
+        if first:
+            checkpoint.save(out)
+        processes.wait()
 
     trainer.run(checkpoint.state, save)
-    checkpoint.state = None
-    _take_learned(checkpoint, trainer, split)
     checkpoint.metrics = trainer.history[-1] if trainer.history else checkpoint.metrics
-    checkpoint.save(out)
+    save(None)
     return checkpoint
 
 
@@ -129,16 +150,23 @@ def popularity_prior(train: Histories, num_items: int) -> NDArray[np.float32]:
     return prior
 
 
-def _trainer(checkpoint: Checkpoint, split: Split, config: TrainingConfig, log: Path) -> Trainer:
+def _trainer(
+    checkpoint: Checkpoint, split: Split, config: TrainingConfig, log: RunLog, processes: Processes
+) -> Trainer:
     model = checkpoint.model
     names = model.compressor.modalities
     kept = [(stage, tuple(name for name in stage.modalities if name in names)) for stage in config.stages]
     config = replace(config, stages=tuple(replace(stage, modalities=left) for stage, left in kept if left))
+    if config.checkpoint_layers:
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     tuned = ("collaborative",) if config.collaborative.tune else ()
     table = TokenTable(model.compressor, checkpoint.features, config.modality_dropout, tuned)
+    if processes.size > 1:
+        processes.same(model.to(DEVICE), table.to(DEVICE))
+        processes.shard(model.backbone)
     batches = TrainingBatches(split.train, split.dataset.num_items, config, model.config.prompt.calendar)
     prior = training_prior(checkpoint, split)
-    return Trainer(model, table, prior, batches, _validation(checkpoint, split, config), config, log)
+    return Trainer(model, table, prior, batches, _validation(checkpoint, split, config), config, log, processes)
 
 
 def training_prior(checkpoint: Checkpoint, split: Split) -> Prior:

@@ -31,9 +31,14 @@ class Losses:
 
 
 def compute_losses(
-    model: Recommender, tokens: Tensor, prior: Prior, batch: TrainingBatch, config: TrainingConfig
+    model: Recommender,
+    tokens: Tensor,
+    prior: Prior,
+    batch: TrainingBatch,
+    config: TrainingConfig,
+    log_inclusion: Tensor | None = None,
 ) -> Losses:
-    """tokens [I, d]: the item-token table with its gradient."""
+    """tokens [I, d]: the item-token table with its gradient. log_inclusion [I]: of items that stand for others too."""
     batch_size = len(batch)
     prompt = model.config.prompt
     num_prompt, step = len(prompt.instruction_ids), prompt.rows_per_item
@@ -43,6 +48,8 @@ def compute_losses(
     keep = batch.targets != PAD
     vectors = model.retrieve(read[keep])
     logits = vectors @ tokens.T + model.retrieve.beta * prior.at(batch.times[keep])
+    if log_inclusion is not None:
+        logits = logits.float() - log_inclusion
     retrieve = F.cross_entropy(logits.float(), batch.targets[keep], label_smoothing=config.label_smoothing)
     zero = retrieve.new_zeros(())
     rank = order = zero

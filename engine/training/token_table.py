@@ -41,12 +41,14 @@ class TokenTable(nn.Module):
         found: Tensor = self.tuned[name] if name in self.tuned else getattr(self, f"frozen_{name}")
         return found
 
-    def forward(self, share: Tensor) -> Tensor:
-        """Tokens [I, d]; share [M]. In training some modalities of some items are missing at random."""
-        present = self.present
+    def forward(self, share: Tensor, items: Tensor | None = None) -> Tensor:
+        """Tokens [I, d], or of the given item rows; share [M]. In training some modalities of some items are missing at
+        random."""
+        present = self.present if items is None else self.present[items]
         if self.training and self.modality_dropout:
             present = present & (torch.rand(present.shape, device=present.device) >= self.modality_dropout)
-        features = {name: self.values(name) for name in self.compressor.modalities}
+        names = self.compressor.modalities
+        features = {name: self.values(name) if items is None else self.values(name)[items] for name in names}
         tokens: Tensor = self.compressor(features, present, share)
         return tokens
 

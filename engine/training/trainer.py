@@ -3,10 +3,8 @@
 Between two epochs all state fits in a `TrainingState`: a run resumed from it goes on bit for bit as it would have.
 """
 
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +12,22 @@ from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from speeder_engine.checkpoint import TrainingState
-from speeder_engine.errors import MissingDependency, SpeederError
 from speeder_engine.models.prior import Prior
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.progress import progress_bar
 from speeder_engine.training.batches import TrainingBatches
 from speeder_engine.training.config import Stage, TrainingConfig
-from speeder_engine.training.losses import Losses, compute_losses
+from speeder_engine.training.epoch_tally import EpochTally
+from speeder_engine.training.finite import check_step
+from speeder_engine.training.gradient import GradientMaker, groups
+from speeder_engine.training.parallel import ALONE, Processes
+from speeder_engine.training.run_log import RunLog
+from speeder_engine.training.sampled import make_sampler
 from speeder_engine.training.token_table import TokenTable
 from speeder_engine.training.weights import Weights, load_moments, pack, unpack
 
 METRIC = "ndcg@10"
+COMPRESSED_AT_ONCE = 50_000  # items with all that the compressor computes between
 Validate = Callable[[Tensor], dict[str, float]]  # item tokens [I, d] -> metrics on the validation users
 
 
@@ -39,20 +42,17 @@ class Trainer:
         batches: TrainingBatches,
         validate: Validate,
         config: TrainingConfig,
-        log: Path | None = None,
+        log: RunLog,
+        processes: Processes = ALONE,
     ) -> None:
-        try:
-            from accelerate import Accelerator
-        except ImportError:
-            raise MissingDependency("accelerate", "train", "training") from None
-        self.config = config
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        self.device = self.accelerator.device
-        self.model: Recommender = self.accelerator.prepare(model)
+        self.config, self.processes = config, processes
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.to(self.device)
         self.table = table.to(self.device)
         self.weights = Weights({"model": self.model, "table": self.table})
-        self.prior = prior
-        self.batches, self.validate, self.log_path = batches, validate, log
+        sampler = make_sampler(config, batches.histories.rows, batches.num_items)
+        self.gradient = GradientMaker(self.model, self.table, prior, config, self.device, sampler, processes)
+        self.batches, self.validate, self.log = batches, validate, log
         self.history: list[dict[str, Any]] = []
 
     def run(self, state: TrainingState, save: Callable[[TrainingState], None]) -> list[dict[str, Any]]:
@@ -74,14 +74,16 @@ class Trainer:
         progress.update(task, completed=state.step)
         while state.epoch < stage.epochs and state.bad_epochs < self.config.patience:
             started = time.perf_counter()
-            loss = self._epoch(stage, state, optimizer, schedule, averaged, progress, task)
+            tally = self._epoch(stage, state, optimizer, schedule, averaged, progress, task)
             with self.weights.replaced_by(averaged):
-                metrics = self.validate(self.tokens(self.share(stage, 1.0)))
+                metrics = self.processes.agreed(self.validate(self.tokens(self.share(stage, 1.0))), self.device)
                 better = metrics[METRIC] > state.best
                 best = self.weights.copy() if better else best
-            self._record(stage, state, loss, metrics, time.perf_counter() - started)
+            self._record(stage, state, tally, schedule.get_last_lr()[0], metrics, time.perf_counter() - started)
             state.best, state.bad_epochs = (metrics[METRIC], 0) if better else (state.best, state.bad_epochs + 1)
-            progress.update(task, note=f"loss {loss:.3f}  {METRIC} {metrics[METRIC]:.4f} (best {state.best:.4f})")
+            progress.update(
+                task, note=f"loss {tally.mean_loss:.3f}  {METRIC} {metrics[METRIC]:.4f} (best {state.best:.4f})"
+            )
             state.tensors = pack({"now": self.weights.copy(), "best": best, "averaged": averaged or {}}, optimizer)
             save(state)
         progress.update(task, completed=self._steps(stage))
@@ -96,36 +98,39 @@ class Trainer:
         averaged: dict[str, Tensor] | None,
         progress: Progress,
         task: TaskID,
-    ) -> float:
-        """One pass over the training set; returns the mean retrieve loss."""
+    ) -> EpochTally:
+        """One pass over the training set."""
         self.model.train()
         self.table.train()
-        torch.manual_seed(self.config.seed * 100_003 + state.epochs_done)  # dropout, too, is resumed exactly
-        total = count = 0.0
-        for batch in self.batches.epoch(state.epochs_done):
+        # dropout, too, is resumed exactly
+        torch.manual_seed(self.config.seed * 100_003 + state.epochs_done + 1_000_000_007 * self.processes.rank)
+        tally = EpochTally()
+        for group in groups(self.batches.epoch(state.epochs_done), self.config.accumulate):
             share = self.share(stage, state.step / max(self._steps(stage), 1))
-            losses = compute_losses(self.model, self.table(share), self.prior, batch.to(self.device), self.config)
-            self._check_finite(losses, stage, state.step)
-            self.accelerator.backward(losses.total)
-            self.accelerator.clip_grad_norm_(self.weights.parameters.values(), self.config.max_grad_norm)
+            losses = self.gradient.backward(group, share, (state.epochs_done, state.step))
+            norm = self.weights.gradient_norm()
+            check_step(f"stage {stage.name}, step {state.step}", losses, float(norm), self.weights)
+            self.weights.clip_gradients(self.config.max_grad_norm, norm)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             if averaged is not None:
                 self.weights.average_into(averaged, min(self.config.averaging, (1 + state.step) / (10 + state.step)))
-            total += float(losses.retrieve.detach()) * losses.num_targets
-            count += losses.num_targets
+            tally.add_step(group, losses, float(norm))
             state.step += 1
-            progress.update(task, advance=1, note=f"loss {total / count:.3f}  {METRIC} {max(state.best, 0):.4f}")
+            progress.update(task, advance=1, note=f"loss {tally.mean_loss:.3f}  {METRIC} {max(state.best, 0):.4f}")
         state.epoch += 1
         state.epochs_done += 1
-        return total / count
+        return tally
 
     def tokens(self, share: Tensor) -> Tensor:
         """The item-token table [I, d], nothing dropped."""
         self.table.eval()
-        tokens: Tensor = self.table(share)
-        return tokens
+        if self.batches.num_items <= COMPRESSED_AT_ONCE:
+            tokens: Tensor = self.table(share)
+            return tokens
+        parts = torch.split(torch.arange(self.batches.num_items, device=self.device), COMPRESSED_AT_ONCE)
+        return torch.cat([self.table(share, part).detach() for part in parts])
 
     def share(self, stage: Stage, done: float) -> Tensor:
         """How far each modality has been brought in after `done` (0..1) of a stage: the newest one ramps up."""
@@ -134,7 +139,7 @@ class Trainer:
         return torch.tensor([shares.get(name, 0.0) for name in self.model.compressor.modalities], device=self.device)
 
     def _steps(self, stage: Stage) -> int:
-        return stage.epochs * self.batches.batches_per_epoch
+        return stage.epochs * -(-self.batches.batches_per_epoch // self.config.accumulate)
 
     def _optimizer(self, stage: Stage, step: int) -> tuple[torch.optim.Optimizer, Any]:
         """AdamW and its cosine, `step` steps into the stage."""
@@ -146,7 +151,9 @@ class Trainer:
             {"params": decayed, "weight_decay": self.config.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98), fused=True)
+        # sharded and whole parameters can't go through one kernel
+        kernels = {"foreach": False} if self.weights.sharded else {"fused": True}
+        optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98), **kernels)
         for group in optimizer.param_groups:
             group["initial_lr"] = stage.learning_rate  # what a schedule that starts in the middle expects
         warmup, end = int(self.config.warmup * self._steps(stage)), int(1.05 * self._steps(stage))
@@ -162,21 +169,17 @@ class Trainer:
         averaged = unpack(state.tensors, "averaged") or (self.weights.copy() if self.config.averaging else None)
         return unpack(state.tensors, "best") or self.weights.copy(), averaged
 
-    def _check_finite(self, losses: Losses, stage: Stage, step: int) -> None:
-        for name in ("retrieve", "rank", "order"):
-            if not torch.isfinite(getattr(losses, name)):
-                raise SpeederError(
-                    f"stage {stage.name}, step {step}: the {name} loss is not finite; "
-                    "lower the stage's learning_rate, or check the feature vectors for extreme values"
-                )
-
     def _record(
-        self, stage: Stage, state: TrainingState, loss: float, metrics: dict[str, float], seconds: float
+        self,
+        stage: Stage,
+        state: TrainingState,
+        tally: EpochTally,
+        rate: float,
+        metrics: dict[str, float],
+        seconds: float,
     ) -> None:
-        targets = self.batches.targets_per_epoch
-        record = {"stage": stage.name, "epoch": state.epoch, "loss": loss, **metrics}
-        record |= {"seconds": round(seconds, 3), "targets_per_second": round(targets / seconds)}
+        record = {"stage": stage.name, "epoch": state.epoch, "step": state.step, "loss": tally.mean_loss, **metrics}
+        record |= {"learning_rate": rate, **tally.record(), "seconds": round(seconds, 3)}
+        record["targets_per_second"] = round(tally.num_targets / seconds)
         self.history.append(record)
-        if self.log_path is not None:
-            with self.log_path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+        self.log.write(record, state.epochs_done)

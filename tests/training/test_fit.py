@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from counting import make_dataset
+from tiny_training import CONFIG
 from transformers import AutoConfig, AutoModel
 
 from speeder_engine import Engine
@@ -19,25 +20,11 @@ from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.export.engine_directory import export_engine
 from speeder_engine.models.families import FAMILIES
 from speeder_engine.models.prior import ConstantPrior
-from speeder_engine.training import trainer as trainer_module
+from speeder_engine.training import gradient as gradient_module
 from speeder_engine.training.backbone import train_tokenizer
 from speeder_engine.training.config import BackboneConfig, Stage, TrainingConfig
 from speeder_engine.training.features import read_images
 from speeder_engine.training.fit import train
-
-CONFIG = TrainingConfig(
-    instruction="Next:",
-    window=10,
-    window_step=5,
-    backbone=BackboneConfig(vocab_size=270, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64),
-    stages=(
-        Stage("S1", ("text",), 2, 5e-3),
-        Stage("S2", ("text", "collaborative"), 3, 5e-3, 0.5),
-    ),
-    batch_size=16,
-    token_dropout=0.1,
-    patience=2,
-)
 
 
 def weights(checkpoint):
@@ -112,13 +99,13 @@ def test_a_modality_that_no_item_has_is_left_out(split, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_place(split, tmp_path, monkeypatch):
-    real = trainer_module.compute_losses
+    real = gradient_module.compute_losses
 
     def poisoned(model, tokens, prior, batch, config):
         tokens = tokens + (float("nan") if np.random.default_rng(0) and model.training else 0.0)
         return real(model, tokens, prior, batch, config)
 
-    monkeypatch.setattr(trainer_module, "compute_losses", poisoned)
+    monkeypatch.setattr(gradient_module, "compute_losses", poisoned)
     with pytest.raises(SpeederError, match=r"stage S1, step 0: the retrieve loss is not finite; lower"):
         train(split, CONFIG, tmp_path / "c")
     assert not (tmp_path / "c").exists()

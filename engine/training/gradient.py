@@ -1,0 +1,108 @@
+"""The gradient of one optimizer step: of one batch, or of several together as if they were one."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speeder_engine.models.prior import Prior
+from speeder_engine.models.recommender import Recommender
+from speeder_engine.training.batches import PAD, TrainingBatch
+from speeder_engine.training.config import TrainingConfig
+from speeder_engine.training.losses import Losses, compute_losses
+from speeder_engine.training.parallel import ALONE, Processes
+from speeder_engine.training.precision import autocast
+from speeder_engine.training.sampled import ItemSampler, SampledPrior
+from speeder_engine.training.token_table import TokenTable
+
+
+class GradientMaker:
+    """Runs forward and backward; gradients add up in the parameters of `model` and `table`."""
+
+    def __init__(
+        self,
+        model: Recommender,
+        table: TokenTable,
+        prior: Prior,
+        config: TrainingConfig,
+        device: torch.device,
+        sampler: ItemSampler | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.model, self.table, self.prior = model, table, prior
+        self.config, self.device, self.sampler, self.processes = config, device, sampler, processes
+
+    def backward(self, group: Sequence[TrainingBatch], share: Tensor, number: tuple[int, ...] = ()) -> Losses:
+        """The losses of all batches of `group` as one, each a mean over all its targets; `share` [M]. What is drawn
+        beside the batches depends on `number`."""
+        if len(group) == 1 and self.processes.size == 1:
+            losses = self._losses(group[0], share, number)
+            losses.total.backward()  # type: ignore[no-untyped-call]
+            return losses
+        size, parts = self.processes.size, []
+        counts = [count_targets(batch) for batch in group]
+        whole = {name: max(sum(each[name] for each in counts), 1) for name in counts[0]}
+        for index, batch in enumerate(group):
+            mine = self.processes.part(batch)
+            given = self.processes.has_part(batch)
+            shares = {name: given * count / whole[name] for name, count in count_targets(mine).items()}
+            parts.append(weighed(self._losses(mine, share, (*number, index)), shares, self.config))
+            (parts[-1].total * size).backward()  # type: ignore[no-untyped-call]
+        self.processes.sum_gradients([*self.model.parameters(), *self.table.tuned.parameters()])
+        return self._over_processes(added(parts), whole["retrieve"])
+
+    def _over_processes(self, losses: Losses, num_targets: int) -> Losses:
+        """What every process has of weighed losses, together."""
+        values = {name: value for name, value in vars(losses).items() if isinstance(value, Tensor)}
+        sums: dict[str, Any] = dict(zip(values, self.processes.sums([*values.values()]), strict=True))
+        return replace(losses, **sums, num_targets=num_targets)
+
+    def _losses(self, batch: TrainingBatch, share: Tensor, number: tuple[int, ...]) -> Losses:
+        with autocast(self.config.precision, self.device):
+            if self.sampler is None:
+                return compute_losses(self.model, self.table(share), self.prior, batch.to(self.device), self.config)
+            sampled = self.sampler.draw(batch, number)
+            items = sampled.rows.to(self.device)
+            batch, tokens = sampled.renumber(batch).to(self.device), self.table(share, items)
+            prior, log_inclusion = SampledPrior(self.prior, items), sampled.log_inclusion.to(self.device)
+            return compute_losses(self.model, tokens, prior, batch, self.config, log_inclusion)
+
+
+def count_targets(batch: TrainingBatch) -> dict[str, int]:
+    """How many targets each loss is a mean over; `segments`, for those that have one a segment."""
+    ranked = batch.targets.gather(1, batch.cuts.unsqueeze(1)) != PAD
+    return {
+        "retrieve": int((batch.targets != PAD).sum()),
+        "rank": int(ranked.sum()),
+        "order": int((batch.pairs[:, 0] != batch.pairs[:, 1]).sum()),
+        "segments": len(batch),
+    }
+
+
+def weighed(losses: Losses, shares: Mapping[str, float], config: TrainingConfig) -> Losses:
+    """Each loss times its share of the targets, and their total by the weights of `config`."""
+    each = {name: value * shares.get(name, shares["segments"]) for name, value in loss_terms(losses).items()}
+    total = torch.stack([value.float() * getattr(config, f"{name}_weight", 1.0) for name, value in each.items()]).sum()
+    return replace(losses, **each, total=total)
+
+
+def added(parts: Sequence[Losses]) -> Losses:
+    """Weighed losses summed up, without their graphs."""
+    sums = {name: torch.stack([getattr(part, name).detach() for part in parts]).sum() for name in loss_terms(parts[0])}
+    total = torch.stack([part.total.detach() for part in parts]).sum()
+    return replace(parts[0], **sums, total=total, num_targets=sum(part.num_targets for part in parts))
+
+
+def loss_terms(losses: Losses) -> dict[str, Any]:
+    """The single losses by name."""
+    return {name: value for name, value in vars(losses).items() if isinstance(value, Tensor) and name != "total"}
+
+
+def groups(batches: Iterable[TrainingBatch], size: int) -> Iterator[list[TrainingBatch]]:
+    """`size` batches at a time; the last group may be smaller."""
+    remaining = iter(batches)
+    while group := list(islice(remaining, size)):
+        yield group

@@ -1,0 +1,35 @@
+"""Settings by dotted keys, and a clear word where they don't fit."""
+
+import pytest
+
+from speeder_engine.errors import ConfigError
+from speeder_engine.training.config import TrainingConfig
+from speeder_engine.training.overrides import override
+
+
+def test_values_are_yaml_and_reach_every_depth():
+    changes = ["collaborative.epochs=3", "stages.1.learning_rate=1e-3", "heads={rank: false}", "rank_weight=0"]
+    changed = override(TrainingConfig(), [*changes, "text_encoder=fitted", "seed=1", "seed=7"])
+    assert changed.collaborative.epochs == 3 and changed.stages[1].learning_rate == 1e-3
+    assert not changed.heads.rank and changed.text_encoder == "fitted" and changed.seed == 7
+    assert changed.stages[0] == TrainingConfig().stages[0]
+    assert override(TrainingConfig(), []) == TrainingConfig()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("seed", r"--set seed: write KEY=VALUE"),
+        ("=3", r"--set =3: write KEY=VALUE"),
+        ("colaborative.epochs=3", r"the recipe has no 'colaborative'; it has seed, "),
+        ("collaborative.epoch=3", r"collaborative has no 'epoch'; it has dim, epochs"),
+        ("stages.9.epochs=3", r"stages has entries 0 to 2, not '9'"),
+        ("seed.x=3", r"seed is 0 and has no keys"),
+        ("seed=[", r"--set seed=\[: no valid YAML"),
+        ("seed=many", r"TrainingConfig.seed: expected int, got 'many'"),
+        ("batch_size=0", r"batch_size must be positive, is 0"),
+    ],
+)
+def test_what_does_not_fit_is_said(change, message):
+    with pytest.raises(ConfigError, match=message):
+        override(TrainingConfig(), [change])
