@@ -24,7 +24,6 @@ from speeder_engine.training.losses import Losses, compute_losses
 from speeder_engine.training.token_table import TokenTable
 from speeder_engine.training.weights import Weights, load_moments, pack, unpack
 
-METRIC = "ndcg@10"
 Validate = Callable[[Tensor], dict[str, float]]  # item tokens [I, d] -> metrics on the validation users
 
 
@@ -77,11 +76,12 @@ class Trainer:
             loss = self._epoch(stage, state, optimizer, schedule, averaged, progress, task)
             with self.weights.replaced_by(averaged):
                 metrics = self.validate(self.tokens(self.share(stage, 1.0)))
-                better = metrics[METRIC] > state.best
+                score = metrics[self.config.metric]
+                better = score > state.best
                 best = self.weights.copy() if better else best
             self._record(stage, state, loss, metrics, time.perf_counter() - started)
-            state.best, state.bad_epochs = (metrics[METRIC], 0) if better else (state.best, state.bad_epochs + 1)
-            progress.update(task, note=f"loss {loss:.3f}  {METRIC} {metrics[METRIC]:.4f} (best {state.best:.4f})")
+            state.best, state.bad_epochs = (score, 0) if better else (state.best, state.bad_epochs + 1)
+            progress.update(task, note=f"loss {loss:.3f}  {self.config.metric} {score:.4f} (best {state.best:.4f})")
             state.tensors = pack({"now": self.weights.copy(), "best": best, "averaged": averaged or {}}, optimizer)
             save(state)
         progress.update(task, completed=self._steps(stage))
@@ -97,7 +97,7 @@ class Trainer:
         progress: Progress,
         task: TaskID,
     ) -> float:
-        """One pass over the training set; returns the mean retrieve loss."""
+        """One pass over the training set; returns the mean of the leading loss."""
         self.model.train()
         self.table.train()
         torch.manual_seed(self.config.seed * 100_003 + state.epochs_done)  # dropout, too, is resumed exactly
@@ -113,10 +113,12 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
             if averaged is not None:
                 self.weights.average_into(averaged, min(self.config.averaging, (1 + state.step) / (10 + state.step)))
-            total += float(losses.retrieve.detach()) * losses.num_targets
+            total += float(losses.leading.detach()) * losses.num_targets
             count += losses.num_targets
             state.step += 1
-            progress.update(task, advance=1, note=f"loss {total / count:.3f}  {METRIC} {max(state.best, 0):.4f}")
+            progress.update(
+                task, advance=1, note=f"loss {total / count:.3f}  {self.config.metric} {max(state.best, 0):.4f}"
+            )
         state.epoch += 1
         state.epochs_done += 1
         return total / count
@@ -163,7 +165,7 @@ class Trainer:
         return unpack(state.tensors, "best") or self.weights.copy(), averaged
 
     def _check_finite(self, losses: Losses, stage: Stage, step: int) -> None:
-        for name in ("retrieve", "rank", "order"):
+        for name in ("retrieve", "rank", "order", "title"):
             if not torch.isfinite(getattr(losses, name)):
                 raise SpeederError(
                     f"stage {stage.name}, step {step}: the {name} loss is not finite; "
