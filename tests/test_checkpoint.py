@@ -110,7 +110,7 @@ def test_adapters_on_a_local_folder_are_saved_alone_and_merged_on_export(tmp_pat
     base = small_llama(SMALL, len(tokenizer))
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    adapted, tokenizer = load_pretrained(BackboneConfig(source=str(tmp_path / "base")))
+    adapted, tokenizer, _ = load_pretrained(BackboneConfig(source=str(tmp_path / "base")))
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
     with torch.no_grad():

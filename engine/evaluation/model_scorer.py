@@ -66,7 +66,7 @@ class ModelScorer:
     ) -> tuple[Tensor, Tensor]:
         """User vectors [B, d] and the candidates' final hidden states [B, C, d] (empty without candidates)."""
         self.model.eval()
-        rows, lengths, buckets = self._window(histories, times)
+        rows, lengths, buckets = self.window(histories, times)
         batch_size, step = len(rows), self.layout.config.rows_per_item
         num_prompt, device = self.layout.instruction_len, self.tokens.device
         num_prefix = num_prompt + step * rows.shape[1]
@@ -83,7 +83,7 @@ class ModelScorer:
         last = hidden[torch.arange(batch_size, device=device), num_prompt - 1 + step * lengths]
         return self.model.retrieve(last), hidden[:, num_prefix:]
 
-    def _window(self, histories: Sequence[Rows], times: Sequence[Seconds] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def window(self, histories: Sequence[Rows], times: Sequence[Seconds] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Rows [B, L], lengths [B] and calendar buckets [B, L], zeros where times aren't known or not read."""
         starts = [self.layout.start(len(history)) for history in histories]
         lengths = torch.tensor([len(h) - start for h, start in zip(histories, starts, strict=True)])

@@ -1,10 +1,11 @@
 """Where a run's language model comes from: a pretrained one under LoRA, or a small Llama made here from scratch."""
 
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from speeder_engine.encoders.sources import resolve_source
 from speeder_engine.errors import ConfigError, MissingDependency
@@ -13,12 +14,21 @@ from speeder_engine.training.config import BackboneConfig
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]
 
 
-def make_backbone(config: BackboneConfig, texts: Iterable[str]) -> tuple[nn.Module, Any]:
-    """(body of a causal LM, its tokenizer). `texts`: what a from-scratch tokenizer is trained on."""
+class Backbone(NamedTuple):
+    body: nn.Module
+    tokenizer: Any
+    head: Tensor | None = None  # the vocabulary head [V, d]; None: tied to the embeddings, or not asked for
+
+
+def make_backbone(config: BackboneConfig, texts: Iterable[str], with_head: bool = False) -> Backbone:
+    """The body of a causal LM and its tokenizer; `with_head`: its vocabulary head too, where that is not tied.
+
+    texts: what a from-scratch tokenizer is trained on.
+    """
     if config.source is None:
         tokenizer = train_tokenizer(texts, config.vocab_size)
-        return small_llama(config, len(tokenizer)), tokenizer
-    return load_pretrained(config)
+        return Backbone(small_llama(config, len(tokenizer)), tokenizer)
+    return load_pretrained(config, with_head)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
@@ -54,17 +64,17 @@ def small_llama(config: BackboneConfig, vocab_size: int) -> nn.Module:
     return LlamaModel(shape)
 
 
-def load_pretrained(config: BackboneConfig) -> tuple[nn.Module, Any]:
-    """A pretrained body with LoRA on all its linear layers; its own weights are frozen."""
+def load_pretrained(config: BackboneConfig, with_head: bool = False) -> Backbone:
+    """A pretrained body with LoRA on all its linear layers; its own weights and its head are frozen."""
     source = resolve_source(str(config.source), "backbone", "none for a small decoder from scratch")
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise MissingDependency("peft", "train", "tuning a pretrained backbone") from None
     try:
-        body = AutoModel.from_pretrained(source, dtype=torch.float32)
+        body, head = _load_body(source, with_head)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -76,7 +86,22 @@ def load_pretrained(config: BackboneConfig) -> tuple[nn.Module, Any]:
         target_modules="all-linear",
         task_type="FEATURE_EXTRACTION",
     )
-    return get_peft_model(body, lora), tokenizer
+    return Backbone(get_peft_model(body, lora), tokenizer, head)
+
+
+def _load_body(source: Path, with_head: bool) -> tuple[Any, Tensor | None]:
+    """Raises ConfigError where a head is asked for and the files hold none."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    if not with_head:
+        return AutoModel.from_pretrained(source, dtype=torch.float32), None
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    lm, info = loaded
+    if lm.config.tie_word_embeddings:
+        return lm.base_model, None
+    if any("lm_head" in name for name in info["missing_keys"]):
+        raise ConfigError(f"backbone {str(source)!r}: has no vocabulary head; heads.title needs a whole causal LM")
+    return lm.base_model, lm.get_output_embeddings().weight.detach()
 
 
 def embedding_scale(backbone: nn.Module) -> float:
@@ -90,3 +115,15 @@ def instruction_ids(tokenizer: Any, instruction: str) -> tuple[int, ...]:
     ids = tokenizer(instruction, add_special_tokens=False)["input_ids"]
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     return tuple(int(i) for i in [*start, *ids])
+
+
+def question_ids(tokenizer: Any, question: str) -> tuple[int, ...]:
+    """The question's token ids, as they stand behind a history."""
+    return tuple(int(i) for i in tokenizer(question, add_special_tokens=False)["input_ids"])
+
+
+def end_ids(tokenizer: Any, hf: Any) -> tuple[int, ...]:
+    """Tokens that end a text: the tokenizer's end of sequence and those the model's config names."""
+    named = getattr(hf, "eos_token_id", None)
+    found = {tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])}
+    return tuple(sorted(int(i) for i in found if i is not None))

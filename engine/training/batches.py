@@ -15,6 +15,7 @@ from torch import Tensor
 from speeder_engine.config import CalendarConfig
 from speeder_engine.data.splits import Histories
 from speeder_engine.training.config import TrainingConfig
+from speeder_engine.training.title_targets import TitleTargets
 
 PAD = -1
 MEGABATCH = 16  # batches sorted by length together: little padding, still random
@@ -33,6 +34,8 @@ class TrainingBatch:
     first_is_earlier: Tensor  # float32 [B]
     buckets: Tensor  # int64 [B, L]: calendar buckets of the items, 0 where none is known or shown
     times: Tensor  # int64 [B, L + 1]: Unix seconds of the targets, 0 where not known
+    title_cuts: Tensor  # int64 [B, K]: titles are asked for after so many items; -1 where there is none
+    titles: Tensor  # int64 [B, K, T]: the answers' token ids, -1 behind; K = 0 where titles aren't trained
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -58,12 +61,18 @@ class TrainingBatches:
     """Iterates over the epochs of a training set."""
 
     def __init__(
-        self, histories: Histories, num_items: int, config: TrainingConfig, calendar: CalendarConfig | None = None
+        self,
+        histories: Histories,
+        num_items: int,
+        config: TrainingConfig,
+        calendar: CalendarConfig | None = None,
+        titles: TitleTargets | None = None,
     ) -> None:
         self.histories = histories
         self.num_items = num_items
         self.config = config
         self.calendar = calendar
+        self.titles = titles
         self.num_segments = sum(len(_cuts(int(n), config.window, 0)) for n in histories.lengths)
 
     @property
@@ -111,7 +120,8 @@ class TrainingBatches:
         pairs, earlier = _pairs(lengths, rng)
         candidates = self._candidates(targets, cuts, rng)
         buckets = self._buckets(times[:, :-1], lengths, rng)
-        arrays = rows, lengths, targets, cuts, candidates, pairs, earlier, buckets, times
+        titles = no_titles(size) if self.titles is None else self.titles.draw(targets, rng)
+        arrays = rows, lengths, targets, cuts, candidates, pairs, earlier, buckets, times, *titles
         return TrainingBatch(*(torch.from_numpy(array) for array in arrays))
 
     def _buckets(
@@ -131,6 +141,11 @@ class TrainingBatches:
         negatives = rng.integers(0, self.num_items - 1, size=(len(cuts), self.config.rank_negatives))
         negatives += negatives >= positives[:, None]  # uniform over all items but the positive
         return np.concatenate([np.maximum(positives, 0)[:, None], negatives], axis=1)
+
+
+def no_titles(size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cuts and titles of a batch that asks for none."""
+    return np.zeros((size, 0), dtype=np.int64), np.zeros((size, 0, 1), dtype=np.int64)
 
 
 def _cuts(length: int, window: int, phase: int) -> list[tuple[int, int]]:

@@ -26,6 +26,8 @@ class BackboneConfig(Config):
     lora_rank: int = 8
     lora_alpha: int = 32
     lora_dropout: float = 0.1
+    warmup_epochs: int = 0  # of a small one as a language model on the catalogue's text, before the stages
+    warmup_learning_rate: float = 2e-3
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "lora_rank", "lora_alpha"):
@@ -35,6 +37,11 @@ class BackboneConfig(Config):
         check(self.hidden_size % (2 * self.num_heads) == 0, width)
         for name in ("dropout", "lora_dropout"):
             check(0 <= getattr(self, name) < 1, f"backbone.{name} must be within 0..1, is {getattr(self, name)}")
+        check(self.warmup_epochs >= 0, f"backbone.warmup_epochs can't be negative, is {self.warmup_epochs}")
+        rate = self.warmup_learning_rate
+        check(rate > 0, f"backbone.warmup_learning_rate must be positive, is {rate}")
+        warm = "backbone.warmup_epochs: only a decoder from scratch is warmed up; leave it out beside backbone.source"
+        check(self.source is None or not self.warmup_epochs, warm)
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,7 @@ class TrainingConfig(Config):
 
     seed: int = 0
     instruction: str = "Recommend the item this user will want next. The user's history, oldest first:"
+    question: str = "The next item's title:\n"  # behind the history, before titles; for heads.title alone
     window: int = 50
     window_step: int = 10
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -114,8 +122,11 @@ class TrainingConfig(Config):
     label_smoothing: float = 0.0
     averaging: float = 0.0  # decay a step of the averaged weights that are validated and kept; 0: the last weights
     rank_negatives: int = 7
+    retrieve_weight: float = 1.0  # 0: a model that answers with titles alone
     rank_weight: float = 0.3
     order_weight: float = 0.1
+    title_weight: float = 0.0
+    title_targets: int = 1  # titles asked for in each segment, each behind another part of its history
     patience: int = 3
     validation_users: int = 2000
     precision: str = "float32"  # of forward passes: "bfloat16", or "auto" for that where the hardware has it
@@ -130,7 +141,15 @@ class TrainingConfig(Config):
         for name in ("sampled_items", "full_softmax_items"):
             check(getattr(self, name) >= 0, f"{name} can't be negative, is {getattr(self, name)}")
         check(len(self.stages) > 0, "stages: at least one is needed")
-        for name in ("batch_size", "window", "patience", "validation_users", "max_grad_norm", "rank_negatives"):
+        for name in (
+            "batch_size",
+            "window",
+            "patience",
+            "validation_users",
+            "max_grad_norm",
+            "rank_negatives",
+            "title_targets",
+        ):
             check(getattr(self, name) > 0, f"{name} must be positive, is {getattr(self, name)}")
         check(self.seed >= 0, f"seed can't be negative, is {self.seed}")
         check(
@@ -148,9 +167,20 @@ class TrainingConfig(Config):
             check(0 <= getattr(self, name) < 1, f"{name} must be within 0..1, is {getattr(self, name)}")
         both = "heads.rank and rank_weight: give the head a weight, or leave it out (rank: false, rank_weight: 0)"
         check(self.heads.rank == (self.rank_weight > 0), both)
-        check(not self.heads.title, "heads.title: a title head can't be trained yet; leave it out of the recipe")
-        for name in ("rank_weight", "order_weight", "weight_decay", "calendar_days"):
+        titled = (
+            "heads.title and title_weight: give the head a weight, or leave both out (title: false, title_weight: 0)"
+        )
+        check(self.heads.title == (self.title_weight > 0), titled)
+        check(not self.heads.title or bool(self.question), "question: heads.title needs one; it can't be empty")
+        nothing = "retrieve_weight and title_weight: both are 0; a model needs one of these heads"
+        check(self.retrieve_weight > 0 or self.title_weight > 0, nothing)
+        for name in ("retrieve_weight", "rank_weight", "order_weight", "title_weight", "weight_decay", "calendar_days"):
             check(getattr(self, name) >= 0, f"{name} can't be negative, is {getattr(self, name)}")
+
+    @property
+    def metric(self) -> str:
+        """What an epoch is judged by, on validation users; the higher the better."""
+        return "ndcg@10" if self.retrieve_weight else "title_probability"
 
     @property
     def modalities(self) -> tuple[str, ...]:

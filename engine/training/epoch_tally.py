@@ -26,7 +26,7 @@ class EpochTally:
 
     def add_step(self, group: Sequence[TrainingBatch], losses: Losses, norm: float) -> None:
         """The batches of one step, their losses and the norm of the whole gradient, before it was clipped."""
-        self.loss += float(losses.retrieve.detach()) * losses.num_targets
+        self.loss += float(losses.leading.detach()) * losses.num_targets
         self.num_targets += losses.num_targets
         self.num_items += sum(int(batch.lengths.sum()) for batch in group)
         self.num_slots += sum(batch.rows.numel() for batch in group)

@@ -3,11 +3,12 @@
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from speeder_engine.catalogue import ItemTable
 from speeder_engine.checkpoint import Checkpoint, TrainingState, check_replaceable
@@ -21,12 +22,16 @@ from speeder_engine.live_prior import SECONDS_A_DAY, LivePopularity
 from speeder_engine.models.families import decoder_config
 from speeder_engine.models.prior import ConstantPrior, LivePrior, Prior
 from speeder_engine.models.recommender import Recommender
-from speeder_engine.training.backbone import embedding_scale, instruction_ids, make_backbone
+from speeder_engine.title_text import TitleText, answer_text
+from speeder_engine.training.backbone import embedding_scale, end_ids, instruction_ids, make_backbone, question_ids
 from speeder_engine.training.batches import TrainingBatches
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.features import ItemFeatures, make_features
+from speeder_engine.training.language_warmup import warm_up
 from speeder_engine.training.parallel import ALONE, Processes
 from speeder_engine.training.run_log import RunLog
+from speeder_engine.training.title_targets import TitleTargets
+from speeder_engine.training.title_validation import title_probability
 from speeder_engine.training.token_table import TokenTable
 from speeder_engine.training.trainer import Trainer, Validate
 
@@ -105,29 +110,44 @@ def _log_path(out: Path) -> Path:
 def new_checkpoint(split: Split, config: TrainingConfig, made: ItemFeatures) -> Checkpoint:
     """An untrained model over these features."""
     items = split.dataset.items
-    backbone, tokenizer = make_backbone(config.backbone, [config.instruction, *items.texts])
-    prompt = PromptConfig(
-        config.instruction,
-        instruction_ids(tokenizer, config.instruction),
-        config.window,
-        config.window_step,
-        calendar=make_calendar(split, config.calendar_days),
-        positions=config.positions,
-    )
+    titles = [answer_text(title) for title in items.titles]
+    read = [config.instruction, *([config.question, *titles] if config.heads.title else []), *items.texts]
+    backbone, tokenizer, head = make_backbone(config.backbone, read, with_head=config.heads.title)
+    warm_up(backbone, tokenizer, [text for text in [*titles, *items.texts] if text], config.backbone, config.seed)
     hf = backbone.config
+    prompt = make_prompt(config, tokenizer, hf, make_calendar(split, config.calendar_days))
     widths = {name: made.features[name].dim for name in config.modalities if name in made.features}
     scale = embedding_scale(backbone)
     compressor = CompressorConfig(widths, hf.hidden_size, scale=scale, mixing=config.mixing)  # type: ignore[union-attr,arg-type]
-    shape = ModelConfig(decoder_config(hf), compressor, prompt, config.heads, config.live_prior)
+    shape = ModelConfig(decoder_config(hf), compressor, prompt, config.heads, config.live_prior, head is None)
+    model = Recommender(shape, backbone)
+    if head is not None:
+        model.vocabulary_head = nn.Parameter(head, requires_grad=False)
     prior = popularity_prior(split.train, len(items)) if config.heads.prior else np.zeros(len(items), np.float32)
     return Checkpoint(
-        model=Recommender(shape, backbone),
+        model=model,
         tokenizer=tokenizer,
         table=ItemTable.fresh(items.item_ids, items.titles, prior),
         features=made.features,
         encoders=made.encoders,
         training={"config": config.to_json(), "data": split.dataset.fingerprint()},
         state=TrainingState(),
+    )
+
+
+def make_prompt(config: TrainingConfig, tokenizer: Any, hf: Any, calendar: CalendarConfig | None) -> PromptConfig:
+    """The layout in the backbone's tokens; the question and what ends an answer only where titles are asked for."""
+    titled = config.heads.title
+    return PromptConfig(
+        config.instruction,
+        instruction_ids(tokenizer, config.instruction),
+        config.window,
+        config.window_step,
+        question=config.question if titled else "",
+        question_ids=question_ids(tokenizer, config.question) if titled else (),
+        end_ids=end_ids(tokenizer, hf) if titled else (),
+        calendar=calendar,
+        positions=config.positions,
     )
 
 
@@ -164,9 +184,17 @@ def _trainer(
     if processes.size > 1:
         processes.same(model.to(DEVICE), table.to(DEVICE))
         processes.shard(model.backbone)
-    batches = TrainingBatches(split.train, split.dataset.num_items, config, model.config.prompt.calendar)
-    prior = training_prior(checkpoint, split)
-    return Trainer(model, table, prior, batches, _validation(checkpoint, split, config), config, log, processes)
+    titles = _title_targets(checkpoint, config)
+    batches = TrainingBatches(split.train, split.dataset.num_items, config, model.config.prompt.calendar, titles)
+    validate = _validation(checkpoint, split, config, titles)
+    return Trainer(model, table, training_prior(checkpoint, split), batches, validate, config, log, processes)
+
+
+def _title_targets(checkpoint: Checkpoint, config: TrainingConfig) -> TitleTargets | None:
+    if not config.heads.title:
+        return None
+    text = TitleText(checkpoint.tokenizer.backend_tokenizer)
+    return TitleTargets(checkpoint.table.titles, text, config.title_targets)
 
 
 def training_prior(checkpoint: Checkpoint, split: Split) -> Prior:
@@ -178,7 +206,7 @@ def training_prior(checkpoint: Checkpoint, split: Split) -> Prior:
     return LivePrior(popularity, model.prior_weights, DEVICE)
 
 
-def _validation(checkpoint: Checkpoint, split: Split, config: TrainingConfig) -> Validate:
+def _validation(checkpoint: Checkpoint, split: Split, config: TrainingConfig, titles: TitleTargets | None) -> Validate:
     rng = np.random.default_rng(config.seed)
     users = np.sort(rng.permutation(split.users)[: config.validation_users])
     queries = split.queries("validation", users)
@@ -188,7 +216,10 @@ def _validation(checkpoint: Checkpoint, split: Split, config: TrainingConfig) ->
         with torch.no_grad():
             scorer = ModelScorer(checkpoint.model, tokens, prior)
             report = evaluate(scorer, queries, None, ks=(10,), show_progress=False)
-        return {name: float(report.metrics[name]) for name in ("hr@10", "ndcg@10")}
+            metrics = {name: float(report.metrics[name]) for name in ("hr@10", "ndcg@10")}
+            if titles is not None:
+                metrics["title_probability"] = title_probability(scorer, queries, titles)
+        return metrics
 
     return validate
 

@@ -52,7 +52,7 @@ class GradientMaker:
             parts.append(weighed(self._losses(mine, share, (*number, index)), shares, self.config))
             (parts[-1].total * size).backward()  # type: ignore[no-untyped-call]
         self.processes.sum_gradients([*self.model.parameters(), *self.table.tuned.parameters()])
-        return self._over_processes(added(parts), whole["retrieve"])
+        return self._over_processes(added(parts), whole[parts[0].leads])
 
     def _over_processes(self, losses: Losses, num_targets: int) -> Losses:
         """What every process has of weighed losses, together."""
@@ -77,6 +77,7 @@ def count_targets(batch: TrainingBatch) -> dict[str, int]:
     return {
         "retrieve": int((batch.targets != PAD).sum()),
         "rank": int(ranked.sum()),
+        "title": int((batch.titles != PAD).sum()),
         "order": int((batch.pairs[:, 0] != batch.pairs[:, 1]).sum()),
         "segments": len(batch),
     }
@@ -84,7 +85,7 @@ def count_targets(batch: TrainingBatch) -> dict[str, int]:
 
 def weighed(losses: Losses, shares: Mapping[str, float], config: TrainingConfig) -> Losses:
     """Each loss times its share of the targets, and their total by the weights of `config`."""
-    each = {name: value * shares.get(name, shares["segments"]) for name, value in loss_terms(losses).items()}
+    each: dict[str, Any] = {name: value * shares.get(name, shares["segments"]) for name, value in loss_terms(losses).items()}
     total = torch.stack([value.float() * getattr(config, f"{name}_weight", 1.0) for name, value in each.items()]).sum()
     return replace(losses, **each, total=total)
 

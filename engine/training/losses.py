@@ -1,11 +1,12 @@
 """The training losses, all out of one forward pass over one padded batch:
 
-    [instruction] [history of L items] [C candidates, isolated] [two items of the history: which came first?]
+    [instruction] [history of L items] [C candidates, isolated] [K titles] [two items of the history: which came first?]
 
 An item is one row, or two where its position prompt is a row of its own before it.
 
 retrieve: cross-entropy over the catalogue after the instruction and after every item. rank: cross-entropy over the
-candidates, each seeing the first `cut` items and itself. order (SPAE): binary cross-entropy at the pair's second row.
+candidates, each seeing the first `cut` items and itself. title: cross-entropy over the vocabulary (`title_loss.py`).
+order (SPAE): binary cross-entropy at the pair's second row.
 """
 
 from dataclasses import dataclass
@@ -19,15 +20,25 @@ from speeder_engine.models.recommender import Recommender
 from speeder_engine.prompt import isolated_mask
 from speeder_engine.training.batches import PAD, TrainingBatch
 from speeder_engine.training.config import TrainingConfig
+from speeder_engine.training.title_loss import TitleRows, title_loss, title_rows
 
 
 @dataclass(frozen=True)
 class Losses:
+    """Means over their own targets; zero where a loss has no weight."""
+
     retrieve: Tensor
     rank: Tensor
     order: Tensor
+    title: Tensor
     total: Tensor
-    num_targets: int
+    num_targets: int  # of the leading loss
+    leads: str = "retrieve"  # what a log shows; "title" in a run that trains no retrieve head
+
+    @property
+    def leading(self) -> Tensor:
+        value: Tensor = getattr(self, self.leads)
+        return value
 
 
 def compute_losses(
@@ -39,28 +50,34 @@ def compute_losses(
     log_inclusion: Tensor | None = None,
 ) -> Losses:
     """tokens [I, d]: the item-token table with its gradient. log_inclusion [I]: of items that stand for others too."""
-    batch_size = len(batch)
     prompt = model.config.prompt
     num_prompt, step = len(prompt.instruction_ids), prompt.rows_per_item
-    num_history = step * batch.rows.shape[1]
-    hidden = model(*_inputs(model, tokens, batch, config))
-    read = hidden[:, num_prompt - 1 : num_prompt + num_history : step]  # after the instruction, then after each item
+    num_prefix = num_prompt + step * batch.rows.shape[1]
+    titles = title_rows(model, batch.title_cuts, batch.titles) if config.title_weight else None
+    hidden = model(*_inputs(model, tokens, batch, config, titles))
+    read = hidden[:, num_prompt - 1 : num_prefix : step]  # after the instruction, then after each item
     keep = batch.targets != PAD
-    vectors = model.retrieve(read[keep])
-    logits = vectors @ tokens.T + model.retrieve.beta * prior.at(batch.times[keep])
-    if log_inclusion is not None:
-        logits = logits.float() - log_inclusion
-    retrieve = F.cross_entropy(logits.float(), batch.targets[keep], label_smoothing=config.label_smoothing)
-    zero = retrieve.new_zeros(())
-    rank = order = zero
+    retrieve = rank = order = title = hidden.new_zeros(())
+    if config.retrieve_weight:
+        vectors = model.retrieve(read[keep])
+        logits = vectors @ tokens.T + model.retrieve.beta * prior.at(batch.times[keep])
+        if log_inclusion is not None:
+            logits = logits.float() - log_inclusion
+        retrieve = F.cross_entropy(logits.float(), batch.targets[keep], label_smoothing=config.label_smoothing)
+    at = num_prefix
     if config.rank_weight:
-        last = read[torch.arange(batch_size, device=read.device), batch.cuts]
-        at = num_prompt + num_history
+        last = read[torch.arange(len(batch), device=read.device), batch.cuts]
         rank = _rank_loss(model, hidden[:, at : at + batch.candidates.shape[1]], last, tokens, prior, batch)
+        at += batch.candidates.shape[1]
+    if titles is not None:
+        title = title_loss(model, hidden[:, at : at + titles.positions.shape[1]], batch.titles)
     if config.order_weight:
         order = _order_loss(model, hidden[:, -1], batch)
-    total = retrieve + config.rank_weight * rank + config.order_weight * order
-    return Losses(retrieve, rank, order, total, int(keep.sum()))
+    total = config.retrieve_weight * retrieve + config.rank_weight * rank + config.order_weight * order
+    if titles is not None:
+        total = total + config.title_weight * title
+    leads, counted = ("retrieve", keep) if config.retrieve_weight else ("title", batch.titles != PAD)
+    return Losses(retrieve, rank, order, title, total, int(counted.sum()), leads)
 
 
 def _rank_loss(
@@ -82,7 +99,7 @@ def _order_loss(model: Recommender, hidden: Tensor, batch: TrainingBatch) -> Ten
 
 
 def _inputs(
-    model: Recommender, tokens: Tensor, batch: TrainingBatch, config: TrainingConfig
+    model: Recommender, tokens: Tensor, batch: TrainingBatch, config: TrainingConfig, titles: TitleRows | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Embeddings [B, T, d], positions [B, T] and mask [B, 1, T, T] of the layout above."""
     prompt, device = model.config.prompt, batch.rows.device
@@ -95,21 +112,32 @@ def _inputs(
         candidates = F.dropout(tokens[batch.candidates], config.token_dropout, model.training)
         parts.append(candidates + model.prompts(batch.cuts).unsqueeze(1) + model.rank.role)
         positions.append((num_prompt + step * batch.cuts).unsqueeze(1).expand(-1, candidates.shape[1]))
+    if titles is not None:
+        parts.append(titles.embeddings)
+        positions.append(titles.positions)
     if config.order_weight:
         parts.append(tokens[batch.rows.gather(1, batch.pairs)] + model.order.roles)
         positions.append(num_prompt + step * batch.lengths.unsqueeze(1) + torch.arange(2, device=device))
-    mask = None if len(parts) == 2 else _mask(batch, num_prompt, step, config)
+    mask = None if len(parts) == 2 else _mask(batch, num_prompt, step, config, titles)
     return torch.cat(parts, dim=1), torch.cat(positions, dim=1), mask
 
 
-def _mask(batch: TrainingBatch, num_prompt: int, step: int, config: TrainingConfig) -> Tensor:
-    """Candidates see the history up to their cut; the pair sees all of it, and its second row the first."""
+def _mask(batch: TrainingBatch, num_prompt: int, step: int, config: TrainingConfig, titles: TitleRows | None) -> Tensor:
+    """Candidates see the history up to their cut, and so do titles, beside their own text; the pair sees all of it,
+    and its second row the first."""
     visible = []
     if config.rank_weight:
         visible.append((num_prompt + step * batch.cuts).unsqueeze(1).expand_as(batch.candidates))
+    if titles is not None:
+        visible.append(titles.visible)
     if config.order_weight:
         visible.append((num_prompt + step * batch.lengths).unsqueeze(1).expand_as(batch.pairs))
-    mask = isolated_mask(num_prompt + step * batch.rows.shape[1], torch.cat(visible, dim=1))
+    num_prefix = num_prompt + step * batch.rows.shape[1]
+    mask = isolated_mask(num_prefix, torch.cat(visible, dim=1))
+    if titles is not None:
+        at = num_prefix + (batch.candidates.shape[1] if config.rank_weight else 0)
+        text = slice(at, at + len(titles.inner))
+        mask[..., text, text] = titles.inner
     if config.order_weight:
         mask[..., -1, -2] = True
     return mask

@@ -26,7 +26,6 @@ from speeder_engine.training.sampled import make_sampler
 from speeder_engine.training.token_table import TokenTable
 from speeder_engine.training.weights import Weights, load_moments, pack, unpack
 
-METRIC = "ndcg@10"
 COMPRESSED_AT_ONCE = 50_000  # items with all that the compressor computes between
 Validate = Callable[[Tensor], dict[str, float]]  # item tokens [I, d] -> metrics on the validation users
 
@@ -77,13 +76,12 @@ class Trainer:
             tally = self._epoch(stage, state, optimizer, schedule, averaged, progress, task)
             with self.weights.replaced_by(averaged):
                 metrics = self.processes.agreed(self.validate(self.tokens(self.share(stage, 1.0))), self.device)
-                better = metrics[METRIC] > state.best
+                score = metrics[self.config.metric]
+                better = score > state.best
                 best = self.weights.copy() if better else best
             self._record(stage, state, tally, schedule.get_last_lr()[0], metrics, time.perf_counter() - started)
-            state.best, state.bad_epochs = (metrics[METRIC], 0) if better else (state.best, state.bad_epochs + 1)
-            progress.update(
-                task, note=f"loss {tally.mean_loss:.3f}  {METRIC} {metrics[METRIC]:.4f} (best {state.best:.4f})"
-            )
+            state.best, state.bad_epochs = (score, 0) if better else (state.best, state.bad_epochs + 1)
+            progress.update(task, note=self._note(tally, score) + f" (best {state.best:.4f})")
             state.tensors = pack({"now": self.weights.copy(), "best": best, "averaged": averaged or {}}, optimizer)
             save(state)
         progress.update(task, completed=self._steps(stage))
@@ -118,10 +116,13 @@ class Trainer:
                 self.weights.average_into(averaged, min(self.config.averaging, (1 + state.step) / (10 + state.step)))
             tally.add_step(group, losses, float(norm))
             state.step += 1
-            progress.update(task, advance=1, note=f"loss {tally.mean_loss:.3f}  {METRIC} {max(state.best, 0):.4f}")
+            progress.update(task, advance=1, note=self._note(tally, max(state.best, 0)))
         state.epoch += 1
         state.epochs_done += 1
         return tally
+
+    def _note(self, tally: EpochTally, score: float) -> str:
+        return f"loss {tally.mean_loss:.3f}  {self.config.metric} {score:.4f}"
 
     def tokens(self, share: Tensor) -> Tensor:
         """The item-token table [I, d], nothing dropped."""

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from speeder_engine.config import HeadsConfig
 from speeder_engine.models.prior import ConstantPrior
-from speeder_engine.training.batches import PAD, TrainingBatch
+from speeder_engine.training.batches import PAD, TrainingBatch, no_titles
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.losses import compute_losses
 
@@ -39,6 +39,7 @@ def make_batch(lengths=(3, 7, 1), seed=0):
         torch.zeros(size),
         torch.zeros(size, longest, dtype=torch.long),
         torch.zeros(size, longest + 1, dtype=torch.long),
+        *(torch.from_numpy(array) for array in no_titles(size)),
     )
 
 
@@ -70,6 +71,8 @@ def test_padding_and_company_change_nothing(tiny):
             *(getattr(batch, name)[i : i + 1] for name in ("cuts", "candidates", "pairs", "first_is_earlier")),
             batch.buckets[i : i + 1, :n],
             batch.times[i : i + 1, : n + 1],
+            batch.title_cuts[i : i + 1],
+            batch.titles[i : i + 1],
         )
         losses = compute_losses(tiny.model, tiny.tokens, ConstantPrior(tiny.prior), alone, CONFIG)
         rank.append(losses.rank)
