@@ -87,7 +87,8 @@ def test_packaged_recipes_load(path):
 
 
 def test_recipes_that_are_none(tmp_path):
-    with pytest.raises(ConfigError, match=r"recipe nope: no such file; packaged recipes are demo, demo-data, small"):
+    known = "demo, demo-data, pretrained, small, title"
+    with pytest.raises(ConfigError, match=f"recipe nope: no such file; packaged recipes are {known}"):
         load_recipe("nope")
     (tmp_path / "bad.yaml").write_text("stages: [unclosed")
     with pytest.raises(ConfigError, match="no valid YAML"):
@@ -120,7 +121,7 @@ def test_recipes_that_are_none(tmp_path):
         ({"stages": []}, "stages: at least one"),
         ({"rank_weight": 0.0}, "heads.rank and rank_weight"),
         ({"heads": {"rank": False}}, "heads.rank and rank_weight"),
-        ({"heads": {"title": True}}, "heads.title: a title head can't be trained yet"),
+        ({"heads": {"title": True}}, "heads.title and title_weight: give the head a weight"),
     ],
 )
 def test_nonsense_in_a_recipe_is_found_before_training(settings, message):

@@ -127,6 +127,7 @@ class TrainingConfig(Config):
     order_weight: float = 0.1
     title_weight: float = 0.0
     title_targets: int = 1  # titles asked for in each segment, each behind another part of its history
+    judge: str | None = None  # of epochs: "ndcg@10" or "title_probability"; none: the first where retrieve is trained
     patience: int = 3
     validation_users: int = 2000
     precision: str = "float32"  # of forward passes: "bfloat16", or "auto" for that where the hardware has it
@@ -172,6 +173,8 @@ class TrainingConfig(Config):
         )
         check(self.heads.title == (self.title_weight > 0), titled)
         check(not self.heads.title or bool(self.question), "question: heads.title needs one; it can't be empty")
+        judges = f"judge: {self.judge!r}; choose 'ndcg@10' or, with heads.title, 'title_probability'"
+        check(self.judge in (None, "ndcg@10", *(["title_probability"] if self.heads.title else [])), judges)
         nothing = "retrieve_weight and title_weight: both are 0; a model needs one of these heads"
         check(self.retrieve_weight > 0 or self.title_weight > 0, nothing)
         for name in ("retrieve_weight", "rank_weight", "order_weight", "title_weight", "weight_decay", "calendar_days"):
@@ -180,7 +183,7 @@ class TrainingConfig(Config):
     @property
     def metric(self) -> str:
         """What an epoch is judged by, on validation users; the higher the better."""
-        return "ndcg@10" if self.retrieve_weight else "title_probability"
+        return self.judge or ("ndcg@10" if self.retrieve_weight else "title_probability")
 
     @property
     def modalities(self) -> tuple[str, ...]:

@@ -1,14 +1,15 @@
 """A model trained with a title head, from data to answers: the engine's titles, those of transformers, and resuming."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from counting import make_dataset
-from reference import Tiny, reference_title_scores
+from reference import Tiny, reference_generation, reference_title_scores
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
-from speeder_engine import Engine
+from speeder_engine import Engine, Request
 from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.config import HeadsConfig
 from speeder_engine.data.candidates import draw_candidates
@@ -24,25 +25,27 @@ from speeder_engine.training.fit import train
 
 FIRST, SECOND = ("red", "old", "green", "lost", "last", "quiet"), ("king", "sea", "house", "road")
 TITLES = tuple(f"The {first} {second}" for first in FIRST for second in SECOND)
+NEGATIVES = 9  # of 24 items
 CONFIG = TrainingConfig(
     instruction="Next:",
     question="Title:\n",
     window=10,
     window_step=5,
-    backbone=BackboneConfig(vocab_size=320, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64),
-    stages=(Stage("S1", ("text",), 4, 1e-2), Stage("S2", ("text", "collaborative"), 4, 5e-3, 0.5)),
+    backbone=BackboneConfig(vocab_size=420, hidden_size=32, num_heads=2, intermediate_size=64, dropout=0.0),
+    stages=(Stage("S2", ("text", "collaborative"), 24, 1e-2, 0.1),),
     heads=HeadsConfig(title=True),
-    title_weight=1.0,
-    title_targets=3,
+    title_weight=2.0,
+    title_targets=6,
+    judge="title_probability",
     batch_size=16,
-    token_dropout=0.1,
-    patience=9,
+    token_dropout=0.0,
+    patience=24,
 )
 
 
 @pytest.fixture(scope="module")
 def split():
-    dataset = make_dataset()
+    dataset = make_dataset(num_users=240)
     return leave_one_out(replace(dataset, items=replace(dataset.items, titles=TITLES)))
 
 
@@ -79,21 +82,23 @@ def causal_lm(checkpoint: Checkpoint) -> LlamaForCausalLM:
 
 def evaluated(scorer, split):
     queries = split.queries("test")
-    return evaluate(scorer, queries, draw_candidates(split.dataset, queries), show_progress=False).metrics
+    return evaluate(
+        scorer, queries, draw_candidates(split.dataset, queries, num_negatives=NEGATIVES), show_progress=False
+    ).metrics
 
 
 @pytest.mark.parametrize("head", ["title", "rank", "retrieve"])
 def test_all_heads_learn_the_rule(split, trained, head):
     engine = Engine.load(trained / "e", dtype="float32", kv_budget="0")
     metrics = evaluated(EngineScorer(engine, split.dataset.item_ids, head=head), split)
-    assert metrics["vhr@1"] > 0.6  # by chance 1 in 20
+    assert metrics["vhr@1"] > 0.8  # by chance 1 in 10
     assert metrics["valid_ratio"] == 1
 
 
 def test_what_is_written_are_titles(split, trained):
     engine = Engine.load(trained / "e", dtype="float32", kv_budget="0")
     metrics = evaluated(GenerationScorer(engine, split.dataset.item_ids), split)
-    assert metrics["valid_ratio"] > 0.6 and metrics["vhr@1"] > 0.5
+    assert metrics["valid_ratio"] > 0.8 and metrics["vhr@1"] > 0.8
 
 
 def test_the_engine_scores_and_writes_as_transformers_does_on_the_full_prompt(trained):
@@ -106,34 +111,39 @@ def test_the_engine_scores_and_writes_as_transformers_does_on_the_full_prompt(tr
         ranking = dict(engine.recommend(tiny.ids(rows), len(ids), candidates=ids, head="title", exclude_seen=False))
         found = torch.tensor([ranking[item_id] for item_id in ids])
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        assert engine.generate([Request(tiny.ids(rows))])[0].text == reference_generation(tiny, rows)
 
 
-def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(split, trained, tmp_path, monkeypatch):
-    saved, save = [], Checkpoint.save
+def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(split, tmp_path, monkeypatch):
+    config = replace(CONFIG, stages=(replace(CONFIG.stages[0], epochs=3),))
+    unbroken, save = train(split, config, tmp_path / "a"), Checkpoint.save
 
     def stop(self, folder):
         save(self, folder)
-        saved.append(folder)
-        if len(saved) == 3:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(Checkpoint, "save", stop)
     with pytest.raises(KeyboardInterrupt):
-        train(split, CONFIG, tmp_path / "c")
+        train(split, config, tmp_path / "b")
     monkeypatch.undo()
-    resumed, expected = train(split, CONFIG, tmp_path / "c", resume=True), Checkpoint.load(trained / "c")
-    for name, value in expected.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    resumed = train(split, config, tmp_path / "b", resume=True)
+    state = resumed.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in unbroken.model.state_dict().items())
 
 
 def test_a_model_of_titles_alone(split, tmp_path):
     heads = HeadsConfig(rank=False, title=True)
-    alone = replace(CONFIG, heads=heads, retrieve_weight=0.0, rank_weight=0.0, order_weight=0.0)
-    checkpoint = train(split, alone, tmp_path / "c")
-    assert checkpoint.metrics["title_probability"] > 0.5
+    off = dict.fromkeys(("retrieve_weight", "rank_weight", "order_weight"), 0.0)
+    alone = replace(CONFIG, heads=heads, **off)
+    train(split, alone, tmp_path / "c")
+    log = [json.loads(line) for line in (tmp_path / "c.log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"] / 3  # of titles: there is no other
+    assert log[-1]["title_probability"] > 3 * log[0]["title_probability"]
     export_engine(tmp_path / "c", tmp_path / "e")
     engine = Engine.load(tmp_path / "e", dtype="float32", kv_budget="0")
-    assert evaluated(EngineScorer(engine, split.dataset.item_ids, head="title"), split)["vhr@1"] > 0.6
+    assert (
+        evaluated(EngineScorer(engine, split.dataset.item_ids, head="title"), split)["vhr@1"] > 0.25
+    )  # by chance 1 in 10
 
 
 def write_causal_lm(folder, tied):
@@ -192,10 +202,10 @@ def test_a_backbone_without_a_head_is_refused(split, tmp_path):
     body.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     config = replace(CONFIG, backbone=BackboneConfig(source=str(tmp_path / "base")))
-    with pytest.raises(ConfigError, match=r"has no vocabulary head; heads.title needs a whole causal LM"):
+    with pytest.raises(ConfigError, match=r"has no vocabulary head; heads\.title needs a whole causal LM"):
         train(split, config, tmp_path / "c")
 
 
 def test_the_pretrained_recipe_asks_for_its_folder(split, tmp_path):
     with pytest.raises(ConfigError, match="no such folder; give a model's folder"):
-        train(split, load_recipe("pretrained"), tmp_path / "c")
+        train(split, replace(load_recipe("pretrained"), stages=CONFIG.stages), tmp_path / "c")

@@ -125,12 +125,14 @@ def test_other_draws_are_untouched_by_titles(titled):
 
 
 def test_contradictions_are_refused(titled):
-    with pytest.raises(ConfigError, match=r"heads.title and title_weight: give the head a weight"):
+    with pytest.raises(ConfigError, match=r"heads\.title and title_weight: give the head a weight"):
         TrainingConfig(title_weight=0.1)
-    with pytest.raises(ConfigError, match=r"heads.title and title_weight"):
+    with pytest.raises(ConfigError, match=r"heads\.title and title_weight"):
         TrainingConfig(heads=HeadsConfig(title=True))
-    with pytest.raises(ConfigError, match=r"question: heads.title needs one"):
+    with pytest.raises(ConfigError, match=r"question: heads\.title needs one"):
         replace(CONFIG, question="")
+    with pytest.raises(ConfigError, match="judge: 'title_probability'; choose 'ndcg@10'"):
+        TrainingConfig(judge="title_probability")
     with pytest.raises(ConfigError, match="both are 0"):
         TrainingConfig(retrieve_weight=0.0)
     with pytest.raises(ConfigError, match="only a decoder from scratch is warmed up"):
