@@ -23,6 +23,7 @@ from speeder_engine.models.prior import ConstantPrior, LivePrior, Prior
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.training.backbone import embedding_scale, instruction_ids, make_backbone
 from speeder_engine.training.batches import TrainingBatches
+from speeder_engine.training.census import warn_of_gaps
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.features import ItemFeatures, make_features
 from speeder_engine.training.incremental import continued_checkpoint
@@ -64,6 +65,7 @@ def train(
         with processes.first_before_others():
             checkpoint = _beginning(split, config, cache_dir or out.parent / f"{out.name}-cache", start_from)
         if first:
+            warn_of_gaps(split, checkpoint.features)
             write_atomic(_log_path(out), b"")
     if checkpoint.state is None:
         return checkpoint
