@@ -14,7 +14,7 @@ from speeder_engine.data.items import Items
 from speeder_engine.data.runs import offsets_of
 from speeder_engine.data.splits import leave_one_out
 from speeder_engine.encoders.features import Features
-from speeder_engine.errors import ConfigError
+from speeder_engine.errors import ConfigError, SpeederWarning
 from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.models.prior import ConstantPrior
@@ -65,10 +65,13 @@ def test_it_starts_where_the_old_one_stopped_and_learns_new_items(old, tmp_path)
     config = recipe_to_continue(checkpoint)
     assert [(s.name, s.epochs, s.ramp) for s in config.stages] == [("S2", 1, 0.0)]
     config = replace(config, stages=(replace(config.stages[0], epochs=3),))
-    grown = train(split, config, tmp_path / "new", start_from=folder)
+    with pytest.warns(SpeederWarning, match="2 of 32 items have no training event"):
+        grown = train(split, config, tmp_path / "new", start_from=folder)
     log = log_of(tmp_path / "new")
     assert [record["epoch"] for record in log] == [0, 1, 2, 3]
-    scratch = train(split, replace(config, stages=(replace(config.stages[0], epochs=1),)), tmp_path / "scratch")
+    short = replace(config, stages=(replace(config.stages[0], epochs=1),))
+    with pytest.warns(SpeederWarning, match="2 of 32 items have no training event"):
+        scratch = train(split, short, tmp_path / "scratch")
     assert log[0]["ndcg@10"] > scratch.metrics["ndcg@10"]  # untrained here, after an epoch there
     torch.manual_seed(0)
     fresh = new_checkpoint(split, config, make_features(split, config, tmp_path / "cache"))
