@@ -131,6 +131,7 @@ def fit_new_items(split: Split, known: Features, trained: TrainingConfig) -> Fea
     wanted = trained.collaborative
     config = SASRecConfig(
         dim=known.dim,
+        num_heads=1 if known.dim % 2 else 2,
         window=trained.window,
         epochs=wanted.epochs,
         dropout=wanted.dropout,
