@@ -117,6 +117,8 @@ def test_known_vectors_stand_still_and_new_ones_are_fitted(old):
     assert known.present.sum() == OLD
     fitted = fit_new_items(split, known, RECIPE)
     np.testing.assert_array_equal(fitted.values[known.present], known.values[known.present])
+    odd = fit_new_items(split, Features(np.ascontiguousarray(known.values[:, :7]), known.present), RECIPE)
+    assert odd.dim == 7 and odd.present.sum() == GROWN - 2
     assert fitted.present.sum() == GROWN - 2 and np.abs(fitted.values[fitted.present]).max(axis=1).min() > 0
     assert (
         fit_new_items(counting(OLD, 60, days=50), checkpoint.features["collaborative"], RECIPE)
