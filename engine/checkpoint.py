@@ -184,7 +184,9 @@ def _load_backbone(folder: Path, auto: Any) -> nn.Module:
     except ImportError:
         raise MissingDependency("peft", "train", "a checkpoint with adapters") from None
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    adapted: nn.Module = PeftModel.from_pretrained(auto.from_pretrained(base, dtype=torch.float32), folder)
+    adapted: nn.Module = PeftModel.from_pretrained(
+        auto.from_pretrained(base, dtype=torch.float32), folder, is_trainable=True
+    )
     return adapted
 
 

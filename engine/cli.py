@@ -51,7 +51,12 @@ def demo(
 def train(
     data: Data,
     out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
-    recipe: Annotated[str, typer.Option(help="Packaged recipe (demo, small) or YAML file.")] = "small",
+    recipe: Annotated[
+        str | None, typer.Option(help='Packaged recipe (demo, small) or YAML file; "small", or what CHECKPOINT had.')
+    ] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(metavar="CHECKPOINT", help="Go on with this model: new interactions, new items.")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the epoch OUT stopped at.")] = False,
     seed: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
     changes: Annotated[
@@ -64,20 +69,34 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a model on a data folder, stage by stage; the log lies beside OUT."""
+    from speeder_engine.checkpoint import Checkpoint
     from speeder_engine.data.columns import Columns
     from speeder_engine.data.dataset import load_dataset
     from speeder_engine.data.splits import leave_one_out
     from speeder_engine.training.config import load_recipe
     from speeder_engine.training.fit import train as fit
+    from speeder_engine.training.incremental import recipe_to_continue
     from speeder_engine.training.overrides import override
     from speeder_engine.training.parallel import ALONE, join_processes
 
     processes = join_processes() if fsdp else ALONE
-    config = override(load_recipe(recipe), [*(changes or []), *([] if seed is None else [f"seed={seed}"])])
+    if recipe is None and start_from is not None:
+        base = recipe_to_continue(Checkpoint.load(start_from))
+    else:
+        base = load_recipe(recipe or "small")
+    config = override(base, [*(changes or []), *([] if seed is None else [f"seed={seed}"])])
     dataset = load_dataset(data, columns=Columns.parse(column or []), min_interactions=min_interactions)
     if not as_json:
         typer.echo(dataset.summary(), err=True)
-    checkpoint = fit(leave_one_out(dataset), config, out, resume=resume, tensorboard=tensorboard, processes=processes)
+    checkpoint = fit(
+        leave_one_out(dataset),
+        config,
+        out,
+        resume=resume,
+        tensorboard=tensorboard,
+        processes=processes,
+        start_from=start_from,
+    )
     if not processes.is_first:
         return
     if as_json:

@@ -86,6 +86,8 @@ def replace_folder(target: Path) -> Iterator[Path]:
         place = Path(os.path.realpath(target))
         _refuse_unless(stat.S_ISDIR, place, "something else stands where a folder must go")
         place.parent.mkdir(parents=True, exist_ok=True)
+        # now already: writers that are killed again and again must not fill the disk
+        _remove_stale(place, ("tmp",))
     with _explained(target, STORAGE_ERRORS), _sibling(place, Path.mkdir) as beside:
         yield beside
         with _explained(target):
@@ -204,9 +206,9 @@ def _rename_twice(beside: Path, target: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_stale(target: Path) -> None:
+def _remove_stale(target: Path, kinds: tuple[str, ...] = ("tmp", "old")) -> None:
     pattern = f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}"
-    for leftover in [*target.parent.glob(f"{pattern}.tmp"), *target.parent.glob(f"{pattern}.old")]:
+    for leftover in [path for kind in kinds for path in target.parent.glob(f"{pattern}.{kind}")]:
         with suppress(OSError):
             descriptor = os.open(leftover, os.O_RDONLY)
             try:

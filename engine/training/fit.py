@@ -25,8 +25,10 @@ from speeder_engine.models.recommender import Recommender
 from speeder_engine.title_text import TitleText, answer_text
 from speeder_engine.training.backbone import embedding_scale, end_ids, instruction_ids, make_backbone, question_ids
 from speeder_engine.training.batches import TrainingBatches
+from speeder_engine.training.census import warn_of_gaps
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.features import ItemFeatures, make_features
+from speeder_engine.training.incremental import continued_checkpoint
 from speeder_engine.training.language_warmup import warm_up
 from speeder_engine.training.parallel import ALONE, Processes
 from speeder_engine.training.run_log import RunLog
@@ -47,12 +49,14 @@ def train(
     resume: bool = False,
     tensorboard: Path | None = None,
     processes: Processes = ALONE,
+    start_from: Path | None = None,
 ) -> Checkpoint:
     """Trains on `split.train` and leaves a checkpoint in `out`, saved after every epoch.
 
     cache_dir: where encoded features are kept (default: beside `out`). resume: go on from the epoch `out` stopped at;
     raises ConfigError where it was made with other settings or other data. tensorboard: a folder for its scalars.
-    processes: those that train together, each calling this; the first writes.
+    processes: those that train together, each calling this; the first writes. start_from: a finished checkpoint whose
+    model goes on learning, over the items of `split`; it is validated before it is trained.
     """
     if not len(split.users):
         raise DataError(f"{split.dataset.name}: no user has the three interactions that training and validation need")
@@ -64,9 +68,9 @@ def train(
     else:
         torch.manual_seed(config.seed)
         with processes.first_before_others():
-            made = make_features(split, config, cache_dir or out.parent / f"{out.name}-cache")
-        checkpoint = new_checkpoint(split, config, made)
+            checkpoint = _beginning(split, config, cache_dir or out.parent / f"{out.name}-cache", start_from)
         if first:
+            warn_of_gaps(split, checkpoint.features)
             write_atomic(_log_path(out), b"")
     if checkpoint.state is None:
         return checkpoint
@@ -84,10 +88,19 @@ def train(
             checkpoint.save(out)
         processes.wait()
 
+    if start_from is not None and not resume:
+        trainer.validate_untrained(checkpoint.state)
     trainer.run(checkpoint.state, save)
     checkpoint.metrics = trainer.history[-1] if trainer.history else checkpoint.metrics
     save(None)
     return checkpoint
+
+
+def _beginning(split: Split, config: TrainingConfig, cache_dir: Path, start_from: Path | None) -> Checkpoint:
+    if start_from is None:
+        return new_checkpoint(split, config, make_features(split, config, cache_dir))
+    prior = item_prior(split, config)
+    return continued_checkpoint(Checkpoint.load(start_from), split, config, prior, cache_dir)
 
 
 def _take_learned(checkpoint: Checkpoint, trainer: Trainer, split: Split) -> None:
@@ -123,11 +136,10 @@ def new_checkpoint(split: Split, config: TrainingConfig, made: ItemFeatures) -> 
     model = Recommender(shape, backbone)
     if head is not None:
         model.vocabulary_head = nn.Parameter(head, requires_grad=False)
-    prior = popularity_prior(split.train, len(items)) if config.heads.prior else np.zeros(len(items), np.float32)
     return Checkpoint(
         model=model,
         tokenizer=tokenizer,
-        table=ItemTable.fresh(items.item_ids, items.titles, prior),
+        table=ItemTable.fresh(items.item_ids, items.titles, item_prior(split, config)),
         features=made.features,
         encoders=made.encoders,
         training={"config": config.to_json(), "data": split.dataset.fingerprint()},
@@ -161,6 +173,12 @@ def make_calendar(split: Split, days: float) -> CalendarConfig | None:
     seconds = round(days * SECONDS_A_DAY)
     first = int(times.min())
     return CalendarConfig(first, seconds, (int(times.max()) - first) // seconds + 1)
+
+
+def item_prior(split: Split, config: TrainingConfig) -> NDArray[np.float32]:
+    """`popularity_prior` of the training events; zeros for a model without a prior."""
+    num_items = split.dataset.num_items
+    return popularity_prior(split.train, num_items) if config.heads.prior else np.zeros(num_items, np.float32)
 
 
 def popularity_prior(train: Histories, num_items: int) -> NDArray[np.float32]:

@@ -85,7 +85,9 @@ def count_targets(batch: TrainingBatch) -> dict[str, int]:
 
 def weighed(losses: Losses, shares: Mapping[str, float], config: TrainingConfig) -> Losses:
     """Each loss times its share of the targets, and their total by the weights of `config`."""
-    each: dict[str, Any] = {name: value * shares.get(name, shares["segments"]) for name, value in loss_terms(losses).items()}
+    each: dict[str, Any] = {
+        name: value * shares.get(name, shares["segments"]) for name, value in loss_terms(losses).items()
+    }
     total = torch.stack([value.float() * getattr(config, f"{name}_weight", 1.0) for name, value in each.items()]).sum()
     return replace(losses, **each, total=total)
 

@@ -64,6 +64,14 @@ class Trainer:
                 state.best, state.tensors = -1.0, {}
         return self.history
 
+    def validate_untrained(self, state: TrainingState) -> None:
+        """A record of epoch 0, for a model that has learned before: what the first stage must beat."""
+        stage, started = self.config.stages[0], time.perf_counter()
+        metrics = self.processes.agreed(self.validate(self.tokens(self.share(stage, 1.0))), self.device)
+        state.best = metrics[METRIC]
+        seconds = round(time.perf_counter() - started, 3)
+        self._write({"stage": stage.name, "epoch": 0, "step": 0, **metrics, "seconds": seconds}, state)
+
     def _run_stage(
         self, stage: Stage, state: TrainingState, save: Callable[[TrainingState], None], progress: Progress
     ) -> None:
@@ -182,5 +190,8 @@ class Trainer:
         record = {"stage": stage.name, "epoch": state.epoch, "step": state.step, "loss": tally.mean_loss, **metrics}
         record |= {"learning_rate": rate, **tally.record(), "seconds": round(seconds, 3)}
         record["targets_per_second"] = round(tally.num_targets / seconds)
+        self._write(record, state)
+
+    def _write(self, record: dict[str, Any], state: TrainingState) -> None:
         self.history.append(record)
         self.log.write(record, state.epochs_done)

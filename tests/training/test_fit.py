@@ -193,3 +193,22 @@ def test_a_backbone_that_cannot_be_served_is_refused_before_training(split, tmp_
     with pytest.raises(ConfigError, match="beyond 8 its attention window slides"):
         train(split, short, tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def test_a_resumed_run_still_trains_its_adapters(split, tmp_path, monkeypatch):
+    config = pretrained("llama", tmp_path / "base")
+    config = replace(config, stages=(Stage("S1", ("text",), 2, 5e-3),), validation_users=20, checkpoint_layers=True)
+    whole = train(split, config, tmp_path / "whole")
+    save = Checkpoint.save
+
+    def stop(self, folder):
+        save(self, folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(split, config, tmp_path / "c")
+    monkeypatch.undo()
+    resumed = train(split, config, tmp_path / "c", resume=True)
+    adapters = {name: value for name, value in weights(resumed).items() if "lora_" in name}
+    assert adapters and all(torch.equal(value, weights(whole)[name]) for name, value in adapters.items())

@@ -12,7 +12,7 @@ from speeder_engine.data.items import Items
 from speeder_engine.data.runs import offsets_of
 from speeder_engine.data.splits import leave_one_out
 from speeder_engine.encoders.features import Features
-from speeder_engine.errors import ConfigError
+from speeder_engine.errors import ConfigError, SpeederWarning
 from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.training.batches import PAD, TrainingBatches
 from speeder_engine.training.config import HeadsConfig, TrainingConfig
@@ -121,6 +121,7 @@ def test_sixty_thousand_items_train_and_few_are_compressed_in_a_step(tmp_path, m
 
     monkeypatch.setattr(TokenTable, "forward", counted)
     config = one_stage(epochs=2, validation_users=20)
-    checkpoint = train(split, replace(config, backbone=replace(config.backbone, vocab_size=300)), tmp_path / "c")
+    with pytest.warns(SpeederWarning, match="of 60,000 items have no training event"):
+        checkpoint = train(split, replace(config, backbone=replace(config.backbone, vocab_size=300)), tmp_path / "c")
     assert compressed and max(compressed) < 9_000
     assert np.isfinite(checkpoint.metrics["loss"]) and 8 < checkpoint.metrics["loss"] < 12  # by chance log 60,000 = 11

@@ -1,0 +1,166 @@
+"""A finished model goes on with new interactions and new items: its weights stay, its catalogue grows.
+
+Text and images are encoded by the checkpoint's own encoders. Collaborative vectors of known items stay where they are
+(the model has learned to read that space, and may have tuned them); new items that have events are fitted into it.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from speeder_engine.catalogue import ItemTable
+from speeder_engine.checkpoint import Checkpoint, TrainingState
+from speeder_engine.config import ModelConfig
+from speeder_engine.data.splits import Split
+from speeder_engine.encoders.cache import FeatureCache
+from speeder_engine.encoders.features import Features
+from speeder_engine.encoders.sasrec import SASRec, SASRecConfig
+from speeder_engine.encoders.sequence_fit import fit_sequence_model
+from speeder_engine.errors import ConfigError, DataError
+from speeder_engine.models.recommender import Recommender
+from speeder_engine.training.config import TrainingConfig
+from speeder_engine.training.features import read_images
+
+# what the weights were made for
+SHAPE = (
+    "instruction",
+    "window",
+    "window_step",
+    "backbone",
+    "mixing",
+    "positions",
+    "calendar_days",
+    "heads",
+    "live_prior",
+)
+
+
+def recipe_to_continue(previous: Checkpoint) -> TrainingConfig:
+    """The checkpoint's own recipe: of its last stage a third of the epochs, everything brought in from the start."""
+    config = TrainingConfig.from_json(previous.training["config"])
+    last = config.stages[-1]
+    return replace(config, stages=(replace(last, epochs=max(1, last.epochs // 3), ramp=0.0),))
+
+
+def continued_checkpoint(
+    previous: Checkpoint, split: Split, config: TrainingConfig, prior: NDArray[np.float32], cache_dir: Path
+) -> Checkpoint:
+    """`previous` over the items of `split`, with `prior` [I]; untrained on what is new. ConfigError where the recipe
+    wants another model."""
+    trained = TrainingConfig.from_json(previous.training["config"])
+    for name in SHAPE:
+        if getattr(trained, name) != getattr(config, name):
+            raise ConfigError(f"--start-from: the checkpoint was made with another {name}; keep its recipe's")
+    items = split.dataset.items
+    names = previous.model.compressor.modalities
+    return Checkpoint(
+        model=_grown_model(previous.model, split),
+        tokenizer=previous.tokenizer,
+        table=ItemTable.fresh(items.item_ids, items.titles, prior),
+        features={name: _features(name, previous, split, trained, cache_dir) for name in names},
+        encoders=previous.encoders,
+        training={"config": config.to_json(), "data": split.dataset.fingerprint()},
+        state=TrainingState(),
+    )
+
+
+def _grown_model(model: Recommender, split: Split) -> Recommender:
+    """The same weights; where it has a calendar, that reaches to the last training event."""
+    calendar, times = model.config.prompt.calendar, split.train.times
+    if calendar is None or model.times is None:
+        return model
+    if times is None:
+        raise DataError(f"{split.dataset.name}: the checkpoint reads times; give a time column")
+    needed = (int(times.max()) - calendar.first_second) // calendar.bucket_seconds + 1
+    if needed <= calendar.num_buckets:
+        return model
+    prompt = replace(model.config.prompt, calendar=replace(calendar, num_buckets=needed))
+    config: ModelConfig = replace(model.config, prompt=prompt)
+    grown, state = Recommender(config, model.backbone), model.own_state()
+    # until now later times were read as the last bucket
+    rows = state["times.weight"]
+    state["times.weight"] = torch.cat([rows, rows[-1:].expand(needed - calendar.num_buckets, -1)])
+    grown.load_state_dict(state, strict=False)
+    return grown
+
+
+def _features(name: str, previous: Checkpoint, split: Split, trained: TrainingConfig, cache_dir: Path) -> Features:
+    items = split.dataset.items
+    kept = carried(previous.features[name], previous.table.item_ids, items.item_ids)
+    given = items.vectors.get(name)
+    if name == "collaborative":
+        if given is None:
+            return fit_new_items(split, kept, trained)
+        return overlaid(given, kept) if trained.collaborative.tune else overlaid(kept, given)
+    if given is None and name in previous.encoders:
+        inputs: list[str | bytes | None] = list(items.texts) if name == "text" else []
+        if name == "image" and items.images is not None:
+            inputs = list(read_images(split.dataset))
+        if inputs:
+            given = FeatureCache(cache_dir).encode(previous.encoders[name], inputs, names=items.item_ids)
+    return kept if given is None else overlaid(kept, given)
+
+
+def carried(features: Features, old_ids: tuple[str, ...], new_ids: tuple[str, ...]) -> Features:
+    """The same items' vectors in the order of `new_ids`; an item that wasn't there is not present."""
+    row_of = {item_id: row for row, item_id in enumerate(old_ids)}
+    rows = np.array([row_of.get(item_id, -1) for item_id in new_ids])
+    present = (rows >= 0) & features.present[rows]
+    return Features.of_present(features.values[rows[present]], present)
+
+
+def overlaid(under: Features, over: Features) -> Features:
+    """`over` where it has a vector, else `under`; ConfigError where their widths differ."""
+    if under.dim != over.dim:
+        raise ConfigError(f"--start-from: vectors of {over.dim} numbers, the checkpoint's have {under.dim}; train anew")
+    values = np.where(over.present[:, None], over.values, under.values)
+    return Features(values, over.present | under.present)
+
+
+def fit_new_items(split: Split, known: Features, trained: TrainingConfig) -> Features:
+    """Vectors for the items with events that have none, learned between the known ones, which stand still."""
+    seen = np.bincount(split.train.rows, minlength=len(known)) > 0
+    new = seen & ~known.present
+    if not new.any():
+        return known
+    wanted = trained.collaborative
+    config = SASRecConfig(
+        dim=known.dim,
+        num_heads=1 if known.dim % 2 else 2,
+        window=trained.window,
+        epochs=wanted.epochs,
+        dropout=wanted.dropout,
+        learning_rate=wanted.learning_rate,
+        seed=trained.seed,
+    )
+
+    class AnchoredSASRec(SASRec):
+        def __init__(self, num_items: int, config: SASRecConfig) -> None:
+            super().__init__(num_items, config)
+            parametrize.register_parametrization(self.items, "weight", Anchored(known))
+
+    title = f"collaborative vectors of {int(new.sum()):,} new items"
+    train = split.train
+    model = fit_sequence_model(AnchoredSASRec, config, train.offsets, train.rows, len(known), title=title)
+    fitted = model.items.weight.detach().numpy()
+    return overlaid(known, Features.of_present(fitted[new], new))
+
+
+class Anchored(nn.Module):
+    """Rows of a matrix that are fixed, whatever is learned."""
+
+    values: Tensor
+    present: Tensor
+
+    def __init__(self, known: Features) -> None:
+        super().__init__()
+        self.register_buffer("values", torch.from_numpy(known.values))
+        self.register_buffer("present", torch.from_numpy(known.present).unsqueeze(1))
+
+    def forward(self, learned: Tensor) -> Tensor:
+        return torch.where(self.present, self.values, learned)

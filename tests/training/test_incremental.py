@@ -1,0 +1,137 @@
+"""A trained model goes on over a grown data set: better than from scratch from the first moment, new items learned."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import CONFIG
+
+from speeder_engine.checkpoint import Checkpoint
+from speeder_engine.data.dataset import Dataset
+from speeder_engine.data.items import Items
+from speeder_engine.data.runs import offsets_of
+from speeder_engine.data.splits import leave_one_out
+from speeder_engine.encoders.features import Features
+from speeder_engine.errors import ConfigError, SpeederWarning
+from speeder_engine.evaluation.model_scorer import ModelScorer
+from speeder_engine.evaluation.protocols import evaluate
+from speeder_engine.models.prior import ConstantPrior
+from speeder_engine.training.features import make_features
+from speeder_engine.training.fit import new_checkpoint, train
+from speeder_engine.training.incremental import carried, fit_new_items, recipe_to_continue
+
+DAY = 86_400
+OLD, GROWN = 24, 32
+RECIPE = replace(
+    CONFIG, calendar_days=30.0, collaborative=replace(CONFIG.collaborative, dim=8, epochs=2, tune=True), averaging=0.5
+)
+
+
+def counting(num_items, num_users, days, seed=0, unseen=0):
+    """Item i is followed by item i + 1; ids run backwards from GROWN, so that old items move to other rows.
+
+    The last `unseen` items have no event.
+    """
+    rng = np.random.default_rng(seed)
+    taken = num_items - unseen
+    lengths = rng.integers(6, 14, num_users)
+    histories = [(rng.integers(taken) + np.arange(length)) % taken for length in lengths]
+    order = np.arange(num_items)[::-1] if num_items == GROWN else np.arange(num_items)
+    row_of = np.argsort(order)
+    text = Features(np.eye(GROWN, dtype=np.float32)[order], np.ones(num_items, bool))
+    ids = tuple(f"{i:03d}" for i in order)
+    items = Items(ids, ids, ids, None, {"text": text})
+    rows = row_of[np.concatenate(histories)].astype(np.int32)
+    times = np.sort(rng.integers(0, days * DAY, len(rows)))
+    users = tuple(f"u{u}" for u in range(num_users))
+    return leave_one_out(Dataset("counting", items, users, offsets_of(lengths), rows, times))
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("old") / "c"
+    return train(counting(OLD, 120, days=100), RECIPE, folder), folder
+
+
+def log_of(folder):
+    return [json.loads(line) for line in folder.with_name(f"{folder.name}.log.jsonl").read_text().splitlines()]
+
+
+def test_it_starts_where_the_old_one_stopped_and_learns_new_items(old, tmp_path):
+    checkpoint, folder = old
+    split = counting(GROWN, 200, days=200, seed=1, unseen=2)
+    config = recipe_to_continue(checkpoint)
+    assert [(s.name, s.epochs, s.ramp) for s in config.stages] == [("S2", 1, 0.0)]
+    config = replace(config, stages=(replace(config.stages[0], epochs=3),))
+    with pytest.warns(SpeederWarning, match="2 of 32 items have no training event"):
+        grown = train(split, config, tmp_path / "new", start_from=folder)
+    log = log_of(tmp_path / "new")
+    assert [record["epoch"] for record in log] == [0, 1, 2, 3]
+    short = replace(config, stages=(replace(config.stages[0], epochs=1),))
+    with pytest.warns(SpeederWarning, match="2 of 32 items have no training event"):
+        scratch = train(split, short, tmp_path / "scratch")
+    assert log[0]["ndcg@10"] > scratch.metrics["ndcg@10"]  # untrained here, after an epoch there
+    torch.manual_seed(0)
+    fresh = new_checkpoint(split, config, make_features(split, config, tmp_path / "cache"))
+    scorer = ModelScorer(fresh.model, fresh.item_tokens(), ConstantPrior(torch.from_numpy(fresh.table.prior)))
+    untrained = evaluate(scorer, split.queries("validation"), None, ks=(10,)).metrics["ndcg@10"]
+    assert log[0]["ndcg@10"] > 3 * untrained
+    assert max(record["ndcg@10"] for record in log[1:]) > log[0]["ndcg@10"]
+
+    assert grown.table.item_ids == split.dataset.item_ids and grown.state is None
+    tokens = Checkpoint.load(tmp_path / "new").item_tokens()
+    scorer = ModelScorer(grown.model.eval(), tokens, ConstantPrior(torch.from_numpy(grown.table.prior)))
+    queries = split.queries("test")
+    ranks = evaluate(scorer, queries, None, ks=(10,)).ranks
+    new = np.array([int(split.dataset.item_ids[row]) >= OLD for row in queries.targets])
+    assert new.sum() > 20 and (ranks[new] <= 3).mean() > 0.6  # by chance .1
+    collaborative = grown.features["collaborative"]
+    missing = {split.dataset.item_ids[row] for row in np.flatnonzero(~collaborative.present)}
+    assert missing == {"030", "031"}  # no event yet
+
+
+def test_untrained_it_is_the_old_model_over_more_items(old, tmp_path):
+    """Tokens by id, position prompts and heads are the old ones; later times read as the last bucket did."""
+    checkpoint, folder = old
+    split = counting(GROWN, 60, days=200, seed=1)
+    still = recipe_to_continue(checkpoint)
+    still = replace(still, stages=(replace(still.stages[0], epochs=0),))
+    grown = train(split, still, tmp_path / "new", start_from=folder)
+    before, after = checkpoint.model.state_dict(), grown.model.state_dict()
+    assert len(after["times.weight"]) > len(before["times.weight"])
+    assert torch.equal(after["times.weight"][: len(before["times.weight"])], before["times.weight"])
+    assert torch.equal(after["times.weight"][-1], before["times.weight"][-1])
+    for name in set(before) - {"times.weight"}:
+        assert torch.equal(after[name], before[name]), name
+    rows = [grown.table.item_ids.index(item_id) for item_id in checkpoint.table.item_ids]
+    torch.testing.assert_close(grown.item_tokens()[rows], checkpoint.item_tokens(), atol=1e-5, rtol=1e-5)
+    assert len(grown.table) == GROWN and grown.table.prior.std() == pytest.approx(1, abs=1e-3)
+
+
+def test_known_vectors_stand_still_and_new_ones_are_fitted(old):
+    checkpoint, _ = old
+    split = counting(GROWN, 120, days=200, seed=1, unseen=2)
+    known = carried(checkpoint.features["collaborative"], checkpoint.table.item_ids, split.dataset.item_ids)
+    assert known.present.sum() == OLD
+    fitted = fit_new_items(split, known, RECIPE)
+    np.testing.assert_array_equal(fitted.values[known.present], known.values[known.present])
+    odd = fit_new_items(split, Features(np.ascontiguousarray(known.values[:, :7]), known.present), RECIPE)
+    assert odd.dim == 7 and odd.present.sum() == GROWN - 2
+    assert fitted.present.sum() == GROWN - 2 and np.abs(fitted.values[fitted.present]).max(axis=1).min() > 0
+    assert (
+        fit_new_items(counting(OLD, 60, days=50), checkpoint.features["collaborative"], RECIPE)
+        is (checkpoint.features["collaborative"])
+    )
+
+
+def test_another_model_is_refused(old, tmp_path):
+    checkpoint, folder = old
+    split = counting(GROWN, 60, days=200)
+    with pytest.raises(ConfigError, match="--start-from: the checkpoint was made with another window; keep its"):
+        train(split, replace(recipe_to_continue(checkpoint), window=12), tmp_path / "new", start_from=folder)
+    wide = {"text": Features(np.ones((GROWN, 40), np.float32), np.ones(GROWN, bool))}
+    wider = replace(split, dataset=replace(split.dataset, items=replace(split.dataset.items, vectors=wide)))
+    with pytest.raises(ConfigError, match="vectors of 40 numbers, the checkpoint's have 32"):
+        train(wider, recipe_to_continue(checkpoint), tmp_path / "new", start_from=folder)
