@@ -20,7 +20,13 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# what a step frees, the next one takes again: pages that went back to the system would have to be cleared each time
+for name, value in {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 36),
+}.items():
+    os.environ.setdefault(name, value)
 
 from study_report import write_report
 from study_runs import Run, do, prepare

@@ -115,9 +115,9 @@ VARIANTS: dict[str, Variant] = {
     "no times": Variant(overrides={"calendar_days": 0}),
     # the collaborative signal
     "no neighbours": Variant(overrides={"collaborative": {"neighbours": 0}}),
-    "frozen item vectors": Variant(overrides={"collaborative": {"tune": False}}),
+    "tuned item vectors": Variant(overrides={"collaborative": {"tune": True}}),
     # heads
-    "retrieve alone": Variant(overrides={"rank_weight": 0, "heads": {"rank": False}}),
+    "with the rank head": Variant(overrides={"rank_weight": 0.3, "heads": {"rank": True}}),
     "no prior": Variant(overrides={"heads": {"prior": False}}),
     # controls
     "shuffled images": Variant(alter=shuffled_images),

@@ -94,7 +94,8 @@ def weighed(losses: Losses, shares: Mapping[str, float], config: TrainingConfig)
 
 def added(parts: Sequence[Losses]) -> Losses:
     """Weighed losses summed up, without their graphs."""
-    sums = {name: torch.stack([getattr(part, name).detach() for part in parts]).sum() for name in loss_terms(parts[0])}
+    names = loss_terms(parts[0])
+    sums: dict[str, Any] = {n: torch.stack([getattr(part, n).detach() for part in parts]).sum() for n in names}
     total = torch.stack([part.total.detach() for part in parts]).sum()
     return replace(parts[0], **sums, total=total, num_targets=sum(part.num_targets for part in parts))
 

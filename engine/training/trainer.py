@@ -68,7 +68,7 @@ class Trainer:
         """A record of epoch 0, for a model that has learned before: what the first stage must beat."""
         stage, started = self.config.stages[0], time.perf_counter()
         metrics = self.processes.agreed(self.validate(self.tokens(self.share(stage, 1.0))), self.device)
-        state.best = metrics[METRIC]
+        state.best = metrics[self.config.metric]
         seconds = round(time.perf_counter() - started, 3)
         self._write({"stage": stage.name, "epoch": 0, "step": 0, **metrics, "seconds": seconds}, state)
 
