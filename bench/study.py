@@ -21,12 +21,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 # what a step frees, the next one takes again: pages that went back to the system would have to be cleared each time
-for name, value in {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 36),
-}.items():
-    os.environ.setdefault(name, value)
+os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 36))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from study_report import write_report
 from study_runs import Run, do, prepare
