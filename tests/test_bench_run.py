@@ -78,15 +78,19 @@ def test_charts_of_a_run(quick, tmp_path):
     assert draw_all({"shape": "tiny"}, tmp_path / "none") == []
 
 
+def take_interrupts():
+    """A run of tests in the background ignores them, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_what_was_measured_stays_when_it_is_interrupted(root, tmp_path):
     path = tmp_path / "found.json"
     command = [sys.executable, str(root / "bench" / "run.py"), "all", "--quick", "--json", str(path)]
     command += ["--only", "transformers_static"]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, env=environment, preexec_fn=take_interrupts) as process:
         until = time.monotonic() + 100
         while not path.exists() and time.monotonic() < until:  # written after the first section
             time.sleep(0.1)

@@ -163,6 +163,11 @@ def test_skipped_ids_are_counted_and_listed(engine_dir, tmp_path):
     assert pq.read_table(target)["unknown"].to_pylist() == [["x"], ["y", "z"], []]
 
 
+def take_interrupts():
+    """A run of tests in the background ignores them, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupted_command_says_so_and_fails(tmp_path):
     code = "from speeder_engine.cli import main; print('ready', flush=True); main()"
     folder = write_synthetic_dataset(tmp_path / "data", num_users=300, num_items=120)
@@ -171,6 +176,7 @@ def test_an_interrupted_command_says_so_and_fails(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=take_interrupts,
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     time.sleep(4)
