@@ -42,6 +42,10 @@ class Plan:
 
     table: str
     seeds: tuple[int, ...]
+    only: tuple[str, ...] = ()  # systems and variants; none: all
+
+    def wanted(self) -> Iterator[Run]:
+        return (run for run in self.runs() if not self.only or {run.system, run.variant} & {*self.only})
 
     def runs(self) -> Iterator[Run]:
         if self.table == "systems":
@@ -58,7 +62,7 @@ class Plan:
 
 def study(data: Path, work: Path, plan: Plan, workers: int) -> None:
     prepare(data, work)
-    waiting = [run for run in plan.runs() if not run.path(work).exists()]
+    waiting = [run for run in plan.wanted() if not run.path(work).exists()]
     print(f"{plan.table}: {len(waiting)} runs to do", flush=True)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         started = {pool.submit(do, run, data, work): (run, time.perf_counter()) for run in waiting}
@@ -75,6 +79,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where runs leave their results")
     parser.add_argument("--out", type=Path, help="the JSON file of `report`")
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
+    parser.add_argument("--only", help="systems and variants, separated by semicolons; without it all")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -84,7 +89,8 @@ def main() -> None:
         write_report(arguments.data, arguments.work, arguments.out)
         return
     seeds = tuple(int(seed) for seed in arguments.seeds.split(","))
-    study(arguments.data, arguments.work, Plan(arguments.table, seeds), arguments.workers)
+    only = tuple(arguments.only.split(";")) if arguments.only else ()
+    study(arguments.data, arguments.work, Plan(arguments.table, seeds, only), arguments.workers)
 
 
 if __name__ == "__main__":

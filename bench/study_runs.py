@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -129,15 +130,19 @@ def _keep(run: Run, scorer: Scorer, split: Split, work: Path, queries: Queries |
 
 def _altered_queries(queries: Queries, seed: int) -> Iterator[tuple[str, Queries]]:
     """Histories shuffled but for their last item, and cut to their last few."""
-    rng = np.random.default_rng(seed)
-    order = np.arange(len(queries.rows))
-    for start, end in zip(queries.offsets[:-1], queries.offsets[1:], strict=True):
-        order[start : end - 1] = start + rng.permutation(max(end - start - 1, 0))
-    # the times stay where they were: what is shuffled is which item came when
-    yield "shuffled", replace(queries, rows=queries.rows[order])
+    yield "shuffled", shuffled(queries, seed)
     for length in LENGTHS:
         starts = np.maximum(queries.offsets[1:] - length, queries.offsets[:-1])
         events = ranges(starts, queries.offsets[1:])
         times = None if queries.times is None else queries.times[events]
         offsets = offsets_of(queries.offsets[1:] - starts)
         yield f"last {length}", replace(queries, offsets=offsets, rows=queries.rows[events], times=times)
+
+
+def shuffled(queries: Queries, seed: int) -> Queries:
+    """All items of a history but the last in another order. The times stay: what changes is which item came when."""
+    rng = np.random.default_rng(seed)
+    order = np.arange(len(queries.rows))
+    for start, end in pairwise(queries.offsets.tolist()):
+        order[start : end - 1] = start + rng.permutation(max(end - start - 1, 0))
+    return replace(queries, rows=queries.rows[order])
