@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from study_runs import LENGTHS
 from study_variants import DECLARED
 
 from speeder_engine.data.dataset import load_dataset
 from speeder_engine.data.splits import leave_one_out
-from speeder_engine.evaluation.groups import GROUPINGS
+from speeder_engine.evaluation.bootstrap import mean_interval, mean_over_seeds
+from speeder_engine.evaluation.groups import GROUP_METRICS, GROUPINGS
 from speeder_engine.evaluation.report import Report
 from speeder_engine.evaluation.results import curve_of, group_rows, paired_rows, rows_of
 from speeder_engine.files import write_json
@@ -25,12 +27,14 @@ def write_report(data: Path, work: Path, out: Path) -> None:
     asked = split.queries("test")
     systems = {key: each for key, each in reports.items() if key[1] != COLD}
     results: dict[str, Any] = {"data": split.dataset.name, "rows": [], "paired": [], "groups": [], "curves": []}
-    for (system, variant), by_seed in reports.items():
+    for (system, variant), by_seed in systems.items():
         results["rows"] += rows_of(list(by_seed.values()), system, name_of(variant))
     results["paired"] = differences(systems)
     for key in shown_in_groups(systems):
         for group in GROUPINGS.values():
             results["groups"] += group_rows(list(systems[key].values()), key[0], name_of(key[1]), group(split, asked))
+    if (OURS, COLD) in reports:
+        results["groups"] += cold_rows(list(reports[OURS, COLD].values()), list(reports[OURS, DECLARED].values()))
     curve = lengths(extra, reports)
     results["curves"] = [curve] if curve else []
     shuffled = extra.get("shuffled", {})
@@ -41,7 +45,7 @@ def write_report(data: Path, work: Path, out: Path) -> None:
             OURS,
             "history shuffled but for its last item",
             seeds_of(reports[OURS, DECLARED], shuffled),
-            f"{OURS} ({DECLARED})",
+            DECLARED,
         )
     results["validation"] = [
         {"system": OURS, "variant": name_of(variant), "seed": seed, **rounded(report.metrics)}
@@ -80,8 +84,7 @@ def differences(reports: Reports) -> list[dict[str, Any]]:
             if next(iter(mine.values())).uses_time != next(iter(others.values())).uses_time:
                 continue
             if key[0] == OURS:
-                against = f"{OURS} ({DECLARED})"
-                rows += paired_rows(list(others.values()), OURS, key[1], seeds_of(mine, others), against)
+                rows += paired_rows(list(others.values()), OURS, key[1], seeds_of(mine, others), DECLARED)
             else:
                 rows += paired_rows(list(mine.values()), OURS, DECLARED, list(others.values()), key[0])
     return rows
@@ -90,6 +93,22 @@ def differences(reports: Reports) -> list[dict[str, Any]]:
 def seeds_of(reports: Mapping[int, Report], like: Mapping[int, Report]) -> list[Report]:
     """Those of the seeds that `like` has, or all where they share none."""
     return [reports[seed] for seed in like if seed in reports] or list(reports.values())
+
+
+def cold_rows(cold: Sequence[Report], declared: Sequence[Report]) -> list[dict[str, Any]]:
+    """Targets held out of training, by their tokens of text and image alone; and where they were trained on."""
+    asked = np.isin(declared[0].users, cold[0].users)
+    shared = {"system": OURS, "by": "item", "group": "held out of training", "num_users": int(asked.sum())}
+    rows = []
+    for metric in GROUP_METRICS:
+        for variant, values in (
+            ("text and image alone", mean_over_seeds(cold, metric)),
+            ("declared, which was trained on them", mean_over_seeds(declared, metric)[asked]),
+        ):
+            found = mean_interval(values)
+            bounds = {"mean": found.mean, "low": found.low, "high": found.high}
+            rows.append({**shared, "variant": variant, "metric": metric, **bounds})
+    return rows
 
 
 def name_of(variant: str) -> str:
