@@ -60,12 +60,12 @@ class Plan:
             yield from (Run("speeder", name, seed) for seed in self.seeds for name in CONTROLS)
 
 
-def study(data: Path, work: Path, plan: Plan, workers: int) -> None:
+def study(data: Path, work: Path, plan: Plan, recipe: str, workers: int) -> None:
     prepare(data, work)
     waiting = [run for run in plan.wanted() if not run.path(work).exists()]
     print(f"{plan.table}: {len(waiting)} runs to do", flush=True)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        started = {pool.submit(do, run, data, work): (run, time.perf_counter()) for run in waiting}
+        started = {pool.submit(do, run, data, work, recipe): (run, time.perf_counter()) for run in waiting}
         for done in as_completed(started):
             run, since = started[done]
             found = {name: round(value, 4) for name, value in done.result().items()}
@@ -80,6 +80,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the JSON file of `report`")
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
     parser.add_argument("--only", help="systems and variants, separated by semicolons; without it all")
+    parser.add_argument(
+        "--recipe", default="study", help="of the declared model; its twin that knows the time: NAME-time"
+    )
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -90,7 +93,7 @@ def main() -> None:
         return
     seeds = tuple(int(seed) for seed in arguments.seeds.split(","))
     only = tuple(arguments.only.split(";")) if arguments.only else ()
-    study(arguments.data, arguments.work, Plan(arguments.table, seeds, only), arguments.workers)
+    study(arguments.data, arguments.work, Plan(arguments.table, seeds, only), arguments.recipe, arguments.workers)
 
 
 if __name__ == "__main__":

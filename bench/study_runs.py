@@ -64,14 +64,14 @@ def prepare(data: Path, work: Path) -> Split:
     return split
 
 
-def do(run: Run, data: Path, work: Path) -> dict[str, float]:
+def do(run: Run, data: Path, work: Path, recipe: str) -> dict[str, float]:
     """Leaves the run's reports in `work`; returns the test metrics."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     split = prepare(data, work)
     (work / "reports").mkdir(exist_ok=True)
     if run.system == "speeder":
-        return _speeder(run, split, work)
+        return _speeder(run, split, work, recipe)
     scorer = _baseline(run, split)
     for name in ENSEMBLES.get(run.system, ()):
         _keep(Run(name, name, run.seed), _ensemble(name, scorer, split), split, work)
@@ -93,9 +93,9 @@ def _ensemble(name: str, first: Scorer, split: Split) -> Ensemble:
     return Ensemble.fit(name, [Member(first, damped=False), *others], split.queries("validation"))
 
 
-def _speeder(run: Run, split: Split, work: Path) -> dict[str, float]:
+def _speeder(run: Run, split: Split, work: Path, recipe: str) -> dict[str, float]:
     variant = VARIANTS[run.variant]
-    config = variant.config(load_recipe(variant.recipe), run.seed)
+    config = variant.config(recipe, run.seed)
     folder = work / "checkpoints" / str(run)
     trained_on = split if variant.alter is None else variant.alter(split, run.seed)
     train(trained_on, config, folder, cache_dir=work / "cache", resume=(folder / "checkpoint.json").exists())

@@ -10,7 +10,7 @@ from speeder_engine.config import MODALITIES
 from speeder_engine.data.runs import offsets_of
 from speeder_engine.data.splits import Split
 from speeder_engine.encoders.features import Features
-from speeder_engine.training.config import TrainingConfig
+from speeder_engine.training.config import TrainingConfig, load_recipe
 
 DECLARED = "declared"
 COLD_SHARE = 0.1
@@ -19,14 +19,15 @@ Alter = Callable[[Split, int], Split]  # with a seed
 
 @dataclass(frozen=True)
 class Variant:
-    """`overrides` of the recipe as nested keys; `alter` changes what is trained on."""
+    """`overrides` of a recipe as nested keys, or of its twin that knows the time; `alter` changes the training data."""
 
-    recipe: str = "study"
+    with_time: bool = False
     overrides: Mapping[str, Any] = field(default_factory=dict)
     alter: Alter | None = None
 
-    def config(self, recipe: TrainingConfig, seed: int) -> TrainingConfig:
-        return TrainingConfig.from_json(merged(recipe.to_json(), {**self.overrides, "seed": seed}))
+    def config(self, recipe: str, seed: int) -> TrainingConfig:
+        base = load_recipe(f"{recipe}-time" if self.with_time else recipe)
+        return TrainingConfig.from_json(merged(base.to_json(), {**self.overrides, "seed": seed}))
 
 
 def merged(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,7 +86,7 @@ EPOCHS = 15  # of the declared recipe, over all stages
 ALL = "+".join(MODALITIES)
 VARIANTS: dict[str, Variant] = {
     DECLARED: Variant(),
-    "declared, with time": Variant("study-time"),
+    "declared, with time": Variant(with_time=True),
     # MRC
     "concat": Variant(overrides={"mixing": "concat"}),
     "mean": Variant(overrides={"mixing": "mean"}),
