@@ -52,7 +52,8 @@ def train(
     data: Data,
     out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
     recipe: Annotated[
-        str | None, typer.Option(help='Packaged recipe (small, title, pretrained, study ...) or YAML file; "small", or what CHECKPOINT had.')
+        str | None,
+        typer.Option(help='Packaged recipe (small, title, study ...) or YAML file; "small", or what CHECKPOINT had.'),
     ] = None,
     start_from: Annotated[
         Path | None, typer.Option(metavar="CHECKPOINT", help="Go on with this model: new interactions, new items.")
