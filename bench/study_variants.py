@@ -123,5 +123,5 @@ VARIANTS: dict[str, Variant] = {
     # controls
     "shuffled images": Variant(alter=shuffled_images),
     "noise images": Variant(alter=noise_images),
-    "cold items": Variant(alter=without_cold_items),
+    "cold items": Variant(overrides={"cold_negatives": False}, alter=without_cold_items),
 }

@@ -120,6 +120,7 @@ class TrainingConfig(Config):
     modality_dropout: float = 0.1
     time_dropout: float = 0.1  # histories shown without their times
     label_smoothing: float = 0.0
+    cold_negatives: bool = True  # false: items without a training event stay out of the full softmax
     averaging: float = 0.0  # decay a step of the averaged weights that are validated and kept; 0: the last weights
     rank_negatives: int = 7
     retrieve_weight: float = 1.0  # 0: a model that answers with titles alone
@@ -161,6 +162,8 @@ class TrainingConfig(Config):
         check(1 <= self.window_step <= self.window, step)
         check(self.mixing in MIXINGS, f"mixing: {self.mixing!r}; choose one of {', '.join(MIXINGS)}")
         check(self.positions in POSITIONS, f"positions: {self.positions!r}; choose one of {', '.join(POSITIONS)}")
+        cold = "cold_negatives: false and label_smoothing contradict each other; leave one of them out"
+        check(self.cold_negatives or not self.label_smoothing, cold)
         live = "live_prior and heads.prior: false contradict each other; leave one of them out"
         check(self.live_prior is None or self.heads.prior, live)
         dropouts = ("token_dropout", "modality_dropout", "time_dropout")

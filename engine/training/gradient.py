@@ -31,7 +31,10 @@ class GradientMaker:
         device: torch.device,
         sampler: ItemSampler | None = None,
         processes: Processes = ALONE,
+        cold: Tensor | None = None,
     ) -> None:
+        """cold: bool [I], items that the full softmax leaves out; None: it has all."""
+        self.out = None if cold is None else torch.where(cold, torch.inf, 0.0).to(device)
         self.model, self.table, self.prior = model, table, prior
         self.config, self.device, self.sampler, self.processes = config, device, sampler, processes
 
@@ -63,7 +66,8 @@ class GradientMaker:
     def _losses(self, batch: TrainingBatch, share: Tensor, number: tuple[int, ...]) -> Losses:
         with autocast(self.config.precision, self.device):
             if self.sampler is None:
-                return compute_losses(self.model, self.table(share), self.prior, batch.to(self.device), self.config)
+                batch, tokens = batch.to(self.device), self.table(share)
+                return compute_losses(self.model, tokens, self.prior, batch, self.config, self.out)
             sampled = self.sampler.draw(batch, number)
             items = sampled.rows.to(self.device)
             batch, tokens = sampled.renumber(batch).to(self.device), self.table(share, items)

@@ -49,7 +49,8 @@ def compute_losses(
     config: TrainingConfig,
     log_inclusion: Tensor | None = None,
 ) -> Losses:
-    """tokens [I, d]: the item-token table with its gradient. log_inclusion [I]: of items that stand for others too."""
+    """tokens [I, d]: the item-token table with its gradient. log_inclusion [I]: of items that stand for others too,
+    infinite for those that stand for nobody."""
     prompt = model.config.prompt
     num_prompt, step = len(prompt.instruction_ids), prompt.rows_per_item
     num_prefix = num_prompt + step * batch.rows.shape[1]

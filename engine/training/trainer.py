@@ -50,7 +50,8 @@ class Trainer:
         self.table = table.to(self.device)
         self.weights = Weights({"model": self.model, "table": self.table})
         sampler = make_sampler(config, batches.histories.rows, batches.num_items)
-        self.gradient = GradientMaker(self.model, self.table, prior, config, self.device, sampler, processes)
+        cold = None if config.cold_negatives else _without_events(batches)
+        self.gradient = GradientMaker(self.model, self.table, prior, config, self.device, sampler, processes, cold)
         self.batches, self.validate, self.log = batches, validate, log
         self.history: list[dict[str, Any]] = []
 
@@ -195,3 +196,9 @@ class Trainer:
     def _write(self, record: dict[str, Any], state: TrainingState) -> None:
         self.history.append(record)
         self.log.write(record, state.epochs_done)
+
+
+def _without_events(batches: TrainingBatches) -> Tensor:
+    """Bool [I]."""
+    counts = torch.bincount(torch.from_numpy(batches.histories.rows.astype("int64")), minlength=batches.num_items)
+    return counts == 0

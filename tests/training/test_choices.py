@@ -11,6 +11,8 @@ from speeder_engine import Engine, Request
 from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.config import CalendarConfig, LivePriorConfig, PromptConfig
 from speeder_engine.data.candidates import draw_candidates
+from speeder_engine.data.runs import offsets_of
+from speeder_engine.encoders.features import Features
 from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
@@ -101,6 +103,28 @@ def test_mean_weighs_modalities_alike_and_concat_knows_what_is_missing(split, tm
     fallback = concat.config.scale * F.layer_norm(concat.fallback, (32,), concat.norm.weight, concat.norm.bias)
     torch.testing.assert_close(tokens[3], fallback)
     assert not torch.allclose(concat(features, present, torch.tensor([1.0, 0.5]))[0], tokens[0])
+
+
+def test_items_without_events_may_stay_out_of_the_softmax(split, tmp_path):
+    """Training then doesn't depend on their features at all; by default it does."""
+    events = split.train.rows != 5
+    users = np.repeat(np.arange(split.train.num_users), split.train.lengths)[events]
+    offsets = offsets_of(np.bincount(users, minlength=split.train.num_users))
+    known = replace(split.train, offsets=offsets, rows=split.train.rows[events], times=split.train.times[events])
+    cut = replace(split, train=known)
+    text = split.dataset.items.vectors["text"]
+    values = text.values.copy()
+    values[5] = 3.0
+    vectors = {**split.dataset.items.vectors, "text": Features(values, text.present)}
+    other = replace(cut, dataset=replace(cut.dataset, items=replace(cut.dataset.items, vectors=vectors)))
+    config = replace(BASE, cold_negatives=False, rank_weight=0.0, heads=replace(BASE.heads, rank=False))
+    for each, alike in ((config, True), (replace(config, cold_negatives=True), False)):
+        first, second = (
+            train(part, each, tmp_path / f"{alike}{index}").model.backbone.state_dict()
+            for index, part in enumerate((cut, other))
+        )
+        same = all(torch.equal(value, second[name]) for name, value in first.items())
+        assert same is alike
 
 
 def test_tuned_vectors_are_kept_and_missing_ones_stay_missing(split, tmp_path):
