@@ -19,10 +19,10 @@ def poison_at(monkeypatch, step, poison):
     """Calls `poison(model, losses)` at the losses of a step."""
     real, seen = gradient_module.compute_losses, []
 
-    def poisoned(model, tokens, prior, batch, config):
+    def poisoned(model, *given):
         if len(seen) == step:
             poison(model, None)
-        losses = real(model, tokens, prior, batch, config)
+        losses = real(model, *given)
         if len(seen) == step:
             poison(model, losses)
         seen.append(step)
