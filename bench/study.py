@@ -27,13 +27,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from study_report import write_report
 from study_runs import Run, do, prepare
-from study_variants import DECLARED, VARIANTS
+from study_variants import COLD_ITEMS, DECLARED, VARIANTS, WITH_TIME
 
 SINGLE = ("popularity", "popularity_at_last", "markov", "itemknn")
 TIMED = ("recent_popularity", "recent_popularity_7", "live_popularity", "live_popularity_2")
 TRAINED = ("sasrec", "gru4rec", "hstu", "sasrec_time")
-CONTROLS = ("shuffled images", "noise images", "cold items")
-MODELS = (DECLARED, "declared, with time")
+CONTROLS = ("shuffled images", "noise images", COLD_ITEMS)
+MODELS = (DECLARED, WITH_TIME)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from study_runs import LENGTHS
-from study_variants import DECLARED
+from study_variants import COLD_ITEMS, DECLARED, WITH_TIME
 
 from speeder_engine.data.dataset import load_dataset
 from speeder_engine.data.splits import leave_one_out
@@ -17,7 +17,8 @@ from speeder_engine.evaluation.report import Report
 from speeder_engine.evaluation.results import curve_of, group_rows, paired_rows, rows_of
 from speeder_engine.files import write_json
 
-OURS, WITH_TIME, COLD = "speeder", "declared, with time", "cold targets"
+OURS, COLD = "speeder", "cold targets"
+SHUFFLED = "history shuffled but for its last item"
 Reports = Mapping[tuple[str, str], Mapping[int, Report]]  # system and variant -> seed -> report
 
 
@@ -26,7 +27,7 @@ def write_report(data: Path, work: Path, out: Path) -> None:
     split = leave_one_out(load_dataset(data))
     asked = split.queries("test")
     # a model that a tenth of the targets was kept from is asked for those alone
-    systems = {key: each for key, each in reports.items() if key[1] not in (COLD, "cold items")}
+    systems = {key: each for key, each in reports.items() if key[1] not in (COLD, COLD_ITEMS)}
     results: dict[str, Any] = {"data": split.dataset.name, "rows": [], "paired": [], "groups": [], "curves": []}
     for (system, variant), by_seed in systems.items():
         results["rows"] += rows_of(list(by_seed.values()), system, name_of(variant))
@@ -40,14 +41,9 @@ def write_report(data: Path, work: Path, out: Path) -> None:
     results["curves"] = [curve] if curve else []
     shuffled = extra.get("shuffled", {})
     if shuffled:
-        results["rows"] += rows_of(list(shuffled.values()), OURS, "history shuffled but for its last item")
-        results["paired"] += paired_rows(
-            list(shuffled.values()),
-            OURS,
-            "history shuffled but for its last item",
-            seeds_of(reports[OURS, DECLARED], shuffled),
-            DECLARED,
-        )
+        mixed, declared = list(shuffled.values()), seeds_of(reports[OURS, DECLARED], shuffled)
+        results["rows"] += rows_of(mixed, OURS, SHUFFLED)
+        results["paired"] += paired_rows(mixed, OURS, SHUFFLED, declared, DECLARED)
     results["validation"] = [
         {"system": OURS, "variant": name_of(variant), "seed": seed, **rounded(report.metrics)}
         for (variant, seed), report in sorted(extra["validation"].items())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from study_variants import DECLARED, VARIANTS, cold_items, with_vectors
+from study_variants import COLD_ITEMS, DECLARED, VARIANTS, WITH_TIME, cold_items, with_vectors
 
 from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.data.candidates import draw_candidates
@@ -18,8 +18,7 @@ from speeder_engine.data.dataset import load_dataset
 from speeder_engine.data.runs import offsets_of, ranges
 from speeder_engine.data.splits import Queries, Split, leave_one_out
 from speeder_engine.encoders.features import Features
-from speeder_engine.evaluation.baselines import BASELINES
-from speeder_engine.evaluation.baselines.ensemble import Ensemble, Member
+from speeder_engine.evaluation.baselines import BASELINES, ENSEMBLES, TRAINED, fit_ensemble
 from speeder_engine.evaluation.baselines.sasrec_time import SASRecTime
 from speeder_engine.evaluation.baselines.sequence import SEQUENCE_MODELS, SequenceBaseline
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
@@ -31,10 +30,6 @@ from speeder_engine.training.features import make_features
 from speeder_engine.training.fit import train
 
 LENGTHS = (1, 2, 5, 10, 20, 50)  # of histories cut to their last items
-ENSEMBLES = {
-    "sasrec": ("sasrec+itemknn", "sasrec+live_popularity+itemknn"),
-    "sasrec_time": ("sasrec_time+live_popularity+itemknn",),
-}
 
 
 @dataclass(frozen=True)
@@ -73,8 +68,9 @@ def do(run: Run, data: Path, work: Path, recipe: str) -> dict[str, float]:
     if run.system == "speeder":
         return _speeder(run, split, work, recipe)
     scorer = _baseline(run, split)
-    for name in ENSEMBLES.get(run.system, ()):
-        _keep(Run(name, name, run.seed), _ensemble(name, scorer, split), split, work)
+    if run.system in TRAINED:
+        for name in (each for each in ENSEMBLES if each.split("+")[0] == run.system):
+            _keep(Run(name, name, run.seed), fit_ensemble(name, split, {run.system: scorer}), split, work)
     return _keep(run, scorer, split, work)
 
 
@@ -87,12 +83,6 @@ def _baseline(run: Run, split: Split) -> Scorer:
     return BASELINES[run.system](split)
 
 
-def _ensemble(name: str, first: Scorer, split: Split) -> Ensemble:
-    """With the trained member that is there already."""
-    others = [Member(BASELINES[each](split), damped=True) for each in name.split("+")[1:]]
-    return Ensemble.fit(name, [Member(first, damped=False), *others], split.queries("validation"))
-
-
 def _speeder(run: Run, split: Split, work: Path, recipe: str) -> dict[str, float]:
     variant = VARIANTS[run.variant]
     config = variant.config(recipe, run.seed)
@@ -101,12 +91,11 @@ def _speeder(run: Run, split: Split, work: Path, recipe: str) -> dict[str, float
     train(trained_on, config, folder, cache_dir=work / "cache", resume=(folder / "checkpoint.json").exists())
     checkpoint = Checkpoint.load(folder)
     scorer = partial(ModelScorer, checkpoint.model, checkpoint.item_tokens())
+    tested = scorer(query_prior(checkpoint, split, "test"))
     if run.variant == DECLARED:
         for name, queries in _altered_queries(split.queries("test"), run.seed):
-            evaluate(scorer(query_prior(checkpoint, split, "test")), queries, None, show_progress=False).save(
-                run.path(work, name)
-            )
-    if run.variant == "cold items":
+            evaluate(tested, queries, None, show_progress=False).save(run.path(work, name))
+    if run.variant == COLD_ITEMS:
         queries = split.queries("test")
         cold = np.flatnonzero(np.isin(queries.targets, cold_items(split.dataset.num_items)))
         asked = split.queries("test", queries.users[cold])
@@ -115,8 +104,8 @@ def _speeder(run: Run, split: Split, work: Path, recipe: str) -> dict[str, float
         _keep(Run("speeder", "cold targets", run.seed), scorer(nothing), split, work, asked)
     validation = scorer(query_prior(checkpoint, split, "validation"))
     evaluate(validation, split.queries("validation"), None, show_progress=False).save(run.path(work, "validation"))
-    found = _keep(run, scorer(query_prior(checkpoint, split, "test")), split, work)
-    if run.variant not in (DECLARED, "declared, with time"):
+    found = _keep(run, tested, split, work)
+    if run.variant not in (DECLARED, WITH_TIME):
         shutil.rmtree(folder)
     return found
 

@@ -12,7 +12,8 @@ from speeder_engine.data.splits import Split
 from speeder_engine.encoders.features import Features
 from speeder_engine.training.config import TrainingConfig, load_recipe
 
-DECLARED = "declared"
+DECLARED, WITH_TIME = "declared", "declared, with time"
+COLD_ITEMS = "cold items"
 COLD_SHARE = 0.1
 Alter = Callable[[Split, int], Split]  # with a seed
 
@@ -86,7 +87,7 @@ EPOCHS = 15  # of the declared recipe, over all stages
 ALL = "+".join(MODALITIES)
 VARIANTS: dict[str, Variant] = {
     DECLARED: Variant(),
-    "declared, with time": Variant(with_time=True),
+    WITH_TIME: Variant(with_time=True),
     # MRC
     "concat": Variant(overrides={"mixing": "concat"}),
     "mean": Variant(overrides={"mixing": "mean"}),
@@ -123,5 +124,5 @@ VARIANTS: dict[str, Variant] = {
     # controls
     "shuffled images": Variant(alter=shuffled_images),
     "noise images": Variant(alter=noise_images),
-    "cold items": Variant(overrides={"cold_negatives": False}, alter=without_cold_items),
+    COLD_ITEMS: Variant(overrides={"cold_negatives": False}, alter=without_cold_items),
 }

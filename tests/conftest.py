@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # read when a kernel is decorated and when a hub client is imported: before anything of ours is
@@ -26,6 +27,15 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 def pytest_configure(config: pytest.Config) -> None:
     # a line in pyproject.toml would import the package before this file has run
     config.addinivalue_line("filterwarnings", "error::speeder_engine.errors.SpeederWarning")
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for one another by spinning make small steps a hundred times slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import pytest
 import torch
 import typer
 from gemm import forms, step_products, work_of
+from interrupts import take_interrupts
 from limits import Limits, Probe, Work
 from measure import Clock, Timed, Timing, interleave
 from plot import CHARTS, draw_all
@@ -76,11 +77,6 @@ def test_charts_of_a_run(quick, tmp_path):
     assert draw_all(quick[0], tmp_path) == list(CHARTS)
     assert {path.suffix for path in tmp_path.iterdir()} == {".svg", ".png"}
     assert draw_all({"shape": "tiny"}, tmp_path / "none") == []
-
-
-def take_interrupts():
-    """A run of tests in the background ignores them, and so would its children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.slow

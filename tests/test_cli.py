@@ -10,6 +10,7 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from interrupts import take_interrupts
 from reference import make_tiny, make_titled
 
 from speeder_engine import Engine
@@ -161,11 +162,6 @@ def test_skipped_ids_are_counted_and_listed(engine_dir, tmp_path):
     assert done.returncode == 0
     assert "warning: " in done.stderr and "3 item ids are not in the catalogue" in done.stderr
     assert pq.read_table(target)["unknown"].to_pylist() == [["x"], ["y", "z"], []]
-
-
-def take_interrupts():
-    """A run of tests in the background ignores them, and so would its children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_an_interrupted_command_says_so_and_fails(tmp_path):

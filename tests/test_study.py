@@ -1,12 +1,14 @@
 """The study on a made catalogue: runs are kept and not repeated, and become rows, pairs, groups and tables."""
 
-import importlib
 import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from results_tables import tables
+from study_report import write_report
+from study_runs import Run, do
 
 from speeder_engine.synthetic import write_synthetic_dataset
 
@@ -25,28 +27,21 @@ stages:
 """
 
 
-@pytest.fixture
-def study(root, monkeypatch):
-    """The scripts of bench/, importable."""
-    monkeypatch.syspath_prepend(str(root / "bench"))
-    return importlib.import_module
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::speeder_engine.errors.SpeederWarning")
-def test_runs_are_kept_and_become_results(root, study, tmp_path):
+def test_runs_are_kept_and_become_results(root, tmp_path):
     data = write_synthetic_dataset(tmp_path / "data", num_users=120, num_items=100)
     (tmp_path / "tiny.yaml").write_text(RECIPE)
-    runs, work = study("study_runs"), tmp_path / "work"
+    work = tmp_path / "work"
     asked = [("speeder", "declared", 0), ("speeder", "declared", 1), ("speeder", "cold items", 0)]
     for run in [*asked, ("speeder", "shuffled images", 0), ("itemknn", "itemknn", 0)]:
-        metrics = runs.do(runs.Run(*run), data, work, str(tmp_path / "tiny.yaml"))
+        metrics = do(Run(*run), data, work, str(tmp_path / "tiny.yaml"))
         assert 0 < metrics["hr@20"] <= 1
     given = [str(data), "systems", "--work", str(work), "--seeds", "0,1", "--only", "declared;itemknn"]
     command = [sys.executable, str(root / "bench" / "study.py"), *given]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "systems: 0 runs to do\n"
     out = tmp_path / "results" / "made.json"
-    study("study_report").write_report(data, work, out)
+    write_report(data, work, out)
     results = json.loads(out.read_text())
     rows = {(row["system"], row["variant"], row["metric"]): row for row in results["rows"]}
     declared = rows["speeder", "declared", "hr@10"]
@@ -60,5 +55,5 @@ def test_runs_are_kept_and_become_results(root, study, tmp_path):
     cold = [row for row in results["groups"] if row["by"] == "item"]
     assert {row["variant"] for row in cold} == {"text and image alone", "declared, which was trained on them"}
     assert results["curves"][0]["x"] == [1, 2, 5, 10, 20, 50]
-    told = "\n".join(study("results_tables").tables(results))
+    told = "\n".join(tables(results))
     assert "The declared model's difference to each" in told and "Ablations without the query's time" in told

@@ -1,8 +1,13 @@
 """Settings of a training run that takes a second on the counting data set."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
+import pytest
+
+from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.training.config import BackboneConfig, Stage, TrainingConfig
+from speeder_engine.training.fit import train
 
 CONFIG = TrainingConfig(
     instruction="Next:",
@@ -35,3 +40,18 @@ def together() -> TrainingConfig:
     stages = (Stage("S1", ("text",), 1, 3e-4), Stage("S2", ("text", "collaborative"), 2, 3e-4))
     config = replace(without_dropout(CONFIG), stages=stages, validation_users=30, averaging=0.9)
     return replace(config, collaborative=replace(config.collaborative, tune=True))
+
+
+def resumed_after(saves: int, split, config: TrainingConfig, out) -> Checkpoint:
+    """What a run leaves in `out` that is interrupted right after so many saves, and then resumed."""
+    save, saved = Checkpoint.save, []
+
+    def stop(self, folder):
+        save(self, folder)
+        saved.append(folder)
+        if len(saved) == saves:
+            raise KeyboardInterrupt
+
+    with patch.object(Checkpoint, "save", stop), pytest.raises(KeyboardInterrupt):
+        train(split, config, out)
+    return train(split, config, out, resume=True)

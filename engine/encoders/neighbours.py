@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from speeder_engine.encoders.features import Features
+from speeder_engine.encoders.pairs import count_pairs
 from speeder_engine.encoders.windows import Ints, check_histories
 from speeder_engine.errors import ConfigError
 
@@ -42,13 +43,7 @@ def fit_neighbours(offsets: Ints, rows: Ints, num_items: int, rank: int, seed: i
 
 def following(offsets: Ints, rows: Ints, num_items: int, counts: NDArray[np.int64]) -> Tensor:
     """F as a sparse float32 [num_items, num_items]."""
-    histories = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    wide = rows.astype(np.int64)
-    codes = [np.zeros(0, np.int64)]
-    for apart in range(1, WINDOW + 1):
-        here = np.flatnonzero(histories[:-apart] == histories[apart:])
-        codes.append(wide[here] * num_items + wide[here + apart])
-    pairs, found = np.unique(np.concatenate(codes), return_counts=True)
+    pairs, found = count_pairs(offsets, rows, num_items, WINDOW)
     earlier, later = pairs // num_items, pairs % num_items
     taken = np.maximum(counts, 1).astype(np.float64)
     discounted = found * taken[earlier] ** -DISCOUNTS[0] * taken[later] ** -DISCOUNTS[1]

@@ -35,9 +35,7 @@ from speeder_engine.training.run_log import RunLog
 from speeder_engine.training.title_targets import TitleTargets
 from speeder_engine.training.title_validation import title_probability
 from speeder_engine.training.token_table import TokenTable
-from speeder_engine.training.trainer import Trainer, Validate
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from speeder_engine.training.trainer import DEVICE, Trainer, Validate
 
 
 def train(

@@ -76,23 +76,20 @@ class GradientMaker:
 
 
 def count_targets(batch: TrainingBatch) -> dict[str, int]:
-    """How many targets each loss is a mean over; `segments`, for those that have one a segment."""
+    """How many targets each loss is a mean over."""
     ranked = batch.targets.gather(1, batch.cuts.unsqueeze(1)) != PAD
     return {
         "retrieve": int((batch.targets != PAD).sum()),
         "rank": int(ranked.sum()),
         "title": int((batch.titles != PAD).sum()),
         "order": int((batch.pairs[:, 0] != batch.pairs[:, 1]).sum()),
-        "segments": len(batch),
     }
 
 
 def weighed(losses: Losses, shares: Mapping[str, float], config: TrainingConfig) -> Losses:
     """Each loss times its share of the targets, and their total by the weights of `config`."""
-    each: dict[str, Any] = {
-        name: value * shares.get(name, shares["segments"]) for name, value in loss_terms(losses).items()
-    }
-    total = torch.stack([value.float() * getattr(config, f"{name}_weight", 1.0) for name, value in each.items()]).sum()
+    each: dict[str, Any] = {name: value * shares[name] for name, value in loss_terms(losses).items()}
+    total = torch.stack([value.float() * getattr(config, f"{name}_weight") for name, value in each.items()]).sum()
     return replace(losses, **each, total=total)
 
 

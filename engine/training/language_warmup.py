@@ -29,7 +29,8 @@ def warm_up(body: nn.Module, tokenizer: Any, texts: Sequence[str], config: Backb
     torch.manual_seed(seed)
     device = next(body.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    num_rows = len(packed_rows(tokenizer, texts, torch.arange(len(texts))))
+    lines = encoded_lines(tokenizer, texts)
+    num_rows = len(packed_rows(lines, torch.arange(len(lines))))
     steps = config.warmup_epochs * -(-num_rows // ROWS_AT_ONCE)
     optimizer = torch.optim.AdamW(body.parameters(), lr=config.warmup_learning_rate, betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimizer, int(WARMUP_SHARE * steps), int(1.05 * steps))
@@ -37,7 +38,7 @@ def warm_up(body: nn.Module, tokenizer: Any, texts: Sequence[str], config: Backb
     with progress_bar() as progress:
         task = progress.add_task("language warm-up", total=steps, note="")
         for epoch in range(config.warmup_epochs):
-            rows = packed_rows(tokenizer, texts, torch.randperm(len(texts), generator=generator)).to(device)
+            rows = packed_rows(lines, torch.randperm(len(lines), generator=generator)).to(device)
             total = 0.0
             for part in torch.split(rows, ROWS_AT_ONCE):
                 loss = next_token_loss(body, part)
@@ -51,16 +52,20 @@ def warm_up(body: nn.Module, tokenizer: Any, texts: Sequence[str], config: Backb
             log.info("language warm-up, epoch %d: loss %.3f", epoch + 1, total / len(rows))
 
 
-def packed_rows(tokenizer: Any, texts: Sequence[str], order: Tensor) -> Tensor:
-    """The texts one behind the other, a line and an end each, cut into rows: int64 [N, ROW_LEN + 1].
+def encoded_lines(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Each text's token ids, a line and an end."""
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    encoded = tokenizer([f"{text}\n" for text in texts], add_special_tokens=False)["input_ids"]
+    return [[*ids, *end] for ids in encoded]
+
+
+def packed_rows(lines: Sequence[Sequence[int]], order: Tensor) -> Tensor:
+    """The lines one behind the other in this order, cut into rows: int64 [N, ROW_LEN + 1].
 
     A row's last token is the next one's first, so that every token is predicted once; the last row reaches back to
     be as long as the others.
     """
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    lines = [f"{text}\n" for text in texts]
-    encoded = tokenizer(lines, add_special_tokens=False)["input_ids"]
-    flat = torch.tensor([token for i in order.tolist() for token in [*encoded[i], *end]], dtype=torch.int64)
+    flat = torch.tensor([token for i in order.tolist() for token in lines[i]], dtype=torch.int64)
     length = min(ROW_LEN, len(flat) - 1)
     last = len(flat) - 1 - length
     starts = [*range(0, last, length), last]

@@ -75,8 +75,7 @@ def compute_losses(
     if config.order_weight:
         order = _order_loss(model, hidden[:, -1], batch)
     total = config.retrieve_weight * retrieve + config.rank_weight * rank + config.order_weight * order
-    if titles is not None:
-        total = total + config.title_weight * title
+    total = total + config.title_weight * title
     leads, counted = ("retrieve", keep) if config.retrieve_weight else ("title", batch.titles != PAD)
     return Losses(retrieve, rank, order, title, total, int(counted.sum()), leads)
 

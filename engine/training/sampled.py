@@ -68,9 +68,10 @@ class ItemSampler:
         return SampledItems(torch.from_numpy(rows), torch.from_numpy(log_inclusion))
 
 
-def make_sampler(config: TrainingConfig, train_rows: NDArray[np.int32], num_items: int) -> ItemSampler | None:
-    """None where the softmax is over the whole catalogue; ConfigError for settings that need that."""
-    num_sampled = config.sampled_items
+def make_sampler(config: TrainingConfig, counts: NDArray[np.int64]) -> ItemSampler | None:
+    """Of items with these training events [I]; None where the softmax is over the whole catalogue, ConfigError for
+    settings that need that."""
+    num_sampled, num_items = config.sampled_items, len(counts)
     if not num_sampled and num_items > config.full_softmax_items:
         num_sampled = SAMPLED_ITEMS
     if not num_sampled or num_sampled >= num_items:
@@ -79,4 +80,4 @@ def make_sampler(config: TrainingConfig, train_rows: NDArray[np.int32], num_item
         raise ConfigError(
             f"label_smoothing needs a softmax over all {num_items:,} items: set it to 0, or full_softmax_items higher"
         )
-    return ItemSampler(np.bincount(train_rows, minlength=num_items), num_sampled, config.seed)
+    return ItemSampler(counts, num_sampled, config.seed)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import Progress, TaskID
 from torch import Tensor
@@ -27,6 +28,7 @@ from speeder_engine.training.token_table import TokenTable
 from speeder_engine.training.weights import Weights, load_moments, pack, unpack
 
 COMPRESSED_AT_ONCE = 50_000  # items with all that the compressor computes between
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Validate = Callable[[Tensor], dict[str, float]]  # item tokens [I, d] -> metrics on the validation users
 
 
@@ -45,12 +47,13 @@ class Trainer:
         processes: Processes = ALONE,
     ) -> None:
         self.config, self.processes = config, processes
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = DEVICE
         self.model = model.to(self.device)
         self.table = table.to(self.device)
         self.weights = Weights({"model": self.model, "table": self.table})
-        sampler = make_sampler(config, batches.histories.rows, batches.num_items)
-        cold = None if config.cold_negatives else _without_events(batches)
+        counts = np.bincount(batches.histories.rows, minlength=batches.num_items)
+        sampler = make_sampler(config, counts)
+        cold = None if config.cold_negatives else torch.from_numpy(counts == 0)
         self.gradient = GradientMaker(self.model, self.table, prior, config, self.device, sampler, processes, cold)
         self.batches, self.validate, self.log = batches, validate, log
         self.history: list[dict[str, Any]] = []
@@ -196,9 +199,3 @@ class Trainer:
     def _write(self, record: dict[str, Any], state: TrainingState) -> None:
         self.history.append(record)
         self.log.write(record, state.epochs_done)
-
-
-def _without_events(batches: TrainingBatches) -> Tensor:
-    """Bool [I]."""
-    counts = torch.bincount(torch.from_numpy(batches.histories.rows.astype("int64")), minlength=batches.num_items)
-    return counts == 0

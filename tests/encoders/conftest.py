@@ -2,7 +2,6 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageDraw
 
 COLOURS = ["crimson", "navy", "gold", "seagreen", "white", "black"]
@@ -11,12 +10,8 @@ LIGHT = 45  # levels of 255
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Threads that wait for one another by spinning make small steps a hundred times slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread):
+    """For all tests here."""
 
 
 def draw_cover(colour, shape, generator):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny_training import resumed_after
 from torch.nn import functional as F
 
 from speeder_engine import Engine, Request
@@ -54,20 +55,10 @@ def report(checkpoint, split):
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_it_trains_resumes_and_is_served(split, tmp_path, monkeypatch, choice):
+def test_it_trains_resumes_and_is_served(split, tmp_path, choice):
     config = replace(BASE, **CHOICES[choice])
     whole = train(split, config, tmp_path / "whole")
-    save = Checkpoint.save
-
-    def stop(self, folder):
-        save(self, folder)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoint, "save", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(split, config, tmp_path / "cut")
-    monkeypatch.undo()
-    resumed = train(split, config, tmp_path / "cut", resume=True)
+    resumed = resumed_after(1, split, config, tmp_path / "cut")
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
     assert all(np.array_equal(whole.features[n].values, resumed.features[n].values) for n in whole.features)

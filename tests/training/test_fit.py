@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from counting import make_dataset
-from tiny_training import CONFIG
+from tiny_training import CONFIG, resumed_after
 from transformers import AutoConfig, AutoModel
 
 from speeder_engine import Engine
@@ -52,21 +52,8 @@ def test_it_learns_the_rule(split, finished):
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
-def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(split, finished, tmp_path, monkeypatch, stop_after):
-    saved = []
-    save = Checkpoint.save
-
-    def stop(self, folder):
-        save(self, folder)
-        saved.append(folder)
-        if len(saved) == stop_after:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoint, "save", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(split, CONFIG, tmp_path / "c")
-    monkeypatch.undo()
-    resumed = train(split, CONFIG, tmp_path / "c", resume=True)
+def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(split, finished, tmp_path, stop_after):
+    resumed = resumed_after(stop_after, split, CONFIG, tmp_path / "c")
     expected = weights(finished[0])
     for name, value in weights(resumed).items():
         assert torch.equal(value, expected[name]), name
@@ -101,9 +88,9 @@ def test_a_modality_that_no_item_has_is_left_out(split, tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_its_place(split, tmp_path, monkeypatch):
     real = gradient_module.compute_losses
 
-    def poisoned(model, tokens, prior, batch, config):
+    def poisoned(model, tokens, *given):
         tokens = tokens + (float("nan") if np.random.default_rng(0) and model.training else 0.0)
-        return real(model, tokens, prior, batch, config)
+        return real(model, tokens, *given)
 
     monkeypatch.setattr(gradient_module, "compute_losses", poisoned)
     with pytest.raises(SpeederError, match=r"stage S1, step 0: the retrieve loss is not finite; lower"):
@@ -195,20 +182,10 @@ def test_a_backbone_that_cannot_be_served_is_refused_before_training(split, tmp_
     assert not (tmp_path / "c").exists()
 
 
-def test_a_resumed_run_still_trains_its_adapters(split, tmp_path, monkeypatch):
+def test_a_resumed_run_still_trains_its_adapters(split, tmp_path):
     config = pretrained("llama", tmp_path / "base")
     config = replace(config, stages=(Stage("S1", ("text",), 2, 5e-3),), validation_users=20, checkpoint_layers=True)
     whole = train(split, config, tmp_path / "whole")
-    save = Checkpoint.save
-
-    def stop(self, folder):
-        save(self, folder)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoint, "save", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(split, config, tmp_path / "c")
-    monkeypatch.undo()
-    resumed = train(split, config, tmp_path / "c", resume=True)
+    resumed = resumed_after(1, split, config, tmp_path / "c")
     adapters = {name: value for name, value in weights(resumed).items() if "lora_" in name}
     assert adapters and all(torch.equal(value, weights(whole)[name]) for name, value in adapters.items())

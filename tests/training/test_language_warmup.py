@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_training import resumed_after
 from torch import nn
 
-from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.training.backbone import small_llama, train_tokenizer
 from speeder_engine.training.config import BackboneConfig, Stage, TrainingConfig
 from speeder_engine.training.fit import train
-from speeder_engine.training.language_warmup import next_token_loss, packed_rows, warm_up
+from speeder_engine.training.language_warmup import encoded_lines, next_token_loss, packed_rows, warm_up
 
 WORDS = ("cat", "dog", "bird", "tree", "stone", "river")
 TEXTS = [f"The {a} and the {b} by the {c}." for a in WORDS for b in WORDS for c in WORDS]
@@ -27,7 +27,7 @@ def make_body() -> tuple[nn.Module, object]:
 def held_out_loss(body, tokenizer, texts) -> float:
     body.eval()
     with torch.no_grad():
-        return float(next_token_loss(body, packed_rows(tokenizer, texts, torch.arange(len(texts)))))
+        return float(next_token_loss(body, packed_rows(encoded_lines(tokenizer, texts), torch.arange(len(texts)))))
 
 
 def test_it_lowers_the_loss_on_text_that_was_not_read():
@@ -54,15 +54,15 @@ def test_every_token_is_predicted_and_none_is_padding():
     _, tokenizer = make_body()
     texts = TEXTS[:25]
     expected = [i for t in texts for i in [*tokenizer(t + "\n")["input_ids"], tokenizer.eos_token_id]]
-    rows = packed_rows(tokenizer, texts, torch.arange(len(texts)))
+    rows = packed_rows(encoded_lines(tokenizer, texts), torch.arange(len(texts)))
     assert rows.shape[1] == 129 and rows[0].tolist() == expected[:129] and rows[-1].tolist() == expected[-129:]
     assert rows[1, 0] == rows[0, -1]
-    short = packed_rows(tokenizer, texts[:1], torch.arange(1))
+    short = packed_rows(encoded_lines(tokenizer, texts[:1]), torch.arange(1))
     assert short.tolist() == [expected[: short.shape[1]]]
 
 
 @pytest.mark.parametrize("epochs", [0, 2])
-def test_training_goes_on_from_it_and_resumes_bit_for_bit(split, tmp_path, monkeypatch, epochs):
+def test_training_goes_on_from_it_and_resumes_bit_for_bit(split, tmp_path, epochs):
     config = TrainingConfig(
         instruction="Next:",
         window=10,
@@ -71,17 +71,8 @@ def test_training_goes_on_from_it_and_resumes_bit_for_bit(split, tmp_path, monke
         stages=(Stage("S1", ("text",), 2, 5e-3),),
         batch_size=64,
     )
-    unbroken, save = train(split, config, tmp_path / "a"), Checkpoint.save
-
-    def stop(self, folder):
-        save(self, folder)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoint, "save", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(split, config, tmp_path / "b")
-    monkeypatch.undo()
-    resumed = train(split, config, tmp_path / "b", resume=True)
+    unbroken = train(split, config, tmp_path / "a")
+    resumed = resumed_after(1, split, config, tmp_path / "b")
     state = resumed.model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in unbroken.model.state_dict().items())
     log = [json.loads(line) for line in (tmp_path / "a.log.jsonl").read_text().splitlines()]

@@ -99,13 +99,13 @@ def test_every_item_of_a_batch_is_there_once_and_uncorrected():
 
 def test_when_items_are_sampled():
     rows = np.zeros(4, np.int32)
-    assert make_sampler(TrainingConfig(), rows, 50_000) is None
-    assert make_sampler(TrainingConfig(), rows, 50_001).num_sampled == 8192
-    assert make_sampler(TrainingConfig(full_softmax_items=100_000), rows, 60_000) is None
-    assert make_sampler(TrainingConfig(sampled_items=7), rows, 24).num_sampled == 7
-    assert make_sampler(TrainingConfig(sampled_items=24), rows, 24) is None
+    assert make_sampler(TrainingConfig(), np.bincount(rows, minlength=50_000)) is None
+    assert make_sampler(TrainingConfig(), np.bincount(rows, minlength=50_001)).num_sampled == 8192
+    assert make_sampler(TrainingConfig(full_softmax_items=100_000), np.bincount(rows, minlength=60_000)) is None
+    assert make_sampler(TrainingConfig(sampled_items=7), np.bincount(rows, minlength=24)).num_sampled == 7
+    assert make_sampler(TrainingConfig(sampled_items=24), np.bincount(rows, minlength=24)) is None
     with pytest.raises(ConfigError, match="label_smoothing needs a softmax over all 50,001 items"):
-        make_sampler(TrainingConfig(label_smoothing=0.1), rows, 50_001)
+        make_sampler(TrainingConfig(label_smoothing=0.1), np.bincount(rows, minlength=50_001))
 
 
 def test_sixty_thousand_items_train_and_few_are_compressed_in_a_step(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from counting import make_dataset
 from reference import Tiny, reference_generation, reference_title_scores
+from tiny_training import resumed_after
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
 from speeder_engine import Engine, Request
@@ -114,19 +115,10 @@ def test_the_engine_scores_and_writes_as_transformers_does_on_the_full_prompt(tr
         assert engine.generate([Request(tiny.ids(rows))])[0].text == reference_generation(tiny, rows)
 
 
-def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(split, tmp_path, monkeypatch):
+def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(split, tmp_path):
     config = replace(CONFIG, stages=(replace(CONFIG.stages[0], epochs=3),))
-    unbroken, save = train(split, config, tmp_path / "a"), Checkpoint.save
-
-    def stop(self, folder):
-        save(self, folder)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoint, "save", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(split, config, tmp_path / "b")
-    monkeypatch.undo()
-    resumed = train(split, config, tmp_path / "b", resume=True)
+    unbroken = train(split, config, tmp_path / "a")
+    resumed = resumed_after(1, split, config, tmp_path / "b")
     state = resumed.model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in unbroken.model.state_dict().items())
 

@@ -4,7 +4,7 @@ Those of `COUNTED` and `TIMED` only count, in seconds; `TIMED` ones need the int
 `popularity_at_last` the query's. Those of `TRAINED` and `ENSEMBLES` take minutes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from speeder_engine.data.splits import Histories, Split
@@ -41,13 +41,16 @@ TRAINED["sasrec_time"] = SASRecTime.fit
 SINGLE = COUNTED | TIMED | TRAINED
 
 
-def _ensemble(name: str, split: Split) -> Ensemble:
-    members = [Member(SINGLE[each](split), each not in TRAINED) for each in name.split("+")]
+def fit_ensemble(name: str, split: Split, fitted: Mapping[str, Scorer] | None = None) -> Ensemble:
+    """Of the systems between plus signs; those of `fitted` are not fitted again."""
+    known = fitted or {}
+    scorers = {each: known[each] if each in known else SINGLE[each](split) for each in name.split("+")}
+    members = [Member(scorer, each not in TRAINED) for each, scorer in scorers.items()]
     return Ensemble.fit(name, members, split.queries("validation"))
 
 
 ENSEMBLES: dict[str, Factory] = {
-    name: partial(_ensemble, name)
+    name: partial(fit_ensemble, name)
     for name in ("sasrec+itemknn", "sasrec+live_popularity+itemknn", "sasrec_time+live_popularity+itemknn")
 }
 BASELINES = SINGLE | ENSEMBLES

@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 
 from speeder_engine.data.runs import ranges
 from speeder_engine.data.splits import Histories
-
-PAIRS_AT_ONCE = 1 << 22
+from speeder_engine.encoders.pairs import count_pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,22 +21,10 @@ class Followers:
 
     @classmethod
     def count(cls, train: Histories, num_items: int, window: int | None = 1, forward: bool = True) -> Self:
-        """Counts pairs of events of one history that stand at most `window` apart; None: however far.
-
-        The earlier event's item has the later one's as follower, and the other way round unless `forward`.
-        """
-        histories = np.repeat(np.arange(train.num_users), train.lengths)
-        rows = train.rows.astype(np.int64)
-        counted = _Counts()
-        for apart in range(1, min(window or len(rows), int(train.lengths.max(initial=0)) - 1) + 1):
-            here = np.flatnonzero(histories[:-apart] == histories[apart:])
-            earlier, later = rows[here], rows[here + apart]
-            counted.add(earlier * num_items + later)
-            if not forward:
-                counted.add(later * num_items + earlier)
-        counted.merge()
-        offsets = np.searchsorted(counted.codes, np.arange(num_items + 1) * num_items)
-        return cls(offsets, (counted.codes % num_items).astype(np.int32), counted.counts.astype(np.float32))
+        """`count_pairs` of the training histories."""
+        codes, counts = count_pairs(train.offsets, train.rows, num_items, window, forward)
+        offsets = np.searchsorted(codes, np.arange(num_items + 1) * num_items)
+        return cls(offsets, (codes % num_items).astype(np.int32), counts.astype(np.float32))
 
     def scaled(self, of_item: NDArray[np.float64], of_follower: NDArray[np.float64]) -> Self:
         """Each value times its item's and its follower's factor, both [num_items]."""
@@ -51,25 +38,3 @@ class Followers:
         starts, ends = self.offsets[items], self.offsets[items + 1]
         events = ranges(starts, ends)
         scores[np.repeat(lines, ends - starts), self.rows[events]] += np.float32(weight) * self.values[events]
-
-
-class _Counts:
-    """How often each code came, `codes` ascending; merged now and then, so that memory follows the distinct ones."""
-
-    def __init__(self) -> None:
-        self.codes = np.zeros(0, np.int64)
-        self.counts = np.zeros(0, np.int64)
-        self.pending: list[NDArray[np.int64]] = []
-
-    def add(self, codes: NDArray[np.int64]) -> None:
-        self.pending.append(codes)
-        if sum(map(len, self.pending)) >= PAIRS_AT_ONCE:
-            self.merge()
-
-    def merge(self) -> None:
-        codes, counts = np.unique(np.concatenate([*self.pending, np.zeros(0, np.int64)]), return_counts=True)
-        known, place = np.unique(np.concatenate([self.codes, codes]), return_inverse=True)
-        merged = np.zeros(len(known), np.int64)
-        merged[place[: len(self.codes)]] = self.counts
-        merged[place[len(self.codes) :]] += counts
-        self.codes, self.counts, self.pending = known, merged, []

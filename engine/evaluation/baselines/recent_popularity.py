@@ -11,8 +11,8 @@ from speeder_engine.data.splits import Histories, Queries, Split
 from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.evaluation.baselines.popularity import back_off, item_counts
 from speeder_engine.evaluation.scorer import CatalogueScorer
+from speeder_engine.live_prior import SECONDS_A_DAY
 
-SECONDS_A_DAY = 86_400
 BEFORE_ALL = np.iinfo(np.int64).min // 2
 
 
