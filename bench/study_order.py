@@ -25,7 +25,6 @@ from study_variants import merged
 
 from speeder_engine.data.dataset import Dataset
 from speeder_engine.data.items import Items
-from speeder_engine.data.runs import offsets_of
 from speeder_engine.data.splits import Histories, Queries, Split
 from speeder_engine.encoders.features import Features
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
@@ -33,6 +32,7 @@ from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.evaluation.report import Report
 from speeder_engine.evaluation.results import rows_of
 from speeder_engine.files import write_json
+from speeder_engine.runs import offsets_of
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.fit import train
 

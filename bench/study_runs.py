@@ -15,7 +15,6 @@ from study_variants import COLD_ITEMS, DECLARED, VARIANTS, WITH_TIME, cold_items
 from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.data.candidates import draw_candidates
 from speeder_engine.data.dataset import load_dataset
-from speeder_engine.data.runs import offsets_of, ranges
 from speeder_engine.data.splits import Queries, Split, leave_one_out
 from speeder_engine.encoders.features import Features
 from speeder_engine.evaluation.baselines import BASELINES, ENSEMBLES, TRAINED, fit_ensemble
@@ -25,6 +24,7 @@ from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.evaluation.scorer import Scorer
 from speeder_engine.models.prior import ConstantPrior
+from speeder_engine.runs import offsets_of, ranges
 from speeder_engine.training.config import load_recipe
 from speeder_engine.training.features import make_features
 from speeder_engine.training.fit import train

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from speeder_engine.config import MODALITIES
-from speeder_engine.data.runs import offsets_of
 from speeder_engine.data.splits import Split
 from speeder_engine.encoders.features import Features
+from speeder_engine.runs import offsets_of
 from speeder_engine.training.config import TrainingConfig, load_recipe
 
 DECLARED, WITH_TIME = "declared", "declared, with time"

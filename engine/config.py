@@ -190,6 +190,33 @@ class LivePriorConfig(Config):
 
 
 @dataclass(frozen=True)
+class FollowersConfig(Config):
+    """Who follows whom as a part of the scores (models/follower_table.py): followers stand at most `window` events
+    behind; a history's `last` items count, each `decay` times the weight of the one after it; `discounts` are
+    exponents of the counts of the followed and the following item; each item keeps its `keep` nearest followers."""
+
+    window: int = 10
+    last: int = 20
+    decay: float = 0.7
+    discounts: tuple[float, ...] = (0.5, 0.3)
+    keep: int = 200
+    num_items: int = 0  # of the table, and its pairs: counted in training
+    num_pairs: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("window", "last", "keep"):
+            check(getattr(self, name) > 0, f"followers.{name} must be positive, is {getattr(self, name)}")
+        check(0 < self.decay <= 1, f"followers.decay must be within 0..1 and not 0, is {self.decay}")
+        two = len(self.discounts) == 2 and min(self.discounts) >= 0
+        check(two, f"followers.discounts: two exponents, none negative; are {list(self.discounts)}")
+        for name in ("num_items", "num_pairs"):
+            check(getattr(self, name) >= 0, f"followers.{name} can't be negative, is {getattr(self, name)}")
+
+    def sized(self, num_items: int, num_pairs: int) -> "FollowersConfig":
+        return dataclasses.replace(self, num_items=num_items, num_pairs=num_pairs)
+
+
+@dataclass(frozen=True)
 class ModelConfig(Config):
     """Everything that decides what a trained model computes."""
 
@@ -198,6 +225,7 @@ class ModelConfig(Config):
     prompt: PromptConfig
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     live_prior: LivePriorConfig | None = None  # none: the prior is a constant of the catalogue
+    followers: FollowersConfig | None = None  # none: scores know nothing of single pairs of items
     vocabulary_tied: bool = True  # one matrix embeds tokens and scores them; matters to titles alone
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from speeder_engine.catalogue import Catalogue
 from speeder_engine.config import HeadsConfig, ModelConfig
 from speeder_engine.errors import InvalidRequest, UnknownItem
+from speeder_engine.following import Following
 from speeder_engine.prompt import PromptLayout
 from speeder_engine.request import Head, Request
 from speeder_engine.title import TitleTrie
@@ -29,11 +30,34 @@ class Query:
     allowed: Rows | None  # None: all
     unknown: tuple[str, ...]
     trie: TitleTrie | None = None  # of the candidates, where their titles are scored
+    following: Following | None = None  # what followed the window's items; none: a model without, or asked for titles
 
     @property
     def num_ranked(self) -> int:
         """Candidates that are rows of their own."""
         return len(self.candidates) if self.head == "rank" and self.candidates is not None else 0
+
+    def may_answer(self, rows: Rows) -> NDArray[np.bool_]:
+        """[n]: whether the request itself lets these rows be answered."""
+        named = np.ones(len(rows), np.bool_)
+        if len(self.excluded):
+            named &= ~np.isin(rows, self.excluded)
+        if self.allowed is not None:
+            named &= np.isin(rows, self.allowed)
+        return named
+
+    @property
+    def followers(self) -> Rows:
+        """Rows, ascending, that get more than the heads' own score and may be answered."""
+        rows = np.empty(0, np.int32) if self.following is None else self.following.rows
+        return rows[self.may_answer(rows)]
+
+    @property
+    def candidates_following(self) -> NDArray[np.float32]:
+        """What each candidate gets beside the heads' own score."""
+        if self.following is None or self.candidates is None:
+            return np.zeros(1, np.float32)
+        return self.following.of(self.candidates)
 
     @property
     def num_rows(self) -> int:

@@ -1,6 +1,6 @@
 """The heads at inference: hidden states -> scored rows. Knows no cache and no users."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from speeder_engine.batch import Reads, pad_to_tile
 from speeder_engine.catalogue import Catalogue
+from speeder_engine.following import merged
 from speeder_engine.models.heads import RankHead, RetrieveHead
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.native.search import search_catalogue
@@ -64,20 +65,27 @@ class HeadScorer:
         Everything is launched, then fetched at once, then cut into answers.
         """
         searches = [b for b, query in enumerate(queries) if query.candidates is None]
+        following = [queries[b].followers for b in searches]
         retrieved = [b for b, query in enumerate(queries) if query.head == "retrieve" and query.candidates is not None]
         titled = [b for b, query in enumerate(queries) if query.trie is not None]
         ranked = [b for b, query in enumerate(queries) if query.num_ranked]
         launched = (
             *self._search([queries[b] for b in searches], searches, vectors),
-            self._retrieve([queries[b] for b in retrieved], retrieved, vectors),
+            self._retrieve(following, searches, vectors),
+            self._retrieve([_named(queries[b]) for b in retrieved], retrieved, vectors),
             self._titles([queries[b] for b in titled], title_hidden),
             rank_scores if rank_scores is not None and ranked else _nothing(vectors),
         )
-        top, rows, by_retrieve, by_title, by_rank = self.transfer.fetch(launched)
-        found = {b: _cut(queries[b], top[i], rows[i]) for i, b in enumerate(searches)}
-        for members, scores in ((retrieved, by_retrieve), (titled, by_title)):
-            found |= {b: _best(queries[b], part) for b, part in _parts(queries, members, scores)}
-        found |= {b: _best(queries[b], by_rank[candidate_reads[b]]) for b in ranked}
+        top, rows, by_follower, by_retrieve, by_title, by_rank = self.transfer.fetch(launched)
+        found: dict[int, Scored] = {}
+        for i, (b, scores) in enumerate(zip(searches, _parts(following, by_follower), strict=True)):
+            found[b] = _cut(queries[b], *_merged(queries[b], top[i], rows[i], following[i], scores))
+        for b, scores in zip(retrieved, _parts([_named(queries[b]) for b in retrieved], by_retrieve), strict=True):
+            found[b] = _best(queries[b], scores + queries[b].candidates_following)
+        for b, scores in zip(titled, _parts([_named(queries[b]) for b in titled], by_title), strict=True):
+            found[b] = _best(queries[b], scores)
+        for b in ranked:
+            found[b] = _best(queries[b], by_rank[candidate_reads[b]] + queries[b].candidates_following)
         return [found[b] for b in range(len(queries))]
 
     @torch.inference_mode()
@@ -93,7 +101,7 @@ class HeadScorer:
         """bool [n]: which of these rows of the catalogue."""
         available = self.catalogue.available
         there: NDArray[np.bool_] = available[torch.from_numpy(rows.astype(np.int64)).to(available.device)].cpu().numpy()
-        return there & _is_named(query, rows)
+        return there & query.may_answer(rows)
 
     def _search(self, queries: Sequence[Query], members: Sequence[int], vectors: Tensor) -> tuple[Tensor, Tensor]:
         """The best of the whole catalogue: scores and rows [S, k]."""
@@ -122,11 +130,10 @@ class HeadScorer:
         np.cumsum([len(each) for each in lists], out=starts[1:])
         return RowLists(self.transfer.put_int32(np.concatenate(lists)), self.transfer.put_int32(starts))
 
-    def _retrieve(self, queries: Sequence[Query], members: Sequence[int], vectors: Tensor) -> Tensor:
-        """fp32 [C] of all named candidates, by the retrieve head."""
-        if not queries:
+    def _retrieve(self, named: Sequence[Rows], members: Sequence[int], vectors: Tensor) -> Tensor:
+        """fp32 [C] of each member's named rows, by the retrieve head."""
+        if not sum(map(len, named)):
             return _nothing(vectors)
-        named = [query.candidates for query in queries if query.candidates is not None]
         rows = self.transfer.put(np.concatenate(named))
         users = self.transfer.put(np.repeat(members, [len(each) for each in named]))
         self.transfer.send()
@@ -137,8 +144,7 @@ class HeadScorer:
         heads."""
         if not queries:
             return _nothing(self.catalogue.tokens)
-        named = [query.candidates for query in queries if query.candidates is not None]
-        rows = self.transfer.put(np.concatenate(named))
+        rows = self.transfer.put(np.concatenate([_named(query) for query in queries]))
         self.transfer.send()
         scores = torch.cat(title_scores(self.model, [q.trie for q in queries if q.trie is not None], hidden))
         return scores.masked_fill(~self.catalogue.available[rows], float("-inf"))
@@ -157,33 +163,29 @@ def _nothing(like: Tensor) -> Tensor:
     return like.new_zeros(0, dtype=torch.float32)
 
 
-def _parts(queries: Sequence[Query], members: Sequence[int], scores: Floats) -> Iterator[tuple[int, Floats]]:
-    """The scores of each member's candidates, which stand one behind the other."""
-    start = 0
-    for b in members:
-        candidates = queries[b].candidates
-        assert candidates is not None
-        yield b, scores[start : start + len(candidates)]
-        start += len(candidates)
+def _named(query: Query) -> Rows:
+    assert query.candidates is not None
+    return query.candidates
 
 
-def _is_named(query: Query, rows: Rows) -> NDArray[np.bool_]:
-    """Whether the request itself lets these rows be answered."""
-    named = np.ones(len(rows), np.bool_)
-    if len(query.excluded):
-        named &= ~np.isin(rows, query.excluded)
-    if query.allowed is not None:
-        named &= np.isin(rows, query.allowed)
-    return named
+def _parts(rows: Sequence[Rows], scores: Floats) -> list[Floats]:
+    """The scores of each one's rows, which stand one behind the other."""
+    return np.split(scores, np.cumsum([len(each) for each in rows])[:-1]) if rows else []
+
+
+def _merged(
+    query: Query, top: Floats, rows: NDArray[np.int64], followers: Rows, scores: Floats
+) -> tuple[Floats, NDArray[np.int64]]:
+    return (top, rows) if query.following is None else merged(query.following, top, rows, followers, scores)
 
 
 def _best(query: Query, scores: Floats) -> Scored:
     """The named candidates in order, equal scores by row."""
-    assert query.candidates is not None
+    rows = _named(query)
     if len(query.excluded) or query.allowed is not None:
-        scores = np.where(_is_named(query, query.candidates), scores, np.float32("-inf"))
+        scores = np.where(query.may_answer(rows), scores, np.float32("-inf"))
     order = np.argsort(-scores, kind="stable")
-    return _cut(query, scores[order], query.candidates[order])
+    return _cut(query, scores[order], rows[order])
 
 
 def _cut(query: Query, scores: Floats, rows: NDArray[np.int64] | Rows) -> Scored:

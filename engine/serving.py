@@ -86,6 +86,7 @@ class Serving:
         if self.kernels is not None:
             # packed from the weights as they are: those of a directory stay where the file is mapped
             native = NativeDecoder(parts.model.decoder, dtype, config.weights, self.kernels)
+        self.followers = parts.model.followers.weighed() if parts.model.followers is not None else None
         self.model = parts.model.to(device, dtype) if native is None else parts.model.heads_to(dtype)
         self.catalogue = parts.catalogue.to(device, dtype, config.capacity_for(len(parts.catalogue)))
         self.cache = KVCache(config, parts.config.decoder, self.layout, device, dtype)
@@ -117,6 +118,8 @@ class Serving:
 
     def resolve(self, request: Request) -> Query:
         query = resolve(request, self.catalogue, self.layout, self.parts.config)
+        if self.followers is not None:
+            query = replace(query, following=self.followers.of(query.head, query.window))
         if query.head != "title" or query.candidates is None:
             return query
         answers = self.title_text.answers([self.catalogue.row_title(row) for row in query.candidates.tolist()])

@@ -4,8 +4,8 @@ import numpy as np
 
 from speeder_engine.data.dataset import Dataset
 from speeder_engine.data.items import Items
-from speeder_engine.data.runs import offsets_of
 from speeder_engine.encoders.features import Features
+from speeder_engine.runs import offsets_of
 
 NUM_ITEMS = 24
 

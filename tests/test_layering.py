@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ORDER = [
-    "_C _cpu triton_kernels errors config request item progress files transfer live_prior",
+    "_C _cpu triton_kernels errors config request item progress files transfer live_prior runs followers following",
     "catalogue models encoders",
     "checkpoint artifact prompt title title_text",
     "query parts cache",

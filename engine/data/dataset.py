@@ -19,9 +19,9 @@ from speeder_engine.data.folder import DatasetFolder, find_files
 from speeder_engine.data.images import open_images
 from speeder_engine.data.interactions import Interactions, read_interactions
 from speeder_engine.data.items import Items, read_items
-from speeder_engine.data.runs import Runs, offsets_of, ranges
 from speeder_engine.data.vectors import read_vectors
 from speeder_engine.errors import DataError, SpeederWarning
+from speeder_engine.runs import Runs, offsets_of, ranges
 
 
 @dataclass(frozen=True, eq=False)

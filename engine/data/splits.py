@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speeder_engine.data.dataset import Dataset
-from speeder_engine.data.runs import Runs, offsets_of, ranges
 from speeder_engine.errors import ConfigError, DataError, SpeederWarning, name_some
+from speeder_engine.runs import Runs, offsets_of, ranges
 
 Part = Literal["validation", "test"]
 # how many events from the end of a history the part's target stands

@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speeder_engine.encoders.windows import Ints
+from speeder_engine.followers import Followers
 
 PAIRS_AT_ONCE = 1 << 22
 Whole = NDArray[np.int64]
@@ -30,6 +31,13 @@ def count_pairs(
             counted.add(later * num_items + earlier)
     counted.merge()
     return counted.codes, counted.counts
+
+
+def count_followers(
+    offsets: Ints, rows: Ints, num_items: int, window: int | None = 1, forward: bool = True
+) -> Followers:
+    """`count_pairs` as a table."""
+    return Followers.of_codes(*count_pairs(offsets, rows, num_items, window, forward), num_items)
 
 
 class _Counts:

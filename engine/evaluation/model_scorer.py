@@ -29,6 +29,7 @@ class ModelScorer:
         self.name = name
         self.model, self.tokens, self.prior = model, tokens, prior
         self.layout = PromptLayout(model.config.prompt)
+        self.followers = None if model.followers is None else model.followers.scorer()
 
     @property
     def uses_time(self) -> bool:
@@ -37,7 +38,8 @@ class ModelScorer:
     @torch.inference_mode()
     def scores(self, queries: Queries) -> NDArray[np.float32]:
         vectors, _ = self._forward(_histories(queries), _times(queries), None)
-        return _to_numpy(vectors @ self.tokens.T + self.model.retrieve.beta * self._prior(queries))
+        scores = _to_numpy(vectors @ self.tokens.T + self.model.retrieve.beta * self._prior(queries))
+        return scores + self._following(queries, False)
 
     @torch.inference_mode()
     def candidate_scores(self, queries: Queries, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -46,9 +48,12 @@ class ModelScorer:
         prior = of_candidates(self._prior(queries), rows)
         if not self.model.config.heads.rank:
             vectors, _ = self._forward(_histories(queries), _times(queries), None)
-            return _to_numpy(self._products(vectors, rows) + self.model.retrieve.beta * prior)
-        vectors, hidden = self._forward(_histories(queries), _times(queries), rows)
-        return _to_numpy(self.model.rank(hidden, self._products(vectors, rows)) + self.model.rank.beta * prior)
+            scores = _to_numpy(self._products(vectors, rows) + self.model.retrieve.beta * prior)
+        else:
+            vectors, hidden = self._forward(_histories(queries), _times(queries), rows)
+            scores = _to_numpy(self.model.rank(hidden, self._products(vectors, rows)) + self.model.rank.beta * prior)
+        following = self._following(queries, self.model.config.heads.rank)
+        return scores if self.followers is None else scores + np.take_along_axis(following, candidates, axis=1)
 
     def user_vectors(self, histories: Sequence[Rows], times: Sequence[Seconds] | None = None) -> Tensor:
         """[B, d]: their product with the item tokens is the retrieve score, prior aside."""
@@ -57,6 +62,15 @@ class ModelScorer:
     def _prior(self, queries: Queries) -> Tensor:
         times = queries.query_times if queries.query_times is not None else np.zeros(len(queries), np.int64)
         return self.prior.at(torch.from_numpy(times).to(self.tokens.device))
+
+    def _following(self, queries: Queries, ranked: bool) -> NDArray[np.float32]:
+        """float32 [Q, I], weighed as the rank or the retrieve head does; [1, 1] of 0 without a table."""
+        table = self.model.followers
+        if self.followers is None or table is None:
+            return np.zeros((1, 1), np.float32)
+        weight = float((table.rank if ranked else table.retrieve).detach())
+        windows = [history[self.layout.start(len(history)) :] for history in _histories(queries)]
+        return np.float32(weight) * np.stack([self.followers.dense(window) for window in windows])
 
     def _products(self, vectors: Tensor, candidates: Tensor) -> Tensor:
         return torch.einsum("bd,bcd->bc", vectors, self.tokens[candidates])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from speeder_engine.config import ModelConfig, check
 from speeder_engine.models.compressor import make_compressor
 from speeder_engine.models.decoder import Decoder
+from speeder_engine.models.follower_table import FollowerTable
 from speeder_engine.models.heads import RankHead, RetrieveHead
 from speeder_engine.models.position import OrderHead, PositionPrompts
 from speeder_engine.models.vocabulary import Vocabulary
@@ -38,6 +39,7 @@ class Recommender(nn.Module):
         if config.live_prior is not None:
             count = len(config.live_prior.half_lives_days)
             self.prior_weights = nn.Parameter(torch.full((count,), 1.0 / count))
+        self.followers = FollowerTable(config.followers) if config.followers is not None else None
         self.order = OrderHead(hidden_size, scale)
         self.vocabulary_head: nn.Parameter | None = None
         if config.heads.title and not config.vocabulary_tied:
@@ -95,6 +97,7 @@ class ServingModel(nn.Module):
         self.times = _time_prompts(config)
         self.retrieve = RetrieveHead(hidden_size, scale)
         self.rank = RankHead(hidden_size, scale, config.heads)
+        self.followers = FollowerTable(config.followers) if config.followers is not None else None
         self.vocabulary: Vocabulary | None = None
         if config.heads.title:
             self.vocabulary = Vocabulary.empty(config.decoder.vocab_size, hidden_size, config.vocabulary_tied)
@@ -113,6 +116,8 @@ class ServingModel(nn.Module):
             getattr(served, part).load_state_dict(getattr(model, part).state_dict())
         if served.times is not None and model.times is not None:
             served.times.load_state_dict(model.times.state_dict())
+        if served.followers is not None and model.followers is not None:
+            served.followers.load_state_dict(model.followers.state_dict())
         if served.vocabulary is not None:
             served.vocabulary.load_state_dict(model.vocabulary().state_dict())
         return served.requires_grad_(False).eval()

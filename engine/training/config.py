@@ -4,7 +4,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from speeder_engine.config import MIXINGS, MODALITIES, POSITIONS, Config, HeadsConfig, LivePriorConfig, check
+from speeder_engine.config import (
+    MIXINGS,
+    MODALITIES,
+    POSITIONS,
+    Config,
+    FollowersConfig,
+    HeadsConfig,
+    LivePriorConfig,
+    check,
+)
 from speeder_engine.errors import ConfigError, MissingDependency
 
 PRECISIONS = ("float32", "bfloat16", "auto")
@@ -112,6 +121,7 @@ class TrainingConfig(Config):
     calendar_days: float = 0.0  # interaction times as buckets of so many days; 0: times are not read
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     live_prior: LivePriorConfig | None = None  # none: the prior is the popularity of all training events
+    followers: FollowersConfig | None = None  # who follows whom as a part of the scores; none: left out
     batch_size: int = 128
     weight_decay: float = 0.05
     warmup: float = 0.05

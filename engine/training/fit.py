@@ -20,6 +20,7 @@ from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.files import write_atomic
 from speeder_engine.live_prior import SECONDS_A_DAY, LivePopularity
 from speeder_engine.models.families import decoder_config
+from speeder_engine.models.follower_table import FollowerTable
 from speeder_engine.models.prior import ConstantPrior, LivePrior, Prior
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.title_text import TitleText, answer_text
@@ -28,6 +29,7 @@ from speeder_engine.training.batches import TrainingBatches
 from speeder_engine.training.census import warn_of_gaps
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.features import ItemFeatures, make_features
+from speeder_engine.training.follower_counts import follower_table
 from speeder_engine.training.incremental import continued_checkpoint
 from speeder_engine.training.language_warmup import warm_up
 from speeder_engine.training.parallel import ALONE, Processes
@@ -130,8 +132,18 @@ def new_checkpoint(split: Split, config: TrainingConfig, made: ItemFeatures) -> 
     widths = {name: made.features[name].dim for name in config.modalities if name in made.features}
     scale = embedding_scale(backbone)
     compressor = CompressorConfig(widths, hf.hidden_size, scale=scale, mixing=config.mixing)  # type: ignore[union-attr,arg-type]
-    shape = ModelConfig(decoder_config(hf), compressor, prompt, config.heads, config.live_prior, head is None)
+    followers = make_followers(split, config)
+    shape = ModelConfig(
+        decoder_config(hf),
+        compressor,
+        prompt,
+        config.heads,
+        live_prior=config.live_prior,
+        followers=None if followers is None else followers.config,
+        vocabulary_tied=head is None,
+    )
     model = Recommender(shape, backbone)
+    model.followers = followers
     if head is not None:
         model.vocabulary_head = nn.Parameter(head, requires_grad=False)
     return Checkpoint(
@@ -143,6 +155,13 @@ def new_checkpoint(split: Split, config: TrainingConfig, made: ItemFeatures) -> 
         training={"config": config.to_json(), "data": split.dataset.fingerprint()},
         state=TrainingState(),
     )
+
+
+def make_followers(split: Split, config: TrainingConfig) -> FollowerTable | None:
+    """Who follows whom in the training histories, where the recipe asks for it."""
+    if config.followers is None:
+        return None
+    return follower_table(config.followers, split.train, split.dataset.num_items)
 
 
 def make_prompt(config: TrainingConfig, tokenizer: Any, hf: Any, calendar: CalendarConfig | None) -> PromptConfig:

@@ -72,7 +72,7 @@ class GradientMaker:
             items = sampled.rows.to(self.device)
             batch, tokens = sampled.renumber(batch).to(self.device), self.table(share, items)
             prior, log_inclusion = SampledPrior(self.prior, items), sampled.log_inclusion.to(self.device)
-            return compute_losses(self.model, tokens, prior, batch, self.config, log_inclusion)
+            return compute_losses(self.model, tokens, prior, batch, self.config, log_inclusion, items)
 
 
 def count_targets(batch: TrainingBatch) -> dict[str, int]:

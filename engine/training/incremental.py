@@ -25,6 +25,7 @@ from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.features import read_images
+from speeder_engine.training.follower_counts import follower_table
 
 # what the weights were made for
 SHAPE = (
@@ -37,6 +38,7 @@ SHAPE = (
     "calendar_days",
     "heads",
     "live_prior",
+    "followers",
 )
 
 
@@ -70,7 +72,12 @@ def continued_checkpoint(
 
 
 def _grown_model(model: Recommender, split: Split) -> Recommender:
-    """The same weights; where it has a calendar, that reaches to the last training event."""
+    """The same weights; a calendar reaches to the last training event, who follows whom is counted anew."""
+    if model.followers is not None:
+        weights = model.followers.weights
+        model.followers = follower_table(model.followers.config, split.train, split.dataset.num_items)
+        model.followers.weights = weights
+        model.config = replace(model.config, followers=model.followers.config)
     calendar, times = model.config.prompt.calendar, split.train.times
     if calendar is None or model.times is None:
         return model

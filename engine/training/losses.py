@@ -48,9 +48,11 @@ def compute_losses(
     batch: TrainingBatch,
     config: TrainingConfig,
     log_inclusion: Tensor | None = None,
+    items: Tensor | None = None,
 ) -> Losses:
     """tokens [I, d]: the item-token table with its gradient. log_inclusion [I]: of items that stand for others too,
-    infinite for those that stand for nobody."""
+    infinite for those that stand for nobody. items [I]: the catalogue's rows that `tokens` and the batch are of, where
+    they aren't all."""
     prompt = model.config.prompt
     num_prompt, step = len(prompt.instruction_ids), prompt.rows_per_item
     num_prefix = num_prompt + step * batch.rows.shape[1]
@@ -59,16 +61,19 @@ def compute_losses(
     read = hidden[:, num_prompt - 1 : num_prefix : step]  # after the instruction, then after each item
     keep = batch.targets != PAD
     retrieve = rank = order = title = hidden.new_zeros(())
+    following = None if model.followers is None else model.followers.along(batch.rows, batch.targets, items)
     if config.retrieve_weight:
         vectors = model.retrieve(read[keep])
         logits = vectors @ tokens.T + model.retrieve.beta * prior.at(batch.times[keep])
+        if model.followers is not None and following is not None:
+            logits = logits + model.followers.retrieve * following[keep]
         if log_inclusion is not None:
             logits = logits.float() - log_inclusion
         retrieve = F.cross_entropy(logits.float(), batch.targets[keep], label_smoothing=config.label_smoothing)
     at = num_prefix
     if config.rank_weight:
         last = read[torch.arange(len(batch), device=read.device), batch.cuts]
-        rank = _rank_loss(model, hidden[:, at : at + batch.candidates.shape[1]], last, tokens, prior, batch)
+        rank = _rank_loss(model, hidden[:, at : at + batch.candidates.shape[1]], last, tokens, prior, batch, following)
         at += batch.candidates.shape[1]
     if titles is not None:
         title = title_loss(model, hidden[:, at : at + titles.positions.shape[1]], batch.titles)
@@ -81,11 +86,20 @@ def compute_losses(
 
 
 def _rank_loss(
-    model: Recommender, hidden: Tensor, last: Tensor, tokens: Tensor, prior: Prior, batch: TrainingBatch
+    model: Recommender,
+    hidden: Tensor,
+    last: Tensor,
+    tokens: Tensor,
+    prior: Prior,
+    batch: TrainingBatch,
+    following: Tensor | None,
 ) -> Tensor:
     retrieved = torch.einsum("bd,bcd->bc", model.retrieve(last), tokens[batch.candidates])
     priors = of_candidates(prior.at(batch.times.gather(1, batch.cuts.unsqueeze(1)).squeeze(1)), batch.candidates)
     logits = model.rank(hidden, retrieved) + model.rank.beta * priors
+    if model.followers is not None and following is not None:
+        at_cuts = following[torch.arange(len(batch), device=hidden.device), batch.cuts]
+        logits = logits + model.followers.rank * at_cuts.gather(1, batch.candidates)
     trained = batch.targets.gather(1, batch.cuts.unsqueeze(1)).squeeze(1) != PAD
     target = torch.where(trained, 0, PAD)  # the positive is always the first of the candidates
     return F.cross_entropy(logits.float(), target, ignore_index=PAD)

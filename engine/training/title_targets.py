@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from speeder_engine.data.runs import offsets_of
 from speeder_engine.errors import DataError
+from speeder_engine.runs import offsets_of
 from speeder_engine.title_text import TitleText, answer_text
 
 Ints = NDArray[np.int64]

@@ -5,9 +5,9 @@ import pytest
 
 from speeder_engine.data.dataset import Dataset
 from speeder_engine.data.items import Items
-from speeder_engine.data.runs import offsets_of
 from speeder_engine.data.splits import Histories, Queries, leave_one_out
 from speeder_engine.errors import SpeederWarning
+from speeder_engine.runs import offsets_of
 
 
 def _flat(histories):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from speeder_engine.data.dataset import load_dataset
 from speeder_engine.data.splits import leave_one_out
 from speeder_engine.encoders import pairs
+from speeder_engine.encoders.pairs import count_followers
 from speeder_engine.errors import ConfigError, DataError
-from speeder_engine.evaluation.baselines.followers import Followers
 from speeder_engine.evaluation.baselines.item_knn import ItemKNN, ItemKNNConfig
 from speeder_engine.evaluation.protocols import evaluate
 
@@ -72,7 +72,8 @@ def signs(values):
 def test_merging_now_and_then_counts_the_same(forward, make_train, monkeypatch):
     histories = np.random.default_rng(0).integers(0, NUM_ITEMS, (20, 12)).tolist()
     monkeypatch.setattr(pairs, "PAIRS_AT_ONCE", 50)
-    table = Followers.count(make_train(histories), NUM_ITEMS, 4, forward)
+    train = make_train(histories)
+    table = count_followers(train.offsets, train.rows, NUM_ITEMS, 4, forward)
     rows = np.repeat(np.arange(NUM_ITEMS), np.diff(table.offsets)).tolist()
     found = dict(zip(zip(rows, table.rows.tolist(), strict=True), table.values.tolist(), strict=True))
     assert found == counted_pairs(histories, 4, forward)

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from speeder_engine.data.candidates import CandidateLists
-from speeder_engine.data.runs import offsets_of, ranges
 from speeder_engine.data.splits import Queries
 from speeder_engine.errors import ConfigError, DataError, SpeederWarning
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.evaluation.scorer import CatalogueScorer
+from speeder_engine.runs import offsets_of, ranges
 
 
 @dataclass

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speeder_engine.data.runs import offsets_of
 from speeder_engine.data.splits import Histories
+from speeder_engine.runs import offsets_of
 from speeder_engine.training.batches import PAD, TrainingBatches
 from speeder_engine.training.config import TrainingConfig
 

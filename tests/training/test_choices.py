@@ -8,17 +8,19 @@ import torch
 from tiny_training import resumed_after
 from torch.nn import functional as F
 
-from speeder_engine import Engine, Request
+from speeder_engine import Engine, Item, Request
 from speeder_engine.checkpoint import Checkpoint
-from speeder_engine.config import CalendarConfig, LivePriorConfig, PromptConfig
+from speeder_engine.config import CalendarConfig, FollowersConfig, LivePriorConfig, PromptConfig
 from speeder_engine.data.candidates import draw_candidates
-from speeder_engine.data.runs import offsets_of
 from speeder_engine.encoders.features import Features
 from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.export.engine_directory import export_engine
+from speeder_engine.export.onnx_config import OnnxConfig
+from speeder_engine.export.to_onnx import export_onnx
 from speeder_engine.live_prior import LivePopularity
+from speeder_engine.runs import offsets_of
 from speeder_engine.training.batches import PAD, TrainingBatches
 from speeder_engine.training.config import BackboneConfig, CollaborativeConfig, Stage, TrainingConfig
 from speeder_engine.training.fit import make_calendar, train, training_prior
@@ -40,6 +42,8 @@ CHOICES = {
     "position tokens": {"positions": "token"},
     "calendar": {"calendar_days": DAYS},
     "live prior": {"live_prior": LivePriorConfig((DAYS, 10 * DAYS))},
+    "followers": {"followers": FollowersConfig(window=2, keep=5)},
+    "followers, sampled softmax": {"followers": FollowersConfig(window=2), "sampled_items": 12},
     "tuned": {"collaborative": CollaborativeConfig(tune=True)},
     "averaged": {"averaging": 0.9},
     "all at once": {"stages": (Stage("all", ("text", "collaborative"), 2, 5e-3),)},
@@ -79,6 +83,62 @@ def test_it_trains_resumes_and_is_served(split, tmp_path, choice):
     given = times if config.calendar_days else [None] * 9
     requests = [Request([split.dataset.item_ids[row] for row in queries.history(q)], times=given[q]) for q in range(9)]
     np.testing.assert_allclose(engine.user_vectors(requests), expected.detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_followed_is_served_as_it_was_trained(split, tmp_path):
+    """Whole rankings and named candidates by both heads, against the training model's."""
+    checkpoint = train(split, replace(BASE, followers=FollowersConfig(window=2, keep=3)), tmp_path / "c")
+    with torch.no_grad():
+        checkpoint.model.followers.weights.copy_(torch.tensor([1.5, 0.75]))
+    checkpoint.save(tmp_path / "c")
+    export_engine(tmp_path / "c", tmp_path / "engine")
+    with pytest.raises(ConfigError, match="can't be exported as graphs yet; serve the engine directory"):
+        export_onnx(tmp_path / "engine", tmp_path / "onnx", OnnxConfig(), parity_users=0)
+    scorer = ModelScorer(checkpoint.model, checkpoint.item_tokens(), training_prior(checkpoint, split))
+    queries, ids = split.queries("test"), split.dataset.item_ids
+    queries = queries.slice(0, 12)
+    whole = scorer.scores(queries)
+    lists = np.tile(np.arange(3, 11, dtype=np.int32), (12, 1))
+    ranked = scorer.candidate_scores(queries, lists)
+    engine = Engine.load(tmp_path / "engine", dtype="float32", kv_budget="1MiB")
+    engine.set_available([ids[4]], False)
+    whole[:, 4], ranked[:, 1] = -np.inf, -np.inf
+    histories = [[ids[row] for row in queries.history(q)] for q in range(12)]
+    for k in (1, 3, len(ids)):
+        found = engine.recommend_many([Request(history, k, exclude_seen=False) for history in histories])
+        check_rankings(found, whole, ids, k)
+    found = engine.recommend_many([Request(h, 9, candidates=[ids[row] for row in lists[0]]) for h in histories])
+    for ranking, scores in zip(found, ranked, strict=True):
+        order = lists[0][np.argsort(-scores, kind="stable")][:7]
+        assert ranking.items == tuple(ids[row] for row in order)
+        np.testing.assert_allclose(ranking.scores, np.sort(scores)[::-1][:7], rtol=1e-4, atol=1e-4)
+    found = engine.recommend_many(
+        [Request(h, 9, candidates=[ids[row] for row in lists[0]], head="retrieve") for h in histories]
+    )
+    for ranking, scores in zip(found, whole, strict=True):
+        np.testing.assert_allclose(ranking.scores, np.sort(scores[lists[0]])[::-1][:7], rtol=1e-4, atol=1e-4)
+    # lists of the request hold for what followed, too
+    allowed, denied = [ids[row] for row in (2, 5, 6, 9)], [ids[9]]
+    for ranking, scores in zip(
+        engine.recommend_many([Request(h, 9, exclude_seen=False, allow=allowed, deny=denied) for h in histories]),
+        whole,
+        strict=True,
+    ):
+        assert set(ranking.items) == {ids[row] for row in (2, 5, 6)}
+        np.testing.assert_allclose(ranking.scores, np.sort(scores[[2, 5, 6]])[::-1], rtol=1e-4, atol=1e-4)
+    # a new item has followed nobody, and is scored all the same
+    vectors = {name: each.values[0] for name, each in checkpoint.features.items()}
+    engine.upsert([Item("new", vectors=vectors)])
+    answers = engine.recommend_many([Request([*histories[0], "new"], 99), Request(histories[0], 99)])
+    assert "new" in answers[1].items and len(answers[0].items) == len(answers[1].items) - 1
+
+
+def check_rankings(found, scores, ids, k):
+    for ranking, row in zip(found, scores, strict=True):
+        order = np.argsort(-row, kind="stable")[: min(k, int(np.isfinite(row).sum()))]
+        np.testing.assert_allclose(ranking.scores, row[order], rtol=1e-4, atol=1e-4)
+        assert len(set(ranking.items)) == len(ranking.items)
+        np.testing.assert_allclose(row[[ids.index(item) for item in ranking.items]], row[order], rtol=1e-4, atol=1e-4)
 
 
 def test_mean_weighs_modalities_alike_and_concat_knows_what_is_missing(split, tmp_path):

@@ -9,15 +9,16 @@ import torch
 from tiny_training import CONFIG
 
 from speeder_engine.checkpoint import Checkpoint
+from speeder_engine.config import FollowersConfig
 from speeder_engine.data.dataset import Dataset
 from speeder_engine.data.items import Items
-from speeder_engine.data.runs import offsets_of
 from speeder_engine.data.splits import leave_one_out
 from speeder_engine.encoders.features import Features
 from speeder_engine.errors import ConfigError, SpeederWarning
 from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.models.prior import ConstantPrior
+from speeder_engine.runs import offsets_of
 from speeder_engine.training.features import make_features
 from speeder_engine.training.fit import new_checkpoint, train
 from speeder_engine.training.incremental import carried, fit_new_items, recipe_to_continue
@@ -90,6 +91,23 @@ def test_it_starts_where_the_old_one_stopped_and_learns_new_items(old, tmp_path)
     collaborative = grown.features["collaborative"]
     missing = {split.dataset.item_ids[row] for row in np.flatnonzero(~collaborative.present)}
     assert missing == {"030", "031"}  # no event yet
+
+
+def test_who_follows_whom_is_counted_anew(tmp_path):
+    split, grown_split = counting(OLD, 60, days=100), counting(GROWN, 90, days=200, seed=1)
+    recipe = replace(RECIPE, followers=FollowersConfig(window=1, last=1, keep=3), averaging=0.0)
+    train(split, recipe, tmp_path / "old")
+    still = recipe_to_continue(Checkpoint.load(tmp_path / "old"))
+    still = replace(still, stages=(replace(still.stages[0], epochs=0),))
+    grown = train(grown_split, still, tmp_path / "new", start_from=tmp_path / "old")
+    again = Checkpoint.load(tmp_path / "new").model
+    assert again.config.followers.num_items == GROWN
+    torch.testing.assert_close(again.followers.weights, grown.model.followers.weights)
+    row_of = {item_id: row for row, item_id in enumerate(grown.table.item_ids)}
+    following = again.followers.scorer().following(np.array([row_of["027"]], np.int32))
+    assert following.rows.tolist() == [row_of["028"]]  # an item that the old model didn't know
+    with pytest.raises(ConfigError, match="another followers"):
+        train(grown_split, replace(still, followers=None), tmp_path / "no", start_from=tmp_path / "old")
 
 
 def test_untrained_it_is_the_old_model_over_more_items(old, tmp_path):

@@ -11,13 +11,13 @@ from PIL import Image
 from tiny_training import CONFIG as BASE
 from tiny_training import one_stage
 
-from speeder_engine.data.runs import offsets_of
 from speeder_engine.data.splits import leave_one_out
 from speeder_engine.encoders.features import Features
 from speeder_engine.errors import SpeederWarning
 from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.models.prior import ConstantPrior
+from speeder_engine.runs import offsets_of
 from speeder_engine.training.config import Stage
 from speeder_engine.training.fit import train
 

@@ -9,11 +9,11 @@ from tiny_training import CONFIG, one_stage, without_dropout
 
 from speeder_engine.data.dataset import Dataset
 from speeder_engine.data.items import Items
-from speeder_engine.data.runs import offsets_of
 from speeder_engine.data.splits import leave_one_out
 from speeder_engine.encoders.features import Features
 from speeder_engine.errors import ConfigError, SpeederWarning
 from speeder_engine.models.prior import ConstantPrior
+from speeder_engine.runs import offsets_of
 from speeder_engine.training.batches import PAD, TrainingBatches
 from speeder_engine.training.config import HeadsConfig, TrainingConfig
 from speeder_engine.training.features import make_features

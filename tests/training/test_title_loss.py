@@ -9,10 +9,10 @@ import torch
 from reference import make_titled, reference_title_scores
 
 from speeder_engine.config import HeadsConfig
-from speeder_engine.data.runs import offsets_of
 from speeder_engine.data.splits import Histories
 from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.models.prior import ConstantPrior
+from speeder_engine.runs import offsets_of
 from speeder_engine.title_text import TitleText
 from speeder_engine.training.batches import PAD, TrainingBatches
 from speeder_engine.training.config import BackboneConfig, TrainingConfig

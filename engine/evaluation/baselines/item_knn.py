@@ -7,10 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speeder_engine.data.splits import Histories, Queries
+from speeder_engine.encoders.pairs import count_followers
 from speeder_engine.errors import ConfigError
-from speeder_engine.evaluation.baselines.followers import Followers
 from speeder_engine.evaluation.baselines.popularity import back_off, item_counts
 from speeder_engine.evaluation.scorer import CatalogueScorer
+from speeder_engine.followers import Followers
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class ItemKNN(CatalogueScorer):
     def fit(cls, train: Histories, num_items: int, config: ItemKNNConfig | None = None) -> Self:
         config = config or ItemKNNConfig()
         counts = item_counts(train, num_items)
-        followers = Followers.count(train, num_items, config.window, config.forward)
+        followers = count_followers(train.offsets, train.rows, num_items, config.window, config.forward)
         taken = np.maximum(counts, 1).astype(np.float64)
         return cls(config, followers.scaled(taken**-config.beta, taken**-config.alpha), back_off(counts))
 

@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speeder_engine.data.splits import Histories, Queries
-from speeder_engine.evaluation.baselines.followers import Followers
+from speeder_engine.encoders.pairs import count_followers
 from speeder_engine.evaluation.baselines.popularity import back_off, item_counts
 from speeder_engine.evaluation.scorer import CatalogueScorer
+from speeder_engine.followers import Followers
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,7 @@ class LastItemMarkov(CatalogueScorer):
     @classmethod
     def fit(cls, train: Histories, num_items: int) -> Self:
         popularity = back_off(item_counts(train, num_items))
-        return cls(Followers.count(train, num_items), popularity)
+        return cls(count_followers(train.offsets, train.rows, num_items), popularity)
 
     def scores(self, queries: Queries) -> NDArray[np.float32]:
         scores = np.tile(self.popularity, (len(queries), 1))

@@ -6,12 +6,12 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from speeder_engine.data.runs import Runs
 from speeder_engine.data.splits import Histories, Queries, Split
 from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.evaluation.baselines.popularity import back_off, item_counts
 from speeder_engine.evaluation.scorer import CatalogueScorer
 from speeder_engine.live_prior import SECONDS_A_DAY
+from speeder_engine.runs import Runs
 
 BEFORE_ALL = np.iinfo(np.int64).min // 2
 
