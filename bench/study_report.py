@@ -120,11 +120,11 @@ def shown_in_groups(reports: Reports) -> list[tuple[str, str]]:
 
 def lengths(extra: Mapping[str, Mapping[Any, Report]], reports: Reports) -> dict[str, Any] | None:
     """Accuracy over how many of a history's last items are seen."""
-    points = [list(extra.get(f"last {length}", {}).values()) for length in LENGTHS]
-    if not all(points) or (OURS, DECLARED) not in reports:
+    points = {n: list(extra[f"last {n}"].values()) for n in LENGTHS if extra.get(f"last {n}")}
+    if not points or (OURS, DECLARED) not in reports:
         return None
-    series: dict[str, Sequence[Sequence[Report]]] = {"speeder": points}
-    return curve_of("history cut to its last items", LENGTHS, series, "ndcg@10")
+    series: dict[str, Sequence[Sequence[Report]]] = {"speeder": [*points.values()]}
+    return curve_of("history cut to its last items", [*points], series, "ndcg@10")
 
 
 def rounded(metrics: Mapping[str, float]) -> dict[str, float]:

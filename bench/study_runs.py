@@ -29,7 +29,7 @@ from speeder_engine.training.config import load_recipe
 from speeder_engine.training.features import make_features
 from speeder_engine.training.fit import train
 
-LENGTHS = (1, 2, 5, 10, 20, 50)  # of histories cut to their last items
+LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)  # of histories cut to their last items, up to the window
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _speeder(run: Run, split: Split, work: Path, recipe: str) -> dict[str, float
     scorer = partial(ModelScorer, checkpoint.model, checkpoint.item_tokens())
     tested = scorer(query_prior(checkpoint, split, "test"))
     if run.variant == DECLARED:
-        for name, queries in _altered_queries(split.queries("test"), run.seed):
+        for name, queries in _altered_queries(split.queries("test"), run.seed, config.window):
             evaluate(tested, queries, None, show_progress=False).save(run.path(work, name))
     if run.variant == COLD_ITEMS:
         queries = split.queries("test")
@@ -117,10 +117,10 @@ def _keep(run: Run, scorer: Scorer, split: Split, work: Path, queries: Queries |
     return report.metrics
 
 
-def _altered_queries(queries: Queries, seed: int) -> Iterator[tuple[str, Queries]]:
+def _altered_queries(queries: Queries, seed: int, window: int) -> Iterator[tuple[str, Queries]]:
     """Histories shuffled but for their last item, and cut to their last few."""
     yield "shuffled", shuffled(queries, seed)
-    for length in LENGTHS:
+    for length in (length for length in LENGTHS if length <= window):
         starts = np.maximum(queries.offsets[1:] - length, queries.offsets[:-1])
         events = ranges(starts, queries.offsets[1:])
         times = None if queries.times is None else queries.times[events]

@@ -117,6 +117,9 @@ VARIANTS: dict[str, Variant] = {
     "no times": Variant(overrides={"calendar_days": 0}),
     # the collaborative signal
     "no neighbours": Variant(overrides={"collaborative": {"neighbours": 0}}),
+    "no followers": Variant(overrides={"followers": None}),
+    "no followers, with time": Variant(with_time=True, overrides={"followers": None}),
+    "neither neighbours nor followers": Variant(overrides={"followers": None, "collaborative": {"neighbours": 0}}),
     "tuned item vectors": Variant(overrides={"collaborative": {"tune": True}}),
     # heads
     "with the rank head": Variant(overrides={"rank_weight": 0.3, "heads": {"rank": True}}),

@@ -135,6 +135,9 @@ def _extend(model: StaticModel, parts: EngineParts, config: OnnxConfig) -> Graph
     present = ("batch", decoder.num_kv_heads, "past" if in_place else "past + rows", decoder.head_dim)
     inputs |= {"past_lengths": torch.tensor([2, 0, 4]), "candidates": _candidates(), **_search_inputs(), **defaults}
     inputs |= {name: torch.zeros(shape, dtype=config.torch_dtype) for name in past}
+    if parts.config.followers is not None:
+        inputs["last_rows"] = torch.full((BATCH, parts.config.followers.last), -1)
+        dynamic["last_rows"] = {0: "batch"}
     dynamic |= {"past_lengths": {0: "batch"}, "candidates": {0: "batch", 1: "candidates"}}
     dynamic |= {"excluded": {0: "batch", 1: "excluded"}} | {name: {0: "batch", 2: "past"} for name in past}
     scores = dict.fromkeys(("scores", "retrieve_scores"), ("batch", "candidates"))

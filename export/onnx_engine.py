@@ -252,7 +252,7 @@ class GraphEngine:
         state, cached = self._known(self._users.take(user_id), keys)
         inputs = self._histories([query], "rows", cached) | self._search_inputs([query], self._closed_rows(query)[None])
         inputs |= {"past_lengths": np.array([cached]), "candidates": _candidates(query)[None]}
-        inputs |= dict(zip(self._past, state.values, strict=True))
+        inputs |= dict(zip(self._past, state.values, strict=True)) | self._last_rows(query)
         kept = dict(zip(self._present, state.values if self._in_place else [None] * len(self._present), strict=True))
         outputs = TOP if query.candidates is None else (_scores_of(query),)
         found, values = self._session("extend").run(inputs, outputs, kept)
@@ -296,6 +296,13 @@ class GraphEngine:
         if self.files.model.prompt.calendar is not None:
             inputs["buckets"] = pad([query.buckets[start:] for query in queries if query.buckets is not None], 0)
         return inputs
+
+    def _last_rows(self, query: Query) -> dict[str, Array]:
+        """What `extend` can't see of the past: the history's last rows, newest first, for a model with followers."""
+        followers = self.files.model.followers
+        return (
+            {} if followers is None else {"last_rows": pad([query.window[::-1][: followers.last]], -1, followers.last)}
+        )
 
     def _search_inputs(self, queries: Sequence[Query], excluded: Array) -> dict[str, Array]:
         return {"excluded": excluded, "k": np.array([max(query.request.k for query in queries)]), **self._changes()}
@@ -375,9 +382,9 @@ class OnnxEngine(GraphEngine):
         return buffers
 
 
-def pad(rows: Sequence[Rows | NDArray[np.int64]], value: int = -1) -> NDArray[np.int64]:
-    """Rows of different lengths as one array [B, longest], at least one column wide."""
-    padded = np.full((len(rows), max([1, *map(len, rows)])), value, np.int64)
+def pad(rows: Sequence[Rows | NDArray[np.int64]], value: int = -1, width: int = 1) -> NDArray[np.int64]:
+    """Rows of different lengths as one array [B, longest], at least `width` columns wide."""
+    padded = np.full((len(rows), max([width, *map(len, rows)])), value, np.int64)
     for b, each in enumerate(rows):
         padded[b, : len(each)] = each
     return padded

@@ -36,10 +36,10 @@ class ServedGraph(nn.Module):
     def overrides(self) -> Overrides:
         return Overrides(self.available, self.prior)
 
-    def best(self, last_hidden: Tensor, closed: Tensor) -> tuple[Tensor, Tensor]:
+    def best(self, last_hidden: Tensor, closed: Tensor, following: Tensor | None) -> tuple[Tensor, Tensor]:
         """h(last) [B, d] and rows that are not answered [B, E] -> the best rows and scores [B, k]."""
         vectors = self.model.retrieve(last_hidden)
-        scores = self.model.catalogue_scores(vectors, self.model.closed(closed), self.overrides)
+        scores = self.model.catalogue_scores(vectors, self.model.closed(closed), self.overrides, following)
         values, rows = torch.topk(scores, self.k, dim=1)
         return rows, values
 
@@ -49,13 +49,14 @@ class ServedRecommend(ServedGraph):
         self, history: Tensor, lengths: Tensor, excluded: Tensor, buckets: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         last_hidden, _, _ = self.model(history, lengths.squeeze(1), None, buckets)
-        return self.best(last_hidden, excluded)
+        return self.best(last_hidden, excluded, self.model.following(history, lengths.squeeze(1)))
 
 
 class ServedScore(ServedGraph):
     def forward(self, history: Tensor, lengths: Tensor, candidates: Tensor, buckets: Tensor | None = None) -> Tensor:
         last_hidden, hidden, _ = self.model(history, lengths.squeeze(1), candidates, buckets)
-        scores, _ = self.model.score(last_hidden, hidden, candidates, self.overrides)
+        following = self.model.following(history, lengths.squeeze(1))
+        scores, _ = self.model.score(last_hidden, hidden, candidates, self.overrides, following)
         return scores
 
 
@@ -77,10 +78,11 @@ class ServedSession(ServedGraph):
         known, new, window = past_lengths.squeeze(1), lengths.squeeze(1), self.model.window
         pairs = list(zip(past[::2], past[1::2], strict=True))
         last_hidden, hidden, present = self.model(history, new, candidates, buckets, known, pairs)
-        scores, _ = self.model.score(last_hidden, hidden, candidates, self.overrides)
         rows = append_rows(past_rows, known, history, new)
+        following = self.model.following(rows - 1, known + new)
+        scores, _ = self.model.score(last_hidden, hidden, candidates, self.overrides, following)
         # what the user has taken is not answered again
-        best_rows, best_scores = self.best(last_hidden, torch.cat([rows - 1, excluded], dim=1))
+        best_rows, best_scores = self.best(last_hidden, torch.cat([rows - 1, excluded], dim=1), following)
         kept = [part[:, :, :window] for pair in present for part in pair]
         return best_rows, best_scores, scores, past_lengths + lengths, rows, kept
 

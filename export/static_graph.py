@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from speeder_engine.config import CompressorConfig, check
+from speeder_engine.config import CompressorConfig
 from speeder_engine.export.graph_attention import DenseAttend, GraphRows, GroupQueryAttend, LayerPairs
 from speeder_engine.export.onnx_config import OnnxConfig
+from speeder_engine.export.static_followers import StaticFollowers
 from speeder_engine.models.compressor import make_compressor
 from speeder_engine.models.decoder import CausalAttend, Decoder, DecoderLayer, RMSNorm
 from speeder_engine.parts import EngineParts
@@ -50,8 +51,6 @@ class StaticModel(nn.Module):
 
     def __init__(self, parts: EngineParts, export: OnnxConfig) -> None:
         super().__init__()
-        refused = "followers: models that count who follows whom (TrainingConfig.followers) can't be exported as graphs"
-        check(parts.config.followers is None, f"{refused} yet; serve the engine directory, or train without")
         model, dtype = copy.deepcopy(parts.model).float(), export.torch_dtype
         self.export = export
         instruction = run_instruction(model.decoder, model.instruction)
@@ -72,6 +71,7 @@ class StaticModel(nn.Module):
         self.prompts, self.times = model.prompts, model.times
         self.has_rank = parts.config.heads.rank
         self.retrieve, self.rank = model.retrieve, model.rank
+        self.followers = None if model.followers is None else StaticFollowers(model.followers)
         self.requires_grad_(False).eval()
 
     @property
@@ -138,8 +138,12 @@ class StaticModel(nn.Module):
         out: Tensor = embedded + self.prompts(slots)
         return out
 
+    def following(self, history: Tensor, lengths: Tensor) -> Tensor | None:
+        """f [B, I] of whole histories; None for a model without followers."""
+        return None if self.followers is None else self.followers(self.followers.last_rows(history, lengths))
+
     def score(
-        self, last_hidden: Tensor, hidden: Tensor, candidates: Tensor, overrides: Overrides
+        self, last_hidden: Tensor, hidden: Tensor, candidates: Tensor, overrides: Overrides, following: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The candidates' scores [B, C] by the rank head (by the other where there is none), and by the retrieve head;
         -inf for padding and what is not available."""
@@ -147,28 +151,39 @@ class StaticModel(nn.Module):
         retrieved = (vectors.unsqueeze(1) * self.tokens(candidates).float()).sum(dim=-1)
         rows = candidates.clamp(min=0)
         prior, closed = overrides.prior[rows], (candidates < 0) | ~overrides.available[rows]
-        by_retrieve = (retrieved + self.retrieve.beta * prior).masked_fill(closed, float("-inf"))
+        by_retrieve = retrieved + self.retrieve.beta * prior
+        ranked = self.rank(hidden, retrieved) + self.rank.beta * prior
+        if self.followers is not None and following is not None:
+            followed = following.gather(1, rows)
+            by_retrieve = by_retrieve + self.followers.retrieve * followed
+            ranked = ranked + self.followers.rank * followed
+        by_retrieve = by_retrieve.masked_fill(closed, float("-inf"))
         if not self.has_rank:
             return by_retrieve, by_retrieve.clone()
-        ranked = self.rank(hidden, retrieved) + self.rank.beta * prior
         return ranked.masked_fill(closed, float("-inf")), by_retrieve
 
-    def search(self, vectors: Tensor, closed: Tensor, k: Tensor, overrides: Overrides) -> tuple[Tensor, Tensor]:
+    def search(
+        self, vectors: Tensor, closed: Tensor, k: Tensor, overrides: Overrides, following: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """User vectors [B, d] -> the best rows and scores [B, min(k, I)] of what `closed` (bool [B, I]) leaves open;
         equal scores in the catalogue's order, closed items last with -inf."""
         num_items = self.item_tokens.shape[0]
-        scores = self.catalogue_scores(vectors, closed, overrides)
+        scores = self.catalogue_scores(vectors, closed, overrides, following)
         depth = torch.minimum(k, torch.tensor([num_items])).item()
         torch._check(depth >= 1)  # type: ignore[no-untyped-call]
         torch._check(depth <= num_items)  # type: ignore[no-untyped-call]
         values, rows = torch.topk(scores, depth, dim=1)  # type: ignore[arg-type]
         return rows, values
 
-    def catalogue_scores(self, vectors: Tensor, closed: Tensor, overrides: Overrides) -> Tensor:
+    def catalogue_scores(
+        self, vectors: Tensor, closed: Tensor, overrides: Overrides, following: Tensor | None
+    ) -> Tensor:
         """User vectors [B, d] -> float32 [B, I], -inf for what is `closed` (bool [B, I]) or not available."""
         # the table stands on the left: on the right a second, transposed copy of it would be a constant too
         scores = (self.item_tokens @ vectors.to(self.item_tokens.dtype).T).T.float()
         scores = scores + self.retrieve.beta * overrides.prior
+        if self.followers is not None and following is not None:
+            scores = scores + self.followers.retrieve * following
         return scores.masked_fill(closed | ~overrides.available, float("-inf"))
 
     def closed(self, rows: Tensor) -> Tensor:
@@ -196,7 +211,8 @@ class ScoreGraph(nn.Module):
         buckets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         last_hidden, hidden, _ = self.model(history, lengths, candidates, buckets)
-        return self.model.score(last_hidden, hidden, candidates, Overrides(available, prior))
+        following = self.model.following(history, lengths)
+        return self.model.score(last_hidden, hidden, candidates, Overrides(available, prior), following)
 
 
 class RecommendGraph(nn.Module):
@@ -221,7 +237,8 @@ class RecommendGraph(nn.Module):
         vectors = self.model.retrieve(last_hidden)
         seen = exclude_seen & (torch.arange(history.shape[1]) < lengths.unsqueeze(1))
         closed = self.model.closed(torch.cat([torch.where(seen, history, -1), excluded], dim=1))
-        rows, scores = self.model.search(vectors, closed, k, Overrides(available, prior))
+        following = self.model.following(history, lengths)
+        rows, scores = self.model.search(vectors, closed, k, Overrides(available, prior), following)
         return rows, scores, vectors
 
 
@@ -244,14 +261,18 @@ class ExtendGraph(nn.Module):
         prior: Tensor,
         past: list[Tensor],
         buckets: Tensor | None = None,
+        last_rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-        """past: keys and values [B, H_kv, P, D] of every layer in turn; so is what is present."""
+        """past: keys and values [B, H_kv, P, D] of every layer in turn; so is what is present. last_rows [B, last]: the
+        history's last rows, newest first, for a model with followers."""
         pairs = list(zip(past[::2], past[1::2], strict=True))
         last_hidden, hidden, present = self.model(rows, lengths, candidates, buckets, past_lengths, pairs)
         overrides = Overrides(available, prior)
-        scores, by_retrieve = self.model.score(last_hidden, hidden, candidates, overrides)
+        followers = self.model.followers
+        following = None if followers is None or last_rows is None else followers(last_rows)
+        scores, by_retrieve = self.model.score(last_hidden, hidden, candidates, overrides, following)
         vectors = self.model.retrieve(last_hidden)
-        top_rows, top_scores = self.model.search(vectors, self.model.closed(excluded), k, overrides)
+        top_rows, top_scores = self.model.search(vectors, self.model.closed(excluded), k, overrides, following)
         return scores, by_retrieve, top_rows, top_scores, vectors, [part for pair in present for part in pair]
 
 

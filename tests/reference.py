@@ -12,9 +12,11 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
 from speeder_engine.catalogue import Catalogue, ItemTable
 from speeder_engine.config import CompressorConfig, HeadsConfig, ModelConfig, PromptConfig
+from speeder_engine.data.splits import Histories
 from speeder_engine.models.families import decoder_config
 from speeder_engine.models.recommender import Recommender, ServingModel
 from speeder_engine.parts import EngineParts
+from speeder_engine.training.follower_counts import follower_table
 
 
 @dataclass
@@ -53,8 +55,13 @@ def make_tiny(
     calendar=None,
     num_layers=3,
     kv_heads=2,
+    followers=None,
 ) -> Tiny:
     torch.manual_seed(seed)
+    table = None
+    if followers is not None:
+        histories = np.random.default_rng(seed).integers(0, num_items, 600).astype(np.int32)
+        table = follower_table(followers, Histories(np.arange(0, 601, 10), histories), num_items)
     shape = AutoConfig.for_model(
         family,
         vocab_size=64,
@@ -68,7 +75,9 @@ def make_tiny(
     backbone = AutoModel.from_config(shape).eval()
     compressor = CompressorConfig({"text": 8, "image": 5}, 48, scale=scale)
     prompt = PromptConfig("instruction", tuple(range(1, instruction_len + 1)), window, step, calendar=calendar)
-    model = Recommender(ModelConfig(decoder_config(shape), compressor, prompt), backbone).eval()
+    counted = None if table is None else table.config
+    model = Recommender(ModelConfig(decoder_config(shape), compressor, prompt, followers=counted), backbone).eval()
+    model.followers = table
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

@@ -17,8 +17,6 @@ from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.export.engine_directory import export_engine
-from speeder_engine.export.onnx_config import OnnxConfig
-from speeder_engine.export.to_onnx import export_onnx
 from speeder_engine.live_prior import LivePopularity
 from speeder_engine.runs import offsets_of
 from speeder_engine.training.batches import PAD, TrainingBatches
@@ -92,8 +90,6 @@ def test_what_followed_is_served_as_it_was_trained(split, tmp_path):
         checkpoint.model.followers.weights.copy_(torch.tensor([1.5, 0.75]))
     checkpoint.save(tmp_path / "c")
     export_engine(tmp_path / "c", tmp_path / "engine")
-    with pytest.raises(ConfigError, match="can't be exported as graphs yet; serve the engine directory"):
-        export_onnx(tmp_path / "engine", tmp_path / "onnx", OnnxConfig(), parity_users=0)
     scorer = ModelScorer(checkpoint.model, checkpoint.item_tokens(), training_prior(checkpoint, split))
     queries, ids = split.queries("test"), split.dataset.item_ids
     queries = queries.slice(0, 12)

@@ -1,0 +1,48 @@
+"""Who follows whom as constants of a graph: every item's nearest followers in one row of a table, padded.
+
+f_j = sqrt(sum over b of decay^b S(item b from the end, j))       `following.py` has S
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from speeder_engine.models.follower_table import FollowerTable
+
+NOBODY = -1
+
+
+class StaticFollowers(nn.Module):
+    """`rows` int64 [I + 1, keep] and `values` float32: row I is of no item, column I of no follower."""
+
+    rows: Tensor
+    values: Tensor
+    weights: Tensor
+
+    def __init__(self, table: FollowerTable) -> None:
+        super().__init__()
+        similar, config = table.scorer().similar, table.config
+        items, counts = similar.items, np.diff(similar.offsets)
+        places = np.arange(len(items)) - similar.offsets[items]
+        shape = (similar.num_items + 1, max(int(counts.max(initial=0)), 1))
+        rows, values = np.full(shape, similar.num_items), np.zeros(shape, np.float32)
+        rows[items, places], values[items, places] = similar.rows, similar.values
+        self.last = config.last
+        self.register_buffer("rows", torch.from_numpy(rows))
+        self.register_buffer("values", torch.from_numpy(values))
+        self.register_buffer("weights", config.decay ** torch.arange(config.last, dtype=torch.float32))
+        self.register_buffer("retrieve", table.retrieve.detach().float().clone())
+        self.register_buffer("rank", table.rank.detach().float().clone())
+
+    def last_rows(self, history: Tensor, lengths: Tensor) -> Tensor:
+        """history [B, T], of which `lengths` [B] are real -> the last ones, newest first, [B, last]; -1 for none."""
+        places = lengths.unsqueeze(1) - 1 - torch.arange(self.last)
+        return torch.where(places < 0, NOBODY, history.gather(1, places.clamp(min=0)))
+
+    def forward(self, last_rows: Tensor) -> Tensor:
+        """[B, last] -> f [B, I]. Rows beyond the table are of items that came later: nobody follows them."""
+        none = self.rows.shape[0] - 1
+        named = torch.where((last_rows < 0) | (last_rows > none), none, last_rows)
+        found = (self.values[named] * self.weights.unsqueeze(1)).flatten(1)
+        sums = torch.zeros(last_rows.shape[0], none + 1).scatter_add(1, self.rows[named].flatten(1), found)
+        return sums[:, :none].sqrt()
