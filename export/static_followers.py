@@ -19,8 +19,10 @@ class StaticFollowers(nn.Module):
     values: Tensor
     weights: Tensor
 
-    def __init__(self, table: FollowerTable) -> None:
+    def __init__(self, table: FollowerTable, reduces: bool) -> None:
+        """reduces: whether the graph's runtime adds up what is scattered into one place; TensorRT doesn't."""
         super().__init__()
+        self.reduces = reduces
         similar, config = table.scorer().similar, table.config
         items, counts = similar.items, np.diff(similar.offsets)
         places = np.arange(len(items)) - similar.offsets[items]
@@ -43,6 +45,12 @@ class StaticFollowers(nn.Module):
         """[B, last] -> f [B, I]. Rows beyond the table are of items that came later: nobody follows them."""
         none = self.rows.shape[0] - 1
         named = torch.where((last_rows < 0) | (last_rows > none), none, last_rows)
-        found = (self.values[named] * self.weights.unsqueeze(1)).flatten(1)
-        sums = torch.zeros(last_rows.shape[0], none + 1).scatter_add(1, self.rows[named].flatten(1), found)
+        found, rows = self.values[named] * self.weights.unsqueeze(1), self.rows[named]
+        sums = torch.zeros(last_rows.shape[0], none + 1)
+        if self.reduces:
+            sums = sums.scatter_add(1, rows.flatten(1), found.flatten(1))
+        else:
+            # an item's followers are different items, and of those that are none it is no matter which is written
+            for back in range(self.last):
+                sums = sums.scatter(1, rows[:, back], sums.gather(1, rows[:, back]) + found[:, back])
         return sums[:, :none].sqrt()

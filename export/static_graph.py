@@ -71,7 +71,7 @@ class StaticModel(nn.Module):
         self.prompts, self.times = model.prompts, model.times
         self.has_rank = parts.config.heads.rank
         self.retrieve, self.rank = model.retrieve, model.rank
-        self.followers = None if model.followers is None else StaticFollowers(model.followers)
+        self.followers = None if model.followers is None else StaticFollowers(model.followers, export.flavour == "ort")
         self.requires_grad_(False).eval()
 
     @property

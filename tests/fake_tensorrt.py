@@ -5,6 +5,7 @@ It reads and writes the addresses it is given and knows nothing else, so that wh
 
 import ctypes
 import json
+from dataclasses import replace
 from enum import Enum
 from types import SimpleNamespace
 
@@ -13,10 +14,12 @@ import onnx
 import onnxruntime
 import torch
 
-from speeder_engine.config import DecoderConfig
+from speeder_engine.config import DecoderConfig, FollowersConfig
+from speeder_engine.data.splits import Histories
 from speeder_engine.export.plan_builder import profile_shapes
 from speeder_engine.export.plan_session import PlanRuntime
 from speeder_engine.random_engine import random_parts
+from speeder_engine.training.follower_counts import follower_table
 
 Mode = Enum("Mode", "INPUT OUTPUT")
 Location = Enum("Location", "HOST DEVICE")
@@ -132,8 +135,13 @@ def fake_runtime():
 
 
 def small_parts(num_layers=2):
-    """An engine that is quickly traced and built: a window of 12, 120 items called "0000000", ..."""
+    """An engine that is quickly traced and built: a window of 12, 120 items called "0000000", ..., and who follows whom
+    among them."""
     decoder = DecoderConfig(64, 32, num_layers, 4, 2, 16, 64)
     parts = random_parts(decoder, num_items=120, instruction_len=5, window=12, window_step=4)
     parts.model.rank.role.data.mul_(10)
-    return parts
+    histories = np.random.default_rng(0).integers(0, 120, 600).astype(np.int32)
+    table = follower_table(FollowersConfig(window=3, last=4, keep=5), Histories(np.arange(0, 601, 10), histories), 120)
+    config = replace(parts.config, followers=table.config)
+    parts.model.config, parts.model.followers = config, table.requires_grad_(False)
+    return replace(parts, config=config)

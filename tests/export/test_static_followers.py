@@ -19,8 +19,9 @@ def tiny():
     return make_tiny(num_layers=2, followers=CONFIG)
 
 
-def test_it_is_f_on_the_host(tiny):
-    static, scorer = StaticFollowers(tiny.model.followers), tiny.model.followers.scorer()
+@pytest.mark.parametrize("reduces", [True, False])
+def test_it_is_f_on_the_host(tiny, reduces):
+    static, scorer = StaticFollowers(tiny.model.followers, reduces), tiny.model.followers.scorer()
     rng = np.random.default_rng(0)
     lengths = torch.tensor([0, 1, 4, 9, 12])
     history = torch.from_numpy(rng.integers(0, 120, (5, 12)))
