@@ -19,8 +19,8 @@ from speeder_engine.data.runs import offsets_of, ranges
 from speeder_engine.data.splits import Queries, Split, leave_one_out
 from speeder_engine.encoders.features import Features
 from speeder_engine.evaluation.baselines import BASELINES, ENSEMBLES, TRAINED, fit_ensemble
-from speeder_engine.evaluation.baselines.sasrec_time import SASRecTime
-from speeder_engine.evaluation.baselines.sequence import SEQUENCE_MODELS, SequenceBaseline
+from speeder_engine.evaluation.baselines.sasrec_time import WEEK_MODELS
+from speeder_engine.evaluation.baselines.sequence import SASREC, SEQUENCE_MODELS, SequenceBaseline
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.evaluation.scorer import Scorer
@@ -75,9 +75,8 @@ def do(run: Run, data: Path, work: Path, recipe: str) -> dict[str, float]:
 
 
 def _baseline(run: Run, split: Split) -> Scorer:
-    if run.system == "sasrec_time":
-        tuned = SEQUENCE_MODELS["sasrec"][1]
-        return SASRecTime.fit(split, replace(tuned, seed=run.seed))
+    if run.system in WEEK_MODELS:
+        return WEEK_MODELS[run.system].fit(split, replace(SASREC, seed=run.seed))
     if run.system in SEQUENCE_MODELS:
         return SequenceBaseline.fit(run.system, split, replace(SEQUENCE_MODELS[run.system][1], seed=run.seed))
     return BASELINES[run.system](split)
