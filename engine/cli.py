@@ -125,7 +125,10 @@ def evaluate(
     ] = None,
     head: Annotated[
         str | None,
-        typer.Option(help="How engines answer the candidate lists: retrieve, rank, title, or generate (free text)."),
+        typer.Option(
+            help="How checkpoints and engines answer the candidate lists: retrieve, rank; engines also title, or "
+            "generate (free text)."
+        ),
     ] = None,
     by: Annotated[
         str, typer.Option(help="Also for groups of users: length, popularity (of the target), or both.")
