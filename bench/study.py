@@ -5,6 +5,9 @@
     python bench/study.py DATA --work DIR controls           images, order and length of histories, cold items
     python bench/study.py DATA --work DIR report --out docs/results/NAME.json
 
+Baselines have the settings that were chosen on movietweetings-mm, or with `--baselines FILE.json` those that
+tune_baselines.py has found on DATA.
+
 Every run leaves its ranks in DIR as soon as it is done and is not done again: a stopped study goes on. The report takes
 what is there. Two runs at a time, a thread each, unless told otherwise.
 """
@@ -25,13 +28,14 @@ os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 36))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from baseline_settings import read_settings
 from study_report import write_report
 from study_runs import Run, do, prepare
 from study_variants import COLD_ITEMS, DECLARED, VARIANTS, WITH_TIME
 
 SINGLE = ("popularity", "popularity_at_last", "markov", "itemknn")
 TIMED = ("recent_popularity", "recent_popularity_7", "live_popularity", "live_popularity_2")
-TRAINED = ("sasrec", "gru4rec", "hstu", "sasrec_time")
+TRAINED = ("sasrec", "gru4rec", "hstu", "sasrec_weeks", "sasrec_time")
 CONTROLS = ("shuffled images", "noise images", COLD_ITEMS)
 MODELS = (DECLARED, WITH_TIME)
 
@@ -60,12 +64,14 @@ class Plan:
             yield from (Run("speeder", name, seed) for seed in self.seeds for name in CONTROLS)
 
 
-def study(data: Path, work: Path, plan: Plan, recipe: str, workers: int) -> None:
-    prepare(data, work)
+def study(data: Path, work: Path, plan: Plan, recipe: str, workers: int, baselines: Path | None) -> None:
+    split = prepare(data, work)
+    if baselines is not None:
+        read_settings(baselines, split.dataset)  # what is wrong with it is said before anything is trained
     waiting = [run for run in plan.wanted() if not run.path(work).exists()]
     print(f"{plan.table}: {len(waiting)} runs to do", flush=True)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        started = {pool.submit(do, run, data, work, recipe): (run, time.perf_counter()) for run in waiting}
+        started = {pool.submit(do, run, data, work, recipe, baselines): (run, time.perf_counter()) for run in waiting}
         for done in as_completed(started):
             run, since = started[done]
             found = {name: round(value, 4) for name, value in done.result().items()}
@@ -83,6 +89,7 @@ def main() -> None:
     parser.add_argument(
         "--recipe", default="study", help="of the declared model; its twin that knows the time: NAME-time"
     )
+    parser.add_argument("--baselines", type=Path, help="settings of baselines, for the runs still to do")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -93,7 +100,8 @@ def main() -> None:
         return
     seeds = tuple(int(seed) for seed in arguments.seeds.split(","))
     only = tuple(arguments.only.split(";")) if arguments.only else ()
-    study(arguments.data, arguments.work, Plan(arguments.table, seeds, only), arguments.recipe, arguments.workers)
+    plan = Plan(arguments.table, seeds, only)
+    study(arguments.data, arguments.work, plan, arguments.recipe, arguments.workers, arguments.baselines)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from baseline_settings import read_settings
 from study_variants import COLD_ITEMS, DECLARED, VARIANTS, WITH_TIME, cold_items, with_vectors
 
 from speeder_engine.checkpoint import Checkpoint
@@ -18,8 +20,9 @@ from speeder_engine.data.dataset import load_dataset
 from speeder_engine.data.splits import Queries, Split, leave_one_out
 from speeder_engine.encoders.features import Features
 from speeder_engine.evaluation.baselines import BASELINES, ENSEMBLES, TRAINED, fit_ensemble
-from speeder_engine.evaluation.baselines.sasrec_time import SASRecTime
-from speeder_engine.evaluation.baselines.sequence import SEQUENCE_MODELS, SequenceBaseline
+from speeder_engine.evaluation.baselines.item_knn import ItemKNN
+from speeder_engine.evaluation.baselines.sasrec_time import WEEK_MODELS
+from speeder_engine.evaluation.baselines.sequence import SASREC, SEQUENCE_MODELS, SequenceBaseline
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.evaluation.scorer import Scorer
@@ -59,28 +62,33 @@ def prepare(data: Path, work: Path) -> Split:
     return split
 
 
-def do(run: Run, data: Path, work: Path, recipe: str) -> dict[str, float]:
-    """Leaves the run's reports in `work`; returns the test metrics."""
+def do(run: Run, data: Path, work: Path, recipe: str, baselines: Path | None = None) -> dict[str, float]:
+    """Leaves the run's reports in `work`; returns the test metrics. `baselines`: a file of their settings."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     split = prepare(data, work)
     (work / "reports").mkdir(exist_ok=True)
     if run.system == "speeder":
         return _speeder(run, split, work, recipe)
-    scorer = _baseline(run, split)
+    settings = {} if baselines is None else read_settings(baselines, split.dataset)
+    scorer = _baseline(run.system, split, run.seed, settings)
     if run.system in TRAINED:
+        fitted = {run.system: scorer, "itemknn": _baseline("itemknn", split, run.seed, settings)}
         for name in (each for each in ENSEMBLES if each.split("+")[0] == run.system):
-            _keep(Run(name, name, run.seed), fit_ensemble(name, split, {run.system: scorer}), split, work)
+            _keep(Run(name, name, run.seed), fit_ensemble(name, split, fitted), split, work)
     return _keep(run, scorer, split, work)
 
 
-def _baseline(run: Run, split: Split) -> Scorer:
-    if run.system == "sasrec_time":
-        tuned = SEQUENCE_MODELS["sasrec"][1]
-        return SASRecTime.fit(split, replace(tuned, seed=run.seed))
-    if run.system in SEQUENCE_MODELS:
-        return SequenceBaseline.fit(run.system, split, replace(SEQUENCE_MODELS[run.system][1], seed=run.seed))
-    return BASELINES[run.system](split)
+def _baseline(system: str, split: Split, seed: int, settings: Mapping[str, Any]) -> Scorer:
+    """With its settings of the search, where there are some; those of SASRec are also those of SASRec with weeks."""
+    if system == "itemknn":
+        return ItemKNN.fit(split.train, split.dataset.num_items, settings.get(system))
+    if system in WEEK_MODELS:
+        return WEEK_MODELS[system].fit(split, replace(settings.get("sasrec", SASREC), seed=seed))
+    if system in SEQUENCE_MODELS:
+        config = settings.get(system, SEQUENCE_MODELS[system][1])
+        return SequenceBaseline.fit(system, split, replace(config, seed=seed))
+    return BASELINES[system](split)
 
 
 def _speeder(run: Run, split: Split, work: Path, recipe: str) -> dict[str, float]:

@@ -1,10 +1,10 @@
 """Searches the settings of the tuned baselines by NDCG@10 on the validation queries; the test queries are never asked.
 
-    python bench/tune_baselines.py DATA itemknn sasrec gru4rec hstu --out runs.jsonl
+    python bench/tune_baselines.py DATA itemknn sasrec gru4rec hstu --out runs.jsonl --best DATA.json
 
 One setting after another over the values below, the best kept, until a round changes nothing or `--rounds` are over.
-Every run is a line of `--out` as soon as it is done; a run whose line is there is not run again. The last lines are the
-best of each system.
+Every run is a line of `--out` as soon as it is done; a run whose line is there is not run again. As each system ends,
+its best is told, and kept in `--best`, which `study.py --baselines` reads.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from baseline_settings import write_settings
 
 from speeder_engine.data.dataset import load_dataset
 from speeder_engine.data.splits import Queries, Split, leave_one_out
@@ -32,8 +33,8 @@ METRIC = "ndcg@10"
 TRAINED = {"dropout": (0.3, 0.5), "learning_rate": (1e-3, 3e-3), "dim": (64, 128)}
 AXES: dict[str, dict[str, tuple[Any, ...]]] = {
     "itemknn": {
-        "window": (1, 2, 3, 5, 7, 10, 20, None),
-        "decay": (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        "window": (1, 2, 3, 5, 7, 10, 20, 50, None),
+        "decay": (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0),
         "alpha": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
         "beta": (0.0, 0.25, 0.5, 0.75, 1.0),
         "last": (5, 10, 20, 50),
@@ -47,13 +48,18 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
 
 @dataclass
 class Log:
-    """Runs done, a JSON line each: system, settings, seconds, validation metrics."""
+    """Runs done on `data`, a JSON line each: data, system, settings, seconds, validation metrics.
+
+    Lines of other data may stand beside them.
+    """
 
     path: Path
+    data: str
 
     def __post_init__(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.runs = [json.loads(line) for line in lines]
+        self.runs = [run for run in map(json.loads, lines) if run["data"] == self.data]
 
     def of(self, system: str, settings: dict[str, Any]) -> dict[str, Any] | None:
         return next((run for run in self.runs if run["system"] == system and run["settings"] == settings), None)
@@ -61,10 +67,17 @@ class Log:
     def add(self, run: dict[str, Any]) -> None:
         self.runs.append(run)
         with self.path.open("a") as file:
-            file.write(json.dumps(run) + "\n")
+            file.write(json.dumps({"data": self.data, **run}) + "\n")
 
-    def best(self, system: str) -> dict[str, Any]:
-        return max((run for run in self.runs if run["system"] == system), key=lambda run: run[METRIC])
+    def best(self) -> dict[str, dict[str, Any]]:
+        """The best run of each system that has one, with the number of its runs and the seconds that they took."""
+        found = {}
+        for system in dict.fromkeys(run["system"] for run in self.runs):
+            runs = [run for run in self.runs if run["system"] == system]
+            best = max(runs, key=lambda run: run[METRIC])
+            told = {name: best[name] for name in ("settings", METRIC, "hr@10", "mrr")}
+            found[system] = told | {"runs": len(runs), "seconds": round(sum(run["seconds"] for run in runs), 1)}
+        return found
 
 
 @dataclass(frozen=True)
@@ -116,23 +129,28 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="a data folder")
     parser.add_argument("systems", nargs="+", choices=list(AXES), metavar="SYSTEM", help=", ".join(AXES))
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; runs in it are not repeated")
+    parser.add_argument("--best", type=Path, help="JSON: the best settings of each system in --out")
     parser.add_argument("--rounds", type=int, default=3, help="at most so many times through all settings")
     parser.add_argument("--axes", help="names of the settings to search, separated by commas; without it all")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--epochs", type=int, help="of the trained systems, instead of their own")
+    parser.add_argument("--epochs", type=int, help="of the trained systems, at most, instead of their own")
+    parser.add_argument("--patience", type=int, help="epochs without a better one that end them, instead of their own")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     split = leave_one_out(load_dataset(arguments.data))
-    queries, log = split.queries("validation"), Log(arguments.out)
+    queries, log = split.queries("validation"), Log(arguments.out, split.dataset.name)
+    longer = {name: value for name in ("epochs", "patience") if (value := getattr(arguments, name)) is not None}
     for system in arguments.systems:
         search = search_of(system)
-        if arguments.epochs and system in SEQUENCE_MODELS:
-            search = replace(search, start=replace(search.start, epochs=arguments.epochs))
+        if system in SEQUENCE_MODELS:
+            search = replace(search, start=replace(search.start, **longer))
         named = arguments.axes.split(",") if arguments.axes else list(AXES[system])
         axes = {name: values for name, values in AXES[system].items() if name in named}
         search.run(split, queries, log, arguments.rounds, axes)
-    for system in arguments.systems:
-        print(json.dumps({"best": log.best(system)}))
+        best = log.best()
+        print(json.dumps({"best": {"system": system, **best[system]}}), flush=True)
+        if arguments.best is not None:
+            write_settings(arguments.best, split.dataset, best)
 
 
 if __name__ == "__main__":

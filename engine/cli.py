@@ -113,8 +113,9 @@ def evaluate(
         typer.Argument(
             help="Checkpoints, engine directories or baselines: popularity, markov, itemknn; with times "
             "popularity_at_last, recent_popularity, recent_popularity_7, live_popularity, live_popularity_2; "
-            "trained first, minutes each: sasrec, gru4rec, hstu, sasrec_time (with times), sasrec+itemknn, "
-            "sasrec+live_popularity+itemknn, sasrec_time+live_popularity+itemknn."
+            "trained first, minutes each: sasrec, gru4rec, hstu, sasrec_weeks and sasrec_time (with times), "
+            "sasrec+itemknn, sasrec_weeks+itemknn, sasrec+live_popularity+itemknn, "
+            "sasrec_time+live_popularity+itemknn."
         ),
     ],
     data: Annotated[Path, typer.Option(help="Data folder.")],
@@ -124,7 +125,10 @@ def evaluate(
     ] = None,
     head: Annotated[
         str | None,
-        typer.Option(help="How engines answer the candidate lists: retrieve, rank, title, or generate (free text)."),
+        typer.Option(
+            help="How checkpoints and engines answer the candidate lists: retrieve, rank; engines also title, or "
+            "generate (free text)."
+        ),
     ] = None,
     by: Annotated[
         str, typer.Option(help="Also for groups of users: length, popularity (of the target), or both.")

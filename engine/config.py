@@ -162,8 +162,10 @@ class PromptConfig(Config):
 
 @dataclass(frozen=True)
 class HeadsConfig(Config):
-    """What the model answers with. `rank_residual` adds the retrieve score to a candidate's own head."""
+    """What the model answers with: the heads it was trained with. `rank_residual` adds the retrieve score to a
+    candidate's own head."""
 
+    retrieve: bool = True
     rank: bool = True
     rank_residual: bool = True
     prior: bool = True
@@ -173,6 +175,11 @@ class HeadsConfig(Config):
     def __post_init__(self) -> None:
         scores = f"HeadsConfig.title_score: {self.title_score!r}; choose 'sum' or 'mean'"
         check(self.title_score in ("sum", "mean"), scores)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of those that were trained."""
+        return tuple(name for name in ("retrieve", "rank", "title") if getattr(self, name))
 
 
 @dataclass(frozen=True)

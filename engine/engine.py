@@ -209,7 +209,7 @@ class Engine:
         if not serving.parts.config.heads.title:
             raise InvalidRequest("generate: this model was trained without a title head; use recommend")
         generations: list[Generation] = []
-        for queries in serving.steps([serving.resolve(replace(request, head="retrieve")) for request in asked]):
+        for queries in serving.steps([serving.resolve(request, "retrieve") for request in asked]):
             with serving.lock:
                 generations += serving.generate(queries, max_tokens)
         return generations
@@ -220,9 +220,12 @@ class Engine:
         return vector
 
     def user_vectors(self, requests: Iterable[Request]) -> NDArray[np.float32]:
-        """[B, d] in the order of the requests; their sessions are used and extended."""
+        """[B, d] in the order of the requests; their sessions are used and extended. InvalidRequest where there
+        is no retrieve head."""
         asked = [replace(request, candidates=None, head=None) for request in _requests(requests, "user_vectors")]
         serving = self._now()
+        if not serving.parts.config.heads.retrieve:
+            raise InvalidRequest("user_vectors: this model was trained without a retrieve head; use recommend")
         vectors = [np.zeros((0, serving.catalogue.tokens.shape[1]), np.float32)]
         for queries in serving.steps([serving.resolve(request) for request in asked]):
             with serving.lock:
@@ -238,7 +241,7 @@ class Engine:
     def similar_items(self, item_id: str, k: int = 10) -> Ranking:
         """The k items whose tokens are nearest by cosine, the item itself left out."""
         serving = self._now()
-        query = serving.resolve(Request([item_id], k))
+        query = serving.resolve(Request([item_id], k), "retrieve")
         with serving.lock:
             return serving.ranking(query, serving.scorer.similar(query))
 
@@ -265,7 +268,7 @@ class Engine:
         check_user(user_id)
         request = Request(history, user_id=user_id, times=times, history_offset=history_offset)
         serving = self._now()
-        query = serving.resolve(request)
+        query = serving.resolve(request, "retrieve")
         with serving.lock:
             before = serving.runner.rows_computed
             with serving.forward([query]):

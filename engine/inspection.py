@@ -58,7 +58,7 @@ def inspect_engine(path: Path) -> EngineSummary:
         window=prompt.window,
         window_step=prompt.window_step,
         modalities=tuple(config.compressor.modalities),
-        heads=("retrieve", *(name for name in ("rank", "title") if getattr(config.heads, name))),
+        heads=config.heads.names,
         decoder=decoder.to_json(),
         num_parameters=num_parameters,
         disk_bytes=artifact.total_size,

@@ -65,8 +65,13 @@ class Query:
         return len(self.window) + self.num_ranked + (self.trie.num_rows if self.trie is not None else 0)
 
 
-def resolve(request: Request, catalogue: Catalogue, layout: PromptLayout, config: ModelConfig) -> Query:
-    """Raises UnknownItem with every unknown id, or InvalidRequest; costs no computation."""
+def resolve(
+    request: Request, catalogue: Catalogue, layout: PromptLayout, config: ModelConfig, head: Head | None = None
+) -> Query:
+    """Raises UnknownItem with every unknown id, or InvalidRequest; costs no computation.
+
+    head: instead of the request's, for what reads the history alone and asks no head ("retrieve").
+    """
     rows, unknown = _look_up(request, catalogue)
     history, candidates = rows["history"], rows.get("candidates")
     length = request.history_offset + len(history)
@@ -85,7 +90,7 @@ def resolve(request: Request, catalogue: Catalogue, layout: PromptLayout, config
         request=request,
         window=history[start:],
         buckets=_buckets(request, unknown, layout, len(history) - start),
-        head=_head(request, config.heads),
+        head=head or _head(request, config.heads),
         candidates=None if candidates is None else np.sort(candidates),
         excluded=np.unique(np.concatenate(excluded)) if excluded else np.empty(0, np.int32),
         allowed=np.unique(rows["allow"]) if "allow" in rows else None,
@@ -108,11 +113,18 @@ def _buckets(request: Request, unknown: Sequence[str], layout: PromptLayout, win
 
 
 def _head(request: Request, heads: HeadsConfig) -> Head:
-    if request.head == "rank" and not heads.rank:
-        raise InvalidRequest("head: this model was trained without a rank head; use 'retrieve' for candidates too")
-    if request.head == "title" and not heads.title:
-        raise InvalidRequest("head: this model was trained without a title head; use 'rank' or 'retrieve'")
-    return request.head or ("rank" if request.candidates is not None and heads.rank else "retrieve")
+    head = request.head or _usual_head(request.candidates is not None, heads)
+    if head not in heads.names:
+        others = [name for name in reversed(heads.names) if name == "retrieve" or request.candidates is not None]
+        instead = f"use {' or '.join(map(repr, others))}" if others else "pass candidates"
+        raise InvalidRequest(f"head: this model was trained without a {head} head; {instead}")
+    return head
+
+
+def _usual_head(with_candidates: bool, heads: HeadsConfig) -> Head:
+    if not with_candidates:
+        return "retrieve"
+    return "rank" if heads.rank else "retrieve" if heads.retrieve else "title"
 
 
 def _look_up(request: Request, catalogue: Catalogue) -> tuple[dict[str, Rows], list[str]]:

@@ -109,15 +109,18 @@ class Serving:
         """Captures the graphs and answers once with each head, so that nothing is compiled or allocated later."""
         self.graphs.warm_up()
         some = self.catalogue.item_ids[: min(len(self.catalogue), WARM_CANDIDATES)]
-        heads: list[Head] = ["retrieve", "rank"] if self.parts.config.heads.rank else ["retrieve"]
-        requests = [Request([], WARM_K), *(Request([], candidates=some, head=head) for head in heads if some)]
+        trained = self.parts.config.heads
+        heads: list[Head] = [head for head in ("retrieve", "rank") if head in trained.names]
+        requests = [Request([], candidates=some, head=head) for head in heads if some]
+        if trained.retrieve:
+            requests.insert(0, Request([], WARM_K))
         counted = self.num_requests, self.num_steps, self.eager_steps, self.runner.rows_computed, self.graphs.replays
         for request in requests:
             self.step([self.resolve(request)])
         self.num_requests, self.num_steps, self.eager_steps, self.runner.rows_computed, self.graphs.replays = counted
 
-    def resolve(self, request: Request) -> Query:
-        query = resolve(request, self.catalogue, self.layout, self.parts.config)
+    def resolve(self, request: Request, head: Head | None = None) -> Query:
+        query = resolve(request, self.catalogue, self.layout, self.parts.config, head)
         if self.followers is not None:
             query = replace(query, following=self.followers.of(query.head, query.window))
         if query.head != "title" or query.candidates is None:

@@ -18,6 +18,8 @@ class StaticFollowers(nn.Module):
     rows: Tensor
     values: Tensor
     weights: Tensor
+    retrieve: Tensor
+    rank: Tensor
 
     def __init__(self, table: FollowerTable, reduces: bool) -> None:
         """reduces: whether the graph's runtime adds up what is scattered into one place; TensorRT doesn't."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from speeder_engine.config import CompressorConfig
+from speeder_engine.config import CompressorConfig, check
 from speeder_engine.export.graph_attention import DenseAttend, GraphRows, GroupQueryAttend, LayerPairs
 from speeder_engine.export.onnx_config import OnnxConfig
 from speeder_engine.export.static_followers import StaticFollowers
@@ -51,6 +51,8 @@ class StaticModel(nn.Module):
 
     def __init__(self, parts: EngineParts, export: OnnxConfig) -> None:
         super().__init__()
+        titles = "heads: this model was trained without a retrieve head, and titles are not exported; serve the engine"
+        check(parts.config.heads.retrieve, titles)
         model, dtype = copy.deepcopy(parts.model).float(), export.torch_dtype
         self.export = export
         instruction = run_instruction(model.decoder, model.instruction)

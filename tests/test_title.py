@@ -11,6 +11,9 @@ from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 from speeder_engine import ArtifactError, ConfigError, Engine, EngineConfig, Generation, InvalidRequest, Request
 from speeder_engine.config import HeadsConfig, ModelConfig
+from speeder_engine.export.onnx_config import OnnxConfig
+from speeder_engine.export.static_graph import StaticModel
+from speeder_engine.inspection import inspect_engine
 from speeder_engine.models.vocabulary import Vocabulary
 from speeder_engine.parts import EngineParts
 from speeder_engine.title import TitleTrie
@@ -37,6 +40,34 @@ def cold(titled):
 def title_scores(engine, history, candidates, user_id=None):
     ranking = engine.recommend(history, len(candidates), candidates=candidates, head="title", user_id=user_id)
     return dict(ranking)
+
+
+def test_a_model_of_titles_alone_answers_nothing_else(titled, tmp_path):
+    """What no loss has touched is refused, and what needs no head goes on."""
+    parts = titled.parts()
+    heads = HeadsConfig(retrieve=False, rank=False, title=True)
+    replace(parts, config=replace(parts.config, heads=heads)).save(tmp_path / "engine")
+    alone = Engine.load(tmp_path / "engine", dtype="float32", kv_budget="4MiB")
+    whole = Engine(parts, EngineConfig(dtype="float32", kv_budget="4MiB"))
+    alone.warm_up()
+    history, candidates = titled.ids(range(5)), titled.ids(range(10, 20))
+    by_title = whole.recommend(history, candidates=candidates, head="title")
+    assert (
+        alone.recommend(history, candidates=candidates) == by_title != whole.recommend(history, candidates=candidates)
+    )
+    assert alone.generate([Request(history)]) == whole.generate([Request(history)])
+    assert alone.similar_items("0001") == whole.similar_items("0001")
+    assert alone.warm("a", history) == len(history)
+    with pytest.raises(InvalidRequest, match="trained without a retrieve head; pass candidates"):
+        alone.recommend(history)
+    for head in ("retrieve", "rank"):
+        with pytest.raises(InvalidRequest, match=f"trained without a {head} head; use 'title'"):
+            alone.recommend(history, candidates=candidates, head=head)
+    with pytest.raises(InvalidRequest, match="user_vectors: this model was trained without a retrieve head"):
+        alone.user_vector(history)
+    assert inspect_engine(tmp_path / "engine").heads == ("title",)
+    with pytest.raises(ConfigError, match="without a retrieve head, and titles are not exported"):
+        StaticModel(alone.parts, OnnxConfig())
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 12, 13, 30])

@@ -4,8 +4,11 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModel
 
 from speeder_engine.checkpoint import Checkpoint
+from speeder_engine.training.backbone import train_tokenizer
 from speeder_engine.training.config import BackboneConfig, Stage, TrainingConfig
 from speeder_engine.training.fit import train
 
@@ -33,6 +36,24 @@ def without_dropout(config: TrainingConfig) -> TrainingConfig:
     """Nothing of a step is random but its batch."""
     backbone = replace(config.backbone, dropout=0.0)
     return replace(config, backbone=backbone, token_dropout=0.0, modality_dropout=0.0)
+
+
+def pretrained(family, folder, **more):
+    """A tiny model of random weights as a transformers folder."""
+    tokenizer = train_tokenizer(["some words"], 270)
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 36,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 10,
+        "intermediate_size": 37,
+    }
+    torch.manual_seed(0)
+    AutoModel.from_config(AutoConfig.for_model(family, **shape, **more)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return replace(CONFIG, backbone=BackboneConfig(source=str(folder)), stages=(Stage("S1", ("text",), 1, 5e-3),))
 
 
 def together() -> TrainingConfig:

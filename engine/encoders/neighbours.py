@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from speeder_engine.encoders.features import Features
+from speeder_engine.encoders.features import Features, Flags
 from speeder_engine.encoders.pairs import count_pairs
 from speeder_engine.encoders.windows import Ints, check_histories
 from speeder_engine.errors import ConfigError
@@ -17,6 +17,7 @@ from speeder_engine.errors import ConfigError
 WINDOW = 10
 DISCOUNTS = (0.5, 0.4)  # exponents of the counts of the followed and of the following item
 OVERSAMPLED, ITERATIONS = 16, 6  # of the randomised decomposition
+SMALLEST = 1e-2  # part of the largest singular value of a half; what is smaller is noise to fold in with
 
 
 def fit_neighbours(offsets: Ints, rows: Ints, num_items: int, rank: int, seed: int = 0) -> Features:
@@ -39,6 +40,25 @@ def fit_neighbours(offsets: Ints, rows: Ints, num_items: int, rank: int, seed: i
     seen = counts > 0
     vectors = vectors[seen] / max(float(vectors[seen].std()), 1e-12)
     return Features.of_present(vectors.astype(np.float32), seen)
+
+
+def fold_in(offsets: Ints, rows: Ints, known: Features, new: Flags) -> Features:
+    """Vectors of the `new` items, bool [I], in the space of the `known` ones [I, 2 rank], which need not be as fitted.
+
+    With L and R the halves of the known vectors and F counted over these histories, F ~ c L R^T; new halves are the
+    least squares of F[new, known] ~ c l R^T and of F[known, new] ~ c L r^T. Where nothing was tuned this is the
+    decomposition's own U_i sqrt(S) = F_i V / sqrt(S).
+    """
+    check_histories(offsets, rows, len(known))
+    matrix = following(offsets, rows, len(known), np.bincount(rows, minlength=len(known))).double()
+    left, right = torch.from_numpy(known.values).double().chunk(2, dim=1)
+    fitted = ((left.T @ left) * (right.T @ right)).sum()
+    scale = max(float((left * (matrix @ right)).sum() / fitted.clamp_min(1e-12)), 1e-12)
+    # rows of items that aren't known are zeros: nothing is read from them
+    lefts = matrix @ torch.linalg.pinv(right, rtol=SMALLEST).T
+    rights = matrix.T @ torch.linalg.pinv(left, rtol=SMALLEST).T
+    vectors = torch.cat([lefts, rights], dim=1)[torch.from_numpy(new)] / scale
+    return Features.of_present(vectors.numpy().astype(np.float32), new)
 
 
 def following(offsets: Ints, rows: Ints, num_items: int, counts: NDArray[np.int64]) -> Tensor:

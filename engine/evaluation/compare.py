@@ -25,6 +25,7 @@ from speeder_engine.evaluation.scorer import Scorer
 
 GENERATE = "generate"  # the literature's way: a title is written, and the candidate that has it is the answer
 HEADS = ("retrieve", "rank", "title", GENERATE)
+CHECKPOINT_HEADS = ("retrieve", "rank")
 
 
 def compare(
@@ -41,9 +42,10 @@ def compare(
     """One report a system, all on the same queries and candidate lists.
 
     candidates: a file of frozen lists, drawn and written if it isn't there; None draws the same lists without keeping
-    them. head: how engine directories answer those lists, one of `HEADS`; None leaves it to the engine. by: names
-    of GROUPINGS. against: the system that others are paired with, evaluated too where it isn't among `systems`. Raises
-    ConfigError for a system that is neither a folder of ours nor a baseline.
+    them. head: how checkpoints and engine directories answer those lists, one of `HEADS`, of `CHECKPOINT_HEADS` where
+    there are checkpoints; None leaves it to them. by: names of GROUPINGS. against: the system that others are paired
+    with, evaluated too where it isn't among `systems`. Raises ConfigError for a system that is neither a folder of ours
+    nor a baseline, and for a head that it hasn't.
     """
     if head is not None and head not in HEADS:
         raise ConfigError(f"head: {head!r} is no way to answer; choose one of {', '.join(HEADS)}")
@@ -52,7 +54,7 @@ def compare(
     check_groupings(by)
     systems = list(dict.fromkeys([*systems, *([] if against is None else [against])]))
     for system in systems:
-        _check_system(system)
+        _check_system(system, head)
     split = leave_one_out(load_dataset(data, columns=columns, min_interactions=min_interactions))
     asked: Part = "test" if part == "test" else "validation"
     queries = split.queries(asked)
@@ -73,11 +75,14 @@ def print_comparison(comparison: Comparison) -> None:
     Console().print(*comparison.tables(), sep="\n")
 
 
-def _check_system(system: str) -> None:
+def _check_system(system: str, head: str | None) -> None:
     path = Path(system)
     if system not in BASELINES and not any((path / name).is_file() for name in (ENGINE_MANIFEST, CHECKPOINT_MANIFEST)):
         known = ", ".join(BASELINES)
         raise ConfigError(f"{system}: neither a checkpoint nor an engine directory nor a baseline ({known})")
+    if head not in (None, *CHECKPOINT_HEADS) and (path / CHECKPOINT_MANIFEST).is_file() and system not in BASELINES:
+        instead = f"a checkpoint answers by {' or '.join(CHECKPOINT_HEADS)}; export it with 'speeder export engine'"
+        raise ConfigError(f"{system}: head {head!r} takes an engine directory, {instead}")
 
 
 def _scorer(system: str, split: Split, part: Part, head: str | None) -> Scorer:
@@ -93,4 +98,4 @@ def _scorer(system: str, split: Split, part: Part, head: str | None) -> Scorer:
     if checkpoint.table.item_ids != dataset.item_ids:
         raise DataError(f"{path}: was trained on other items than {dataset.name} has; evaluate on its own data")
     prior = query_prior(checkpoint, split, part)
-    return ModelScorer(checkpoint.model, checkpoint.item_tokens(), prior, name=system)
+    return ModelScorer(checkpoint.model, checkpoint.item_tokens(), prior, name=system, head=head)

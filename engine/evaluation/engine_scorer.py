@@ -12,7 +12,8 @@ from speeder_engine.request import Head, Request
 class EngineScorer:
     """The `Scorer` of an engine on a dataset whose items, in row order, are `item_ids`.
 
-    head: what scores candidates, "title" for instance; none: what the engine takes by itself.
+    head: what scores candidates, "title" for instance; none: what the engine takes by itself. Without a retrieve head
+    the engine has no answer out of the whole catalogue: all scores are -inf.
     """
 
     uses_time = False
@@ -32,6 +33,8 @@ class EngineScorer:
         self.prior = np.float32(beta) * engine.catalogue.priors(item_ids)
 
     def scores(self, queries: Queries) -> NDArray[np.float32]:
+        if not self.engine.parts.config.heads.retrieve:
+            return np.full((len(queries), len(self.item_ids)), -np.inf, np.float32)
         vectors = self.engine.user_vectors(Request(self.ids(queries.history(q))) for q in range(len(queries)))
         scores: NDArray[np.float32] = (vectors @ self.vectors.T + self.prior).astype(np.float32)
         return scores

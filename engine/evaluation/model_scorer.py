@@ -12,7 +12,7 @@ from torch import Tensor
 
 from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.data.splits import Part, Queries, Split
-from speeder_engine.errors import DataError
+from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.live_prior import LivePopularity
 from speeder_engine.models.prior import ConstantPrior, ExactPrior, Prior, of_candidates
 from speeder_engine.models.recommender import Recommender
@@ -23,10 +23,20 @@ Seconds = NDArray[np.int64]
 
 
 class ModelScorer:
-    """The `Scorer` of a Recommender with its item tokens [I, d] and its prior; a live one knows the query's time."""
+    """The `Scorer` of a Recommender with its item tokens [I, d] and its prior; a live one knows the query's time.
 
-    def __init__(self, model: Recommender, tokens: Tensor, prior: Prior, name: str = "speeder (model)") -> None:
-        self.name = name
+    head: what scores candidates, "retrieve" or "rank"; none: the rank head where the model has one. ConfigError for one
+    that wasn't trained, and for titles, which an engine scores.
+    """
+
+    def __init__(
+        self, model: Recommender, tokens: Tensor, prior: Prior, name: str = "speeder (model)", head: str | None = None
+    ) -> None:
+        trained = [each for each in model.config.heads.names if each != "title"]
+        if head is not None and head not in trained:
+            known = f"it scores candidates by {' or '.join(trained)}" if trained else "it has titles alone"
+            raise ConfigError(f"{name}: head {head!r} of a model as trained; {known}, titles take an exported engine")
+        self.name, self.head = name, head or ("rank" if "rank" in trained else "retrieve")
         self.model, self.tokens, self.prior = model, tokens, prior
         self.layout = PromptLayout(model.config.prompt)
         self.followers = None if model.followers is None else model.followers.scorer()
@@ -37,16 +47,22 @@ class ModelScorer:
 
     @torch.inference_mode()
     def scores(self, queries: Queries) -> NDArray[np.float32]:
+        """By the retrieve head; -inf, which is no answer, where that wasn't trained."""
+        if not self.model.config.heads.retrieve:
+            return np.full((len(queries), len(self.tokens)), -np.inf, np.float32)
         vectors, _ = self._forward(_histories(queries), _times(queries), None)
         scores = _to_numpy(vectors @ self.tokens.T + self.model.retrieve.beta * self._prior(queries))
         return scores + self._following(queries, False)
 
     @torch.inference_mode()
     def candidate_scores(self, queries: Queries, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
-        """By the rank head where the model has one, else by the retrieve head."""
+        if self.head not in self.model.config.heads.names:
+            raise ConfigError(
+                f"{self.name}: was trained for titles alone; export an engine, which scores candidates by them"
+            )
         rows = torch.from_numpy(candidates.astype(np.int64)).to(self.tokens.device)
         prior = of_candidates(self._prior(queries), rows)
-        if not self.model.config.heads.rank:
+        if self.head == "retrieve":
             vectors, _ = self._forward(_histories(queries), _times(queries), None)
             scores = _to_numpy(self._products(vectors, rows) + self.model.retrieve.beta * prior)
         else:

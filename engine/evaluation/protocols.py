@@ -45,7 +45,7 @@ def evaluate(
 
     Holds the scores of one batch, a few times [batch_size, num_items] floats. DataError for scores that are NaN, +inf
     or of a wrong shape and for lists of other queries; a counted SpeederWarning where a system gave all items the
-    same score: its ranks are then the catalogue's order.
+    same score (its ranks are then the catalogue's order) or none.
     """
     _check(queries, candidates, ks, batch_size)
     tally = _Tally()
@@ -58,6 +58,11 @@ def evaluate(
             rows = candidates.rows[start : start + batch_size]
             slots = candidates.target_slot[start : start + batch_size]
             tally.add_candidates(scorer.name, _candidate_scores(scorer, batch, rows, scores), rows, slots)
+    if tally.num_silent:
+        message = (
+            f"{scorer.name}: answered nothing out of the whole catalogue in {tally.num_silent:,} of {len(queries):,}"
+        )
+        warn(f"{message} queries; these count as missed in the full ranking", SpeederWarning, stacklevel=2)
     if tally.num_constant:
         message = f"{scorer.name}: gave all items the same score in {tally.num_constant:,} of {len(queries):,} queries"
         warn(f"{message}; they are ranked in the catalogue's order", SpeederWarning, stacklevel=2)
@@ -71,6 +76,7 @@ class _Tally:
     valid: list[NDArray[np.bool_]] = field(default_factory=list)
     recommended: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
     num_constant: int = 0
+    num_silent: int = 0
 
     def add_full(self, name: str, batch: Queries, scores: Floats) -> None:
         num_items = len(self.recommended) or (scores.shape[1] if scores.ndim == 2 else 0)
@@ -79,11 +85,13 @@ class _Tally:
             self.recommended = np.zeros(num_items, dtype=np.bool_)
         if max(batch.targets.max(), batch.rows.max(initial=0)) >= num_items:
             raise DataError(f"{name}: scores {num_items} items, but the queries know more; fit it on the same data")
-        self.num_constant += int(np.count_nonzero(scores.max(axis=1) == scores.min(axis=1)))
+        best, worst = scores.max(axis=1), scores.min(axis=1)
+        self.num_silent += int(np.count_nonzero(np.isneginf(best)))
+        self.num_constant += int(np.count_nonzero((best == worst) & np.isfinite(best)))
         masked = mask_history(scores, batch.offsets, batch.rows, batch.targets)
         self.ranks.append(target_ranks(masked, batch.targets))
-        best = top_k(masked, COVERAGE_K)
-        self.recommended[best[best >= 0]] = True
+        top = top_k(masked, COVERAGE_K)
+        self.recommended[top[top >= 0]] = True
 
     def add_candidates(self, name: str, scores: Floats, rows: Rows, slots: Rows) -> None:
         check_scores(scores, (rows.shape[0], rows.shape[1]), f"{name}, candidates")

@@ -179,15 +179,14 @@ class TrainingConfig(Config):
         dropouts = ("token_dropout", "modality_dropout", "time_dropout")
         for name in (*dropouts, "warmup", "label_smoothing", "averaging"):
             check(0 <= getattr(self, name) < 1, f"{name} must be within 0..1, is {getattr(self, name)}")
-        both = "heads.rank and rank_weight: give the head a weight, or leave it out (rank: false, rank_weight: 0)"
-        check(self.heads.rank == (self.rank_weight > 0), both)
-        titled = (
-            "heads.title and title_weight: give the head a weight, or leave both out (title: false, title_weight: 0)"
-        )
-        check(self.heads.title == (self.title_weight > 0), titled)
+        for name in ("retrieve", "rank", "title"):
+            both = f"give the head a weight, or leave both out ({name}: false, {name}_weight: 0)"
+            weighed = getattr(self, f"{name}_weight") > 0
+            check(getattr(self.heads, name) == weighed, f"heads.{name} and {name}_weight: {both}")
         check(not self.heads.title or bool(self.question), "question: heads.title needs one; it can't be empty")
-        judges = f"judge: {self.judge!r}; choose 'ndcg@10' or, with heads.title, 'title_probability'"
-        check(self.judge in (None, "ndcg@10", *(["title_probability"] if self.heads.title else [])), judges)
+        judges = {"ndcg@10": self.heads.retrieve, "title_probability": self.heads.title}
+        choice = "'ndcg@10' with heads.retrieve or 'title_probability' with heads.title"
+        check(self.judge is None or judges.get(self.judge, False), f"judge: {self.judge!r}; choose {choice}")
         nothing = "retrieve_weight and title_weight: both are 0; a model needs one of these heads"
         check(self.retrieve_weight > 0 or self.title_weight > 0, nothing)
         for name in ("retrieve_weight", "rank_weight", "order_weight", "title_weight", "weight_decay", "calendar_days"):

@@ -249,9 +249,10 @@ def _validation(checkpoint: Checkpoint, split: Split, config: TrainingConfig, ti
 
     def validate(tokens: Tensor) -> dict[str, float]:
         with torch.no_grad():
-            scorer = ModelScorer(checkpoint.model, tokens, prior)
-            report = evaluate(scorer, queries, None, ks=(10,), show_progress=False)
-            metrics = {name: float(report.metrics[name]) for name in ("hr@10", "ndcg@10")}
+            scorer, metrics = ModelScorer(checkpoint.model, tokens, prior), {}
+            if config.heads.retrieve:
+                report = evaluate(scorer, queries, None, ks=(10,), show_progress=False)
+                metrics = {name: float(report.metrics[name]) for name in ("hr@10", "ndcg@10")}
             if titles is not None:
                 metrics["title_probability"] = title_probability(scorer, queries, titles)
         return metrics

@@ -15,7 +15,7 @@ from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.losses import Losses, compute_losses
 from speeder_engine.training.parallel import ALONE, Processes
 from speeder_engine.training.precision import autocast
-from speeder_engine.training.sampled import ItemSampler, SampledPrior
+from speeder_engine.training.sampled import ItemSampler, SampledItems, SampledPrior
 from speeder_engine.training.token_table import TokenTable
 
 
@@ -42,17 +42,19 @@ class GradientMaker:
         """The losses of all batches of `group` as one, each a mean over all its targets; `share` [M]. What is drawn
         beside the batches depends on `number`."""
         if len(group) == 1 and self.processes.size == 1:
-            losses = self._losses(group[0], share, number)
+            losses = self._losses(group[0], share, self._drawn(group[0], number))
             losses.total.backward()  # type: ignore[no-untyped-call]
             return losses
         size, parts = self.processes.size, []
         counts = [count_targets(batch) for batch in group]
         whole = {name: max(sum(each[name] for each in counts), 1) for name in counts[0]}
         for index, batch in enumerate(group):
+            # of the whole batch: all parts are scored against the same items
+            sampled = self._drawn(batch, number if len(group) == 1 else (*number, index))
             mine = self.processes.part(batch)
             given = self.processes.has_part(batch)
             shares = {name: given * count / whole[name] for name, count in count_targets(mine).items()}
-            parts.append(weighed(self._losses(mine, share, (*number, index)), shares, self.config))
+            parts.append(weighed(self._losses(mine, share, sampled), shares, self.config))
             (parts[-1].total * size).backward()  # type: ignore[no-untyped-call]
         self.processes.sum_gradients([*self.model.parameters(), *self.table.tuned.parameters()])
         return self._over_processes(added(parts), whole[parts[0].leads])
@@ -63,12 +65,14 @@ class GradientMaker:
         sums: dict[str, Any] = dict(zip(values, self.processes.sums([*values.values()]), strict=True))
         return replace(losses, **sums, num_targets=num_targets)
 
-    def _losses(self, batch: TrainingBatch, share: Tensor, number: tuple[int, ...]) -> Losses:
+    def _drawn(self, batch: TrainingBatch, number: tuple[int, ...]) -> SampledItems | None:
+        return None if self.sampler is None else self.sampler.draw(batch, number)
+
+    def _losses(self, batch: TrainingBatch, share: Tensor, sampled: SampledItems | None) -> Losses:
         with autocast(self.config.precision, self.device):
-            if self.sampler is None:
+            if sampled is None:
                 batch, tokens = batch.to(self.device), self.table(share)
                 return compute_losses(self.model, tokens, self.prior, batch, self.config, self.out)
-            sampled = self.sampler.draw(batch, number)
             items = sampled.rows.to(self.device)
             batch, tokens = sampled.renumber(batch).to(self.device), self.table(share, items)
             prior, log_inclusion = SampledPrior(self.prior, items), sampled.log_inclusion.to(self.device)

@@ -18,7 +18,8 @@ from speeder_engine.checkpoint import Checkpoint, TrainingState
 from speeder_engine.config import ModelConfig
 from speeder_engine.data.splits import Split
 from speeder_engine.encoders.cache import FeatureCache
-from speeder_engine.encoders.features import Features
+from speeder_engine.encoders.features import Features, Flags
+from speeder_engine.encoders.neighbours import fold_in
 from speeder_engine.encoders.sasrec import SASRec, SASRecConfig
 from speeder_engine.encoders.sequence_fit import fit_sequence_model
 from speeder_engine.errors import ConfigError, DataError
@@ -130,11 +131,24 @@ def overlaid(under: Features, over: Features) -> Features:
 
 
 def fit_new_items(split: Split, known: Features, trained: TrainingConfig) -> Features:
-    """Vectors for the items with events that have none, learned between the known ones, which stand still."""
-    seen = np.bincount(split.train.rows, minlength=len(known)) > 0
-    new = seen & ~known.present
+    """Vectors for the items with events that have none, fitted to the known ones, which stand still."""
+    train, wanted = split.train, trained.collaborative
+    new = (np.bincount(train.rows, minlength=len(known)) > 0) & ~known.present
     if not new.any():
         return known
+    # vectors that came with the data hold no factors, whatever the recipe says
+    if not wanted.neighbours or known.dim != wanted.dim + 2 * wanted.neighbours:
+        return overlaid(known, _fitted_by_sasrec(split, known, new, trained))
+    learned, factors = np.split(known.values, [wanted.dim], axis=1)
+    # beside factors they have unit variance; a SASRec learns new ones at the spread that its own begin with
+    spread = np.float32(wanted.dim**-0.5 / max(float(learned[known.present].std()), 1e-12))
+    beside = _fitted_by_sasrec(split, Features(learned * spread, known.present), new, trained)
+    folded = fold_in(train.offsets, train.rows, Features(factors, known.present), new)
+    return overlaid(known, Features(np.concatenate([beside.values / spread, folded.values], axis=1), new))
+
+
+def _fitted_by_sasrec(split: Split, known: Features, new: Flags, trained: TrainingConfig) -> Features:
+    """Of the `new` items, learned as item embeddings of a SASRec between the known ones."""
     wanted = trained.collaborative
     config = SASRecConfig(
         dim=known.dim,
@@ -154,8 +168,7 @@ def fit_new_items(split: Split, known: Features, trained: TrainingConfig) -> Fea
     title = f"collaborative vectors of {int(new.sum()):,} new items"
     train = split.train
     model = fit_sequence_model(AnchoredSASRec, config, train.offsets, train.rows, len(known), title=title)
-    fitted = model.items.weight.detach().numpy()
-    return overlaid(known, Features.of_present(fitted[new], new))
+    return Features.of_present(model.items.weight.detach().numpy()[new], new)
 
 
 class Anchored(nn.Module):

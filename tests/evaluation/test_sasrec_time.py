@@ -6,7 +6,7 @@ import torch
 
 from speeder_engine.encoders.sasrec import SASRecConfig
 from speeder_engine.errors import DataError
-from speeder_engine.evaluation.baselines.sasrec_time import SECONDS_A_WEEK, SASRecTime
+from speeder_engine.evaluation.baselines.sasrec_time import SECONDS_A_WEEK, SASRecTime, SASRecWeeks
 from speeder_engine.evaluation.protocols import evaluate
 
 NUM_ITEMS, NUM_WEEKS = 24, 12
@@ -29,8 +29,42 @@ def split(make_split):
 
 
 @pytest.fixture(scope="module")
+def split_by_last_week(make_split):
+    """What is taken is the item of the week before it: an item tells the week of the one before, not its own.
+
+    Times don't rise: every week comes as often at every place.
+    """
+    rng = np.random.default_rng(0)
+    weeks = [rng.integers(0, NUM_WEEKS, rng.integers(12, 20)) for _ in range(300)]
+    histories = [2 * np.append(rng.integers(NUM_WEEKS), each[:-1]) + rng.integers(0, 2, len(each)) for each in weeks]
+    return make_split(histories, [each * SECONDS_A_WEEK for each in weeks], NUM_ITEMS)
+
+
+@pytest.fixture(scope="module")
 def fitted(split):
     return SASRecTime.fit(split, SMALL)
+
+
+@pytest.fixture(scope="module")
+def fitted_weeks(split_by_last_week):
+    return SASRecWeeks.fit(split_by_last_week, SMALL)
+
+
+def test_weeks_of_interactions_are_read_and_the_query_s_is_not(fitted_weeks, split_by_last_week):
+    queries = split_by_last_week.queries("test")
+    first = split_by_last_week.train.times.min()
+    last = queries.offsets[1:] - 1
+    weeks = (queries.times[last] - first) // SECONDS_A_WEEK
+    scores = fitted_weeks.scores(queries)
+    assert (scores.argmax(axis=1) // 2 == weeks).mean() > 0.9
+    times = queries.times.copy()
+    times[last] = first + 3 * SECONDS_A_WEEK
+    moved = fitted_weeks.scores(replace(queries, times=times)).argmax(axis=1) // 2
+    assert (moved == 3).mean() > 0.9
+    np.testing.assert_array_equal(fitted_weeks.scores(replace(queries, query_times=None)), scores)
+    assert not fitted_weeks.uses_time
+    with pytest.raises(DataError, match="sasrec_weeks: the queries have no times"):
+        fitted_weeks.scores(replace(queries, times=None))
 
 
 def test_learns_what_the_week_decides(fitted, split):
@@ -56,7 +90,9 @@ def test_queries_are_scored_as_if_alone(fitted, split):
     np.testing.assert_allclose(fitted.scores(queries), alone, atol=1e-4)
 
 
-def test_no_position_sees_a_later_time(fitted):
+@pytest.mark.parametrize("name", ["fitted", "fitted_weeks"])
+def test_no_position_sees_a_later_time(request, name):
+    fitted = request.getfixturevalue(name)
     rows, weeks = torch.arange(8)[None], torch.arange(8)[None]
     changed = weeks.clone()
     changed[0, 5:] = 11

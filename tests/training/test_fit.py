@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from counting import make_dataset
-from tiny_training import CONFIG, resumed_after
-from transformers import AutoConfig, AutoModel
+from tiny_training import CONFIG, pretrained, resumed_after
 
 from speeder_engine import Engine
 from speeder_engine.checkpoint import Checkpoint
@@ -21,8 +20,7 @@ from speeder_engine.export.engine_directory import export_engine
 from speeder_engine.models.families import FAMILIES
 from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.training import gradient as gradient_module
-from speeder_engine.training.backbone import train_tokenizer
-from speeder_engine.training.config import BackboneConfig, Stage, TrainingConfig
+from speeder_engine.training.config import Stage, TrainingConfig
 from speeder_engine.training.features import read_images
 from speeder_engine.training.fit import train
 
@@ -134,24 +132,6 @@ def test_images_that_cannot_be_unpacked_are_counted_and_missing():
     with pytest.warns(SpeederWarning, match=r"2 of 24 images can't be read; the first: x.zip: 003.jpg"):
         images = read_images(damaged)
     assert [i for i, image in enumerate(images) if image is None] == [3, 7]
-
-
-def pretrained(family, folder, **more):
-    """A tiny model of random weights as a transformers folder."""
-    tokenizer = train_tokenizer(["some words"], 270)
-    shape = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 36,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 1,
-        "head_dim": 10,
-        "intermediate_size": 37,
-    }
-    torch.manual_seed(0)
-    AutoModel.from_config(AutoConfig.for_model(family, **shape, **more)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return replace(CONFIG, backbone=BackboneConfig(source=str(folder)), stages=(Stage("S1", ("text",), 1, 5e-3),))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

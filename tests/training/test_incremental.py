@@ -14,6 +14,7 @@ from speeder_engine.data.dataset import Dataset
 from speeder_engine.data.items import Items
 from speeder_engine.data.splits import leave_one_out
 from speeder_engine.encoders.features import Features
+from speeder_engine.encoders.neighbours import fold_in
 from speeder_engine.errors import ConfigError, SpeederWarning
 from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.evaluation.protocols import evaluate
@@ -142,6 +143,26 @@ def test_known_vectors_stand_still_and_new_ones_are_fitted(old):
         fit_new_items(counting(OLD, 60, days=50), checkpoint.features["collaborative"], RECIPE)
         is (checkpoint.features["collaborative"])
     )
+
+
+def test_new_items_get_factors_of_who_follows_whom(tmp_path):
+    """What is learned beside factors is as large as that of known items, and factors are those of the fold."""
+    collaborative = replace(RECIPE.collaborative, neighbours=4, epochs=4)
+    recipe = replace(RECIPE, collaborative=collaborative)
+    old, grown = counting(OLD, 120, days=100), counting(GROWN, 200, days=200, seed=1)
+    features = make_features(old, recipe, tmp_path / "cache").features["collaborative"]
+    known = carried(features, old.dataset.item_ids, grown.dataset.item_ids)
+    found = fit_new_items(grown, known, recipe)
+    np.testing.assert_array_equal(found.values[known.present], known.values[known.present])
+    assert found.dim == 8 + 2 * 4 and found.present.all()
+    new, factors = ~known.present, np.ascontiguousarray(known.values[:, 8:])
+    folded = fold_in(grown.train.offsets, grown.train.rows, Features(factors, known.present), new)
+    np.testing.assert_array_equal(found.values[new, 8:], folded.values[new])
+    learned = np.linalg.norm(found.values[:, :8], axis=1)
+    assert 0.4 < learned[new].mean() / learned[known.present].mean() < 2.5
+    own = replace(recipe, collaborative=replace(collaborative, neighbours=3))  # not the factors of this recipe
+    other = fit_new_items(grown, known, own)
+    assert other.present.all() and not np.allclose(other.values[new, 8:], folded.values[new])
 
 
 def test_another_model_is_refused(old, tmp_path):

@@ -4,26 +4,29 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import together
+from tiny_training import pretrained, together, without_dropout
 
 from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.errors import ConfigError
 from speeder_engine.training.batches import TrainingBatch, TrainingBatches
+from speeder_engine.training.config import Stage
 from speeder_engine.training.fit import train
 from speeder_engine.training.parallel import ALONE, Processes, join_processes
 
 SCRIPT = Path(__file__).with_name("train_together.py")
 
 
-def torchrun(*arguments):
+def torchrun(out, config, *words):
+    settings = out.with_name("config.json")
+    settings.write_text(json.dumps(config.to_json()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]
     done = subprocess.run(
-        [*map(str, command), *map(str, arguments)],
+        [*map(str, command), str(out), str(settings), *words],
         env={**os.environ, "OMP_NUM_THREADS": "1", "SPEEDER_PROGRESS": "0"},
         capture_output=True,
         text=True,
@@ -32,32 +35,57 @@ def torchrun(*arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_processes_resumed_once_give_the_weights_of_one(split, tmp_path):
-    torch.manual_seed(0)
-    alone = train(split, together(), tmp_path / "one")
-    torchrun(tmp_path / "two", "stop")
-    assert Checkpoint.load(tmp_path / "two").state.epochs_done == 1
-    torchrun(tmp_path / "two", "resume")
-    both = Checkpoint.load(tmp_path / "two")
-    assert both.state is None and both.metrics["stage"] == "S2"
-    expected = alone.model.state_dict()
-    found = both.model.state_dict()
-    assert set(found) == set(expected)
+def hold_together(two, one):
+    """Weights, tuned vectors and the log of a run of two processes are those of one process."""
+    both, alone = Checkpoint.load(two), Checkpoint.load(one)
+    found, expected = both.model.state_dict(), alone.model.state_dict()
+    assert both.state is None and set(found) == set(expected)
     for name, value in found.items():
         if name == "rank.bias":
             continue  # added to all candidates it changes no loss: its gradient is rounding, which Adam blows up
         torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
-    tuned = torch.from_numpy(both.features["collaborative"].values)
-    torch.testing.assert_close(tuned, torch.from_numpy(alone.features["collaborative"].values), atol=1e-5, rtol=0)
+    for name, features in both.features.items():
+        vectors = (torch.from_numpy(each.values) for each in (features, alone.features[name]))
+        torch.testing.assert_close(*vectors, atol=1e-5, rtol=0)
     logs = [
-        [json.loads(line) for line in (tmp_path / f"{name}.log.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
+        [json.loads(line) for line in out.with_name(f"{out.name}.log.jsonl").read_text().splitlines()]
+        for out in (one, two)
     ]
-    assert len(logs[1]) == 3  # one process writes
-    for one, two in zip(*logs, strict=True):
+    for first, second in zip(*logs, strict=True):  # one process writes
         # the optimizer would forgive gradients that are all too large
-        assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert second["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-3)
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
+
+
+def test_two_processes_resumed_once_give_the_weights_of_one(split, tmp_path):
+    torch.manual_seed(0)
+    train(split, together(), tmp_path / "one")
+    torchrun(tmp_path / "two", together(), "stop")
+    assert Checkpoint.load(tmp_path / "two").state.epochs_done == 1
+    torchrun(tmp_path / "two", together(), "resume")
+    assert Checkpoint.load(tmp_path / "two").metrics["stage"] == "S2"
+    hold_together(tmp_path / "two", tmp_path / "one")
+
+
+def test_two_processes_share_the_drawn_items_of_a_sampled_softmax(split, tmp_path):
+    """A batch of four segments, so that what one part holds the other often doesn't; five drawn items of 24."""
+    stages = (Stage("S2", ("text", "collaborative"), 1, 3e-4),)
+    config = replace(together(), stages=stages, batch_size=4, sampled_items=5)
+    train(split, config, tmp_path / "one")
+    torchrun(tmp_path / "two", config)
+    hold_together(tmp_path / "two", tmp_path / "one")
+
+
+def test_two_processes_tune_the_adapters_of_one(split, tmp_path):
+    config = pretrained("llama", tmp_path / "base")
+    backbone = replace(config.backbone, lora_dropout=0.0)
+    stages = (Stage("S1", ("text",), 2, 3e-4),)
+    config = replace(without_dropout(replace(config, backbone=backbone)), stages=stages, validation_users=30)
+    alone = train(split, config, tmp_path / "one")
+    moved = [value.abs().max() for name, value in alone.model.state_dict().items() if "lora_B" in name]
+    assert len(moved) == 14 and min(moved) > 1e-3  # seven matrices in each of two layers
+    torchrun(tmp_path / "two", config)
+    hold_together(tmp_path / "two", tmp_path / "one")
 
 
 def test_parts_of_a_batch_are_the_whole(split):

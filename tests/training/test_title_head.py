@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from counting import make_dataset
@@ -15,11 +16,14 @@ from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.config import HeadsConfig
 from speeder_engine.data.candidates import draw_candidates
 from speeder_engine.data.splits import leave_one_out
-from speeder_engine.errors import ConfigError
+from speeder_engine.errors import ConfigError, SpeederWarning
+from speeder_engine.evaluation.compare import compare, scorers
 from speeder_engine.evaluation.engine_scorer import EngineScorer
 from speeder_engine.evaluation.generation_scorer import GenerationScorer
+from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.export.engine_directory import export_engine
+from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.training.backbone import train_tokenizer
 from speeder_engine.training.config import BackboneConfig, Stage, TrainingConfig, load_recipe
 from speeder_engine.training.fit import train
@@ -96,6 +100,30 @@ def test_all_heads_learn_the_rule(split, trained, head):
     assert metrics["valid_ratio"] == 1
 
 
+@pytest.mark.parametrize("head", ["rank", "retrieve", None])
+def test_a_checkpoint_answers_by_the_head_that_is_asked_for(split, trained, head):
+    queries = split.queries("test").slice(0, 40)
+    lists = draw_candidates(split.dataset, queries, num_negatives=NEGATIVES).rows
+    (checkpoint,) = scorers([str(trained / "c")], split, "test", head)
+    engine = EngineScorer(Engine.load(trained / "e", dtype="float32", kv_budget="0"), split.dataset.item_ids, head=head)
+    found = checkpoint.candidate_scores(queries, lists)
+    np.testing.assert_allclose(found, engine.candidate_scores(queries, lists), atol=1e-3)
+    (other,) = scorers([str(trained / "c")], split, "test", "rank" if head == "retrieve" else "retrieve")
+    assert not np.allclose(found, other.candidate_scores(queries, lists), atol=1e-1)
+
+
+def test_a_head_that_a_checkpoint_has_not_is_refused(split, trained, tmp_path):
+    checkpoint = Checkpoint.load(trained / "c")
+    with pytest.raises(
+        ConfigError, match="head 'title' takes an engine directory, a checkpoint answers by retrieve or"
+    ):
+        compare([str(trained / "c")], tmp_path, head="title")
+    prior, tokens = ConstantPrior(torch.from_numpy(checkpoint.table.prior)), checkpoint.item_tokens()
+    checkpoint.model.config = replace(checkpoint.model.config, heads=HeadsConfig(rank=False))
+    with pytest.raises(ConfigError, match="head 'rank' of a model as trained; it scores candidates by retrieve"):
+        ModelScorer(checkpoint.model, tokens, prior, head="rank")
+
+
 def test_what_is_written_are_titles(split, trained):
     engine = Engine.load(trained / "e", dtype="float32", kv_budget="0")
     metrics = evaluated(GenerationScorer(engine, split.dataset.item_ids), split)
@@ -124,7 +152,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(split, tmp_path):
 
 
 def test_a_model_of_titles_alone(split, tmp_path):
-    heads = HeadsConfig(rank=False, title=True)
+    heads = HeadsConfig(retrieve=False, rank=False, title=True)
     off = dict.fromkeys(("retrieve_weight", "rank_weight", "order_weight"), 0.0)
     alone = replace(CONFIG, heads=heads, **off)
     train(split, alone, tmp_path / "c")
@@ -132,10 +160,17 @@ def test_a_model_of_titles_alone(split, tmp_path):
     assert log[-1]["loss"] < log[0]["loss"] / 3  # of titles: there is no other
     assert log[-1]["title_probability"] > 3 * log[0]["title_probability"]
     export_engine(tmp_path / "c", tmp_path / "e")
+    assert "ndcg@10" not in log[-1]
     engine = Engine.load(tmp_path / "e", dtype="float32", kv_budget="0")
-    assert (
-        evaluated(EngineScorer(engine, split.dataset.item_ids, head="title"), split)["vhr@1"] > 0.25
-    )  # by chance 1 in 10
+    with pytest.warns(SpeederWarning, match="answered nothing out of the whole catalogue in 240 of 240"):
+        metrics = evaluated(EngineScorer(engine, split.dataset.item_ids), split)
+    assert metrics["vhr@1"] > 0.25  # by chance 1 in 10
+    assert metrics["hr@10"] == metrics["coverage@10"] == 0
+    (checkpoint,) = scorers([str(tmp_path / "c")], split, "test")
+    queries = split.queries("test").slice(0, 5)
+    assert np.isneginf(checkpoint.scores(queries)).all()
+    with pytest.raises(ConfigError, match="was trained for titles alone; export an engine"):
+        checkpoint.candidate_scores(queries, np.zeros((5, 2), np.int32))
 
 
 def write_causal_lm(folder, tied):

@@ -89,7 +89,7 @@ def test_a_title_does_not_see_what_comes_after_its_cut(titled):
 
 
 def test_titles_alone(titled):
-    heads = HeadsConfig(rank=False, title=True)
+    heads = HeadsConfig(retrieve=False, rank=False, title=True)
     alone = replace(CONFIG, heads=heads, retrieve_weight=0.0, rank_weight=0.0, order_weight=0.0)
     batch = next(make_batches(titled, alone).epoch(0))
     found = losses_of(titled, batch, alone)
@@ -131,10 +131,15 @@ def test_contradictions_are_refused(titled):
         TrainingConfig(heads=HeadsConfig(title=True))
     with pytest.raises(ConfigError, match=r"question: heads\.title needs one"):
         replace(CONFIG, question="")
+    with pytest.raises(ConfigError, match=r"heads\.retrieve and retrieve_weight: give the head a weight"):
+        TrainingConfig(retrieve_weight=0.0)
     with pytest.raises(ConfigError, match="judge: 'title_probability'; choose 'ndcg@10'"):
         TrainingConfig(judge="title_probability")
+    titles = replace(CONFIG, heads=HeadsConfig(retrieve=False, title=True), retrieve_weight=0.0)
+    with pytest.raises(ConfigError, match=r"judge: 'ndcg@10'; choose 'ndcg@10' with heads\.retrieve or"):
+        replace(titles, judge="ndcg@10")
     with pytest.raises(ConfigError, match="both are 0"):
-        TrainingConfig(retrieve_weight=0.0)
+        TrainingConfig(heads=HeadsConfig(retrieve=False), retrieve_weight=0.0)
     with pytest.raises(ConfigError, match="only a decoder from scratch is warmed up"):
         BackboneConfig(source="x", warmup_epochs=1)
     with pytest.raises(DataError, match="none has a title"):

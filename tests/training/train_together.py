@@ -1,5 +1,9 @@
-"""One of torchrun's processes in test_parallel.py: trains into argv[1]; `stop` ends it at the first checkpoint."""
+"""One of torchrun's processes in test_parallel.py: trains into argv[1] as the JSON file argv[2] says.
 
+`stop` ends it at the first checkpoint.
+"""
+
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -8,9 +12,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from counting import make_dataset
-from tiny_training import together
 
 from speeder_engine.data.splits import leave_one_out
+from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.fit import train
 from speeder_engine.training.parallel import Processes, join_processes
 
@@ -32,7 +36,7 @@ if "stop" in sys.argv:
     Processes.wait = stopping
 train(
     leave_one_out(make_dataset()),
-    together(),
+    TrainingConfig.from_json(json.loads(Path(sys.argv[2]).read_text())),
     Path(sys.argv[1]),
     resume="resume" in sys.argv,
     processes=join_processes(),

@@ -1,7 +1,8 @@
 """Systems that a model must beat. `BASELINES[name](split)` fits one.
 
-Those of `COUNTED` and `TIMED` only count, in seconds; `TIMED` ones need the interactions' times, and of these all but
-`popularity_at_last` the query's. Those of `TRAINED` and `ENSEMBLES` take minutes.
+Those of `COUNTED` and `TIMED` only count, in seconds; those of `TRAINED` and `ENSEMBLES` take minutes. `TIMED` ones,
+`sasrec_weeks` and `sasrec_time` need the interactions' times, of these all but `popularity_at_last` and `sasrec_weeks`
+the query's, too.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from speeder_engine.evaluation.baselines.item_knn import ItemKNN
 from speeder_engine.evaluation.baselines.markov import LastItemMarkov
 from speeder_engine.evaluation.baselines.popularity import Popularity
 from speeder_engine.evaluation.baselines.recent_popularity import RecentPopularity
-from speeder_engine.evaluation.baselines.sasrec_time import SASRecTime
+from speeder_engine.evaluation.baselines.sasrec_time import WEEK_MODELS
 from speeder_engine.evaluation.baselines.sequence import SEQUENCE_MODELS, SequenceBaseline
 from speeder_engine.evaluation.scorer import Scorer
 
@@ -37,7 +38,7 @@ TIMED: dict[str, Factory] = {
     "live_popularity_2": partial(RecentPopularity.fit_live, days=2, name="live_popularity_2"),
 }
 TRAINED: dict[str, Factory] = {name: partial(SequenceBaseline.fit, name) for name in SEQUENCE_MODELS}
-TRAINED["sasrec_time"] = SASRecTime.fit
+TRAINED |= {name: kind.fit for name, kind in WEEK_MODELS.items()}
 SINGLE = COUNTED | TIMED | TRAINED
 
 
@@ -51,6 +52,11 @@ def fit_ensemble(name: str, split: Split, fitted: Mapping[str, Scorer] | None = 
 
 ENSEMBLES: dict[str, Factory] = {
     name: partial(fit_ensemble, name)
-    for name in ("sasrec+itemknn", "sasrec+live_popularity+itemknn", "sasrec_time+live_popularity+itemknn")
+    for name in (
+        "sasrec+itemknn",
+        "sasrec_weeks+itemknn",
+        "sasrec+live_popularity+itemknn",
+        "sasrec_time+live_popularity+itemknn",
+    )
 }
 BASELINES = SINGLE | ENSEMBLES

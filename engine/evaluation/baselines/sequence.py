@@ -16,8 +16,9 @@ from speeder_engine.evaluation.baselines.hstu import HSTU, HSTUConfig
 from speeder_engine.evaluation.scorer import CatalogueScorer
 
 # settings chosen on validation; docs/results.md has the search
+SASREC = SASRecConfig(dropout=0.3, epochs=30, tokens_per_batch=1024, patience=5)
 SEQUENCE_MODELS: dict[str, tuple[type[SequenceModel], SequenceConfig]] = {
-    "sasrec": (SASRec, SASRecConfig(dropout=0.3, epochs=30, tokens_per_batch=1024, patience=5)),
+    "sasrec": (SASRec, SASREC),
     "gru4rec": (GRU4Rec, GRU4RecConfig(dim=128, dropout=0.5, epochs=30, tokens_per_batch=1024, patience=5)),
     "hstu": (HSTU, HSTUConfig(dim=128, dropout=0.5, epochs=30, tokens_per_batch=1024, patience=5)),
 }
