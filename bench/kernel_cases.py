@@ -57,6 +57,7 @@ class Maker:
         yield self.linear
         yield lambda: self.small_linear("int8")
         yield lambda: self.small_linear("fp8")
+        yield lambda: self.small_linear("fp8", rows=True)
         yield self.experts
 
     def norm(self) -> Case:
@@ -132,11 +133,13 @@ class Maker:
         num_bytes = (x.numel() + weight.numel() + self.num_rows * weight.shape[0]) * self.dtype.itemsize
         return self.case("F.linear gate_up", lambda: F.linear(x, weight), num_bytes, flops)
 
-    def small_linear(self, kind: str) -> Case:
+    def small_linear(self, kind: str, rows: bool = False) -> Case:
+        """`rows`: they are brought to the kind too."""
         x, weight, flops = self._product()
         small = quantize_weight(weight, kind)  # type: ignore[arg-type]
         num_bytes = weight.numel() + (x.numel() + self.num_rows * weight.shape[0]) * self.dtype.itemsize
-        return self.case(f"linear_w8 {kind} gate_up", lambda: linear_w8(x, small), num_bytes, flops)
+        name = f"linear_w8 {kind} gate_up{f', rows of {kind}' * rows}"
+        return self.case(name, lambda: linear_w8(x, small, quantize=rows), num_bytes, flops)
 
     def experts(self) -> Case:
         """Items of an upsert, by the compressor."""
