@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ def kernels(report: Report, device: torch.device, ceilings: Ceilings, smoke: boo
             maker = Maker(SHAPES[name], num_rows, device, dtype)
             makers = [*maker.all(1000)]
             if num_rows == (32 if smoke else 64):
-                makers.append(lambda maker=maker: maker.search(500 if smoke else 100_000, 4 if smoke else 64))
+                sizes = (500, 4) if smoke else (100_000, 64)
+                makers += [partial(maker.search, *sizes, two_stage=two_stage) for two_stage in (False, True)]
             for make in makers:
                 clock.check()
                 one_kernel(report, name, make, device, ceilings)

@@ -257,6 +257,7 @@ class EngineConfig(Config):
     cpu_path: str = "auto"  # on a CPU: "auto", "avx512", "avx2", "plain" for native kernels, "torch" for none of them
     weights: str = "auto"  # of the decoder's linear layers: "auto" has them in dtype, "int8" and "fp8" in a byte each
     kv: str = "auto"  # of cached keys and values: "auto" has them in dtype, "int8" and "fp8" in a byte each
+    search: str = "exact"  # of the catalogue: "exact", or "two_stage" over an int8 copy first, where that is certain
     freeze_gc: bool = True  # what stands after the warm-up is never again searched for garbage, in the whole process
     debug: bool = False  # freed blocks are filled with junk, the cache's books checked after every step
 
@@ -279,6 +280,8 @@ class EngineConfig(Config):
         for name in ("weights", "kv"):
             value = getattr(self, name)
             check(value in EIGHT_BITS, f"EngineConfig.{name}: {value!r}; choose 'auto', 'int8' or 'fp8'")
+        searches = f"EngineConfig.search: {self.search!r}; choose 'exact' or 'two_stage'"
+        check(self.search in ("exact", "two_stage"), searches)
         tiles = all(size > 0 and size % ROW_TILE == 0 for size in self.row_buckets)
         rising = list(self.row_buckets) == sorted(set(self.row_buckets)) and len(self.row_buckets) > 0
         wanted = f"rising multiples of {ROW_TILE}, at least one"

@@ -16,10 +16,12 @@ from speeder_engine.native.search import search_catalogue
 from speeder_engine.query import Query, Rows
 from speeder_engine.title_scorer import title_scores
 from speeder_engine.transfer import Transfer
-from speeder_engine.triton_kernels.top_scores import Answerable, RowLists, stable_top
+from speeder_engine.triton_kernels.top_scores import MAX_K, Answerable, RowLists, stable_top
+from speeder_engine.triton_kernels.top_scores_two_stage import top_scores_two_stage
 
 Scored = tuple[Rows, list[float]]  # rows, best first, and their scores
 Floats = NDArray[np.float32]
+TWO_STAGE_K = MAX_K // 4  # deeper answers are searched exactly: the first stage hands on MAX_K rows
 
 
 class HeadScorer:
@@ -33,6 +35,7 @@ class HeadScorer:
         self.catalogue = catalogue
         self.transfer = transfer
         self.kernels = kernels
+        self.searched_again = 0  # users
 
     @torch.inference_mode()
     def user_vectors(self, last_hidden: Tensor) -> Tensor:
@@ -61,7 +64,7 @@ class HeadScorer:
         """vectors [B, d] of the queries; rank_scores [R] of the rows read, of which `candidate_reads[b]` are query b's
         ranked candidates; title_hidden [R, d] of each trie's rows from `first_read` on.
 
-        Everything is launched, then fetched at once, then cut into answers.
+        Everything is launched, then fetched at once, then cut into answers. Searches that were not certain follow.
         """
         searches = [b for b, query in enumerate(queries) if query.candidates is None]
         retrieved = [b for b, query in enumerate(queries) if query.head == "retrieve" and query.candidates is not None]
@@ -73,11 +76,13 @@ class HeadScorer:
             self._titles([queries[b] for b in titled], title_hidden),
             rank_scores if rank_scores is not None and ranked else _nothing(vectors),
         )
-        top, rows, by_retrieve, by_title, by_rank = self.transfer.fetch(launched)
+        top, rows, certain, by_retrieve, by_title, by_rank = self.transfer.fetch(launched)
+        unsure = [b for b, sure in zip(searches, certain, strict=False) if not sure]
         found = {b: _cut(queries[b], top[i], rows[i]) for i, b in enumerate(searches)}
         for members, scores in ((retrieved, by_retrieve), (titled, by_title)):
             found |= {b: _best(queries[b], part) for b, part in _parts(queries, members, scores)}
         found |= {b: _best(queries[b], by_rank[candidate_reads[b]]) for b in ranked}
+        found |= self.search_exactly(queries, unsure, vectors)
         return [found[b] for b in range(len(queries))]
 
     @torch.inference_mode()
@@ -95,10 +100,22 @@ class HeadScorer:
         there: NDArray[np.bool_] = available[torch.from_numpy(rows.astype(np.int64)).to(available.device)].cpu().numpy()
         return there & _is_named(query, rows)
 
-    def _search(self, queries: Sequence[Query], members: Sequence[int], vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """The best of the whole catalogue: scores and rows [S, k]."""
+    @torch.inference_mode()
+    def search_exactly(self, queries: Sequence[Query], members: Sequence[int], vectors: Tensor) -> dict[int, Scored]:
+        """The answers of `members` among the queries, for whom two stages didn't suffice; waited for once more."""
+        if not members:
+            return {}
+        self.searched_again += len(members)
+        asked = [queries[b] for b in members]
+        top, rows, _ = self.transfer.fetch(self._search(asked, members, vectors, exact=True))
+        return {b: _cut(queries[b], top[i], rows[i]) for i, b in enumerate(members)}
+
+    def _search(
+        self, queries: Sequence[Query], members: Sequence[int], vectors: Tensor, exact: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The best of the whole catalogue: scores and rows [S, k], and bool [S]: whose is certain, in two stages."""
         if not queries:
-            return _nothing(vectors), _nothing(vectors)
+            return _nothing(vectors), _nothing(vectors), _nothing(vectors)
         answerable = self._answerable(queries)
         # most often everybody searches
         chosen = None if members == range(len(members)) else self.transfer.put(np.array(members))
@@ -106,7 +123,11 @@ class HeadScorer:
         vectors = vectors[: len(members)] if chosen is None else vectors[chosen]
         prior = self.model.retrieve.beta * self.catalogue.prior
         deepest = max(query.request.k for query in queries)
-        return search_catalogue(vectors, self.catalogue.tokens, prior, answerable, deepest, self.kernels)
+        tokens, coarse = self.catalogue.tokens, self.catalogue.coarse
+        if coarse is None or exact or deepest > TWO_STAGE_K:
+            found = search_catalogue(vectors, tokens, prior, answerable, deepest, self.kernels)
+            return *found, _nothing(vectors)
+        return top_scores_two_stage(vectors, tokens, prior, answerable, deepest, coarse, MAX_K)
 
     def _answerable(self, queries: Sequence[Query]) -> Answerable:
         """Of the whole catalogue; on the device once it is sent."""

@@ -65,6 +65,7 @@ class EngineStats:
     graphs_captured: int  # at warm-up, and never after
     graph_replays: int  # steps whose pass was one of them
     eager_steps: int  # steps whose pass was not; those without a row to compute are neither
+    searched_again: int  # users whose search in two stages was not certain and was repeated exactly
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class Serving:
             self.model = parts.model.heads_to(dtype)
         else:
             self.model = place(parts.model, config.weights, device, dtype)
-        self.catalogue = parts.catalogue.to(device, dtype, config.capacity_for(len(parts.catalogue)))
+        room, two_stage = config.capacity_for(len(parts.catalogue)), config.search == "two_stage"
+        self.catalogue = parts.catalogue.to(device, dtype, room, coarse=two_stage)
         self.cache = KVCache(config, parts.config.decoder, self.layout, device, dtype, kv_dtype)
         self.runner = ModelRunner(self.model, self.cache, native)
         capture = pick_capture(config.graphs, device)
@@ -119,9 +121,15 @@ class Serving:
         heads: list[Head] = ["retrieve", "rank"] if self.parts.config.heads.rank else ["retrieve"]
         requests = [Request([], WARM_K), *(Request([], candidates=some, head=head) for head in heads if some)]
         counted = self.num_requests, self.num_steps, self.eager_steps, self.runner.rows_computed, self.graphs.replays
+        again = self.scorer.searched_again
         for request in requests:
             self.step([self.resolve(request)])
+        if self.catalogue.coarse is not None:
+            query = self.resolve(requests[0])
+            with self.forward([query]) as done:
+                self.scorer.search_exactly([query], [0], done.vectors)
         self.num_requests, self.num_steps, self.eager_steps, self.runner.rows_computed, self.graphs.replays = counted
+        self.scorer.searched_again = again
 
     def resolve(self, request: Request) -> Query:
         query = resolve(request, self.catalogue, self.layout, self.parts.config)
@@ -246,6 +254,7 @@ class Serving:
             graphs_captured=self.graphs.captured,
             graph_replays=self.graphs.replays,
             eager_steps=self.eager_steps,
+            searched_again=self.scorer.searched_again,
         )
 
 

@@ -26,6 +26,8 @@ def _check_native(config: EngineConfig) -> None:
     """What native kernels don't compute."""
     instead = "choose 'int8', or set cpu_path to 'torch'"
     check(config.weights != "fp8", f"EngineConfig.weights: native kernels multiply no 'fp8'; {instead}")
+    searched = "EngineConfig.search: native kernels search exactly; leave it at 'exact', or set cpu_path to 'torch'"
+    check(config.search == "exact", searched)
     cached = f"EngineConfig.kv: native kernels cache keys and values in dtype, not in {config.kv!r}"
     check(config.kv == "auto", f"{cached}; leave it at 'auto', or set cpu_path to 'torch'")
 

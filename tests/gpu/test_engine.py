@@ -168,6 +168,23 @@ def test_weights_in_8_bits_replace_what_they_were_made_from(kind):
     assert all(m.values.is_cuda and m.scales.is_cuda for m in small)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("error", [None, 1e6])
+def test_two_stages_answer_as_one(dtype, error):
+    """After upserts too; with a bound that never holds every search is repeated."""
+    large, rng = make_tiny(900, window=12, step=4), np.random.default_rng(7)
+    ours, theirs = (made(large, dtype=dtype, search=search) for search in ("two_stage", "exact"))
+    for engine in (ours, theirs):
+        engine.upsert([Item("new", vectors={"text": [0.5] * 8}), Item("0002", vectors={"text": [-0.5] * 8})])
+    if error is not None:
+        ours.catalogue.coarse.worst_error.fill_(error)
+    for _ in range(10):
+        histories = [large.ids(rng.integers(0, 900, rng.integers(0, 15))) for _ in range(5)]
+        asked = [Request(history, 10, deny=large.ids(range(3, 9))) for history in histories]
+        assert_near(ours.recommend_many(asked), theirs.recommend_many(asked), BOUND[dtype])
+    assert (ours.stats().searched_again == 50) == (error is not None)
+
+
 def test_titles_equal_the_cpus():
     titled = make_titled()
     on_gpu, on_cpu = made(titled), Engine(titled.parts(), EngineConfig(device="cpu", dtype="float32"))
