@@ -6,6 +6,7 @@ import torch
 from reference import make_tiny
 
 from speeder_engine import ConfigError, Engine, EngineConfig, Item, Request
+from speeder_engine.catalogue import ItemUpdate
 from speeder_engine.triton_kernels.top_scores_two_stage import CoarseTable
 
 NUM_ITEMS = 900
@@ -71,6 +72,25 @@ def test_only_who_is_not_certain_is_searched_again(tiny):
     twins = [f"twin {i}" for i in range(400)]
     asked = [Request(tiny.ids(range(4)), 5, deny=twins), Request(tiny.ids(range(4)), 5)]
     assert_alike(engine.recommend_many(asked), exact.recommend_many(asked))
+    assert engine.stats().searched_again == 1
+
+
+def test_what_the_first_stage_can_not_tell_apart_is_found_again(tiny):
+    """400 items that int8 takes for one: the first 256 go on, the best is the last."""
+    engine, exact, history = made(tiny), made(tiny, search="exact"), tiny.ids(range(4))
+    vector = torch.tensor(engine.user_vector(history))
+    at = int(vector.abs().argmax())
+    tokens = (vector / vector.norm()).repeat(400, 1)
+    tokens[:, at] = 0
+    tokens[:, at] = vector[at].sign() * torch.arange(400) * (tokens.abs().amax() / 127 / 2 / 401)
+    ids, nothing = tuple(f"near {i}" for i in range(400)), (None,) * 400
+    for each in (engine, exact):
+        each.catalogue.put(ItemUpdate(ids, tokens, np.ones(400, bool), nothing, nothing, nothing))
+    first = engine.catalogue.coarse.tokens.values[NUM_ITEMS : NUM_ITEMS + 400]
+    assert (first == first[0]).all()
+    found = engine.recommend(history, 3)
+    assert found.items == ("near 399", "near 398", "near 397")
+    assert_alike([found], [exact.recommend(history, 3)])
     assert engine.stats().searched_again == 1
 
 
