@@ -1,7 +1,8 @@
 """Kernels and latency on a GPU: `make gpu` runs it, `python bench/gpu.py --out DIR` alone.
 
-Ceilings of the chip first, then every kernel, then whole steps at 0.5B, 1.5B and 7B with random weights, then
-transformers on as many rows. Every section has its share of the time; results are written after each.
+Ceilings of the chip first, then whole steps at 0.5B, 7B and 1.5B with random weights, at 7B with weights and with keys
+and values in 8 bits too, transformers on as many rows, and every kernel. Every section has its share of the time;
+results are written after each.
 `--cpu-smoke` runs all of it with tiny shapes on the CPU, so that it keeps working; its figures mean nothing.
 """
 
@@ -13,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from measure import Ceilings, Clock, OutOfTime, device_seconds, measure_ceilings
 from steps import Load, latency, saturated, transformers_latency
 
 from speeder_engine.random_engine import SHAPES
+from speeder_engine.triton_kernels.linear_w8 import multiplies_fp8
 
+SMALL_BUCKETS = (16, 32, 64, 192)
 SCHEMA = 1
 SECTIONS = ("machine", "kernels", "steps", "transformers", "failed", "skipped")
 
@@ -74,7 +78,8 @@ def kernels(report: Report, device: torch.device, ceilings: Ceilings, smoke: boo
             maker = Maker(SHAPES[name], num_rows, device, dtype)
             makers = [*maker.all(1000)]
             if num_rows == (32 if smoke else 64):
-                makers.append(lambda maker=maker: maker.search(500 if smoke else 100_000, 4 if smoke else 64))
+                sizes = (500, 4) if smoke else (100_000, 64)
+                makers += [partial(maker.search, *sizes, two_stage=two_stage) for two_stage in (False, True)]
             for make in makers:
                 clock.check()
                 one_kernel(report, name, make, device, ceilings)
@@ -96,14 +101,26 @@ def one_kernel(report: Report, shape: str, make: Callable[[], Any], device: torc
     }
 
 
-def steps(report: Report, shape: str, device: torch.device, ceilings: Ceilings, smoke: bool, clock: Clock) -> None:
+def steps(
+    report: Report,
+    shape: str,
+    device: torch.device,
+    ceilings: Ceilings,
+    smoke: bool,
+    clock: Clock,
+    small: dict[str, Any] | None = None,
+) -> None:
+    """`small`: what is held in 8 bits; fewer buckets and batches then, since kernels are compiled for each."""
     num_items, num_users = (200, 4) if smoke else (100_000, 256)
-    load = Load(shape, device, "float32" if smoke else "bfloat16", num_items, num_users)
-    found = report.found["steps"][shape] = {"graphs_captured": load.engine.stats().graphs_captured}
+    more = {} if small is None else small | ({"cpu_path": "torch"} if smoke else {"row_buckets": SMALL_BUCKETS})
+    load = Load(shape, device, "float32" if smoke else "bfloat16", num_items, num_users, **more)
+    found = report.found["steps"][label(shape, small)] = {"graphs_captured": load.engine.stats().graphs_captured}
+    found["weight_bytes"], found["kv_block_bytes"] = load.weight_bytes, load.engine._now().cache.size.block_bytes
     try:
         found["latency"] = latency(load, ceilings, clock, 4 if smoke else 300)
-        found["saturated"] = saturated(load, clock, (2,) if smoke else (1, 8, 16, 32, 64))
-        if shape in ("0.5b", "tiny"):
+        batches = (1, 8, 16, 32, 64) if small is None else (1, 8)
+        found["saturated"] = saturated(load, clock, (2,) if smoke else batches)
+        if shape in ("0.5b", "tiny") and small is None:
             report.found["transformers"][shape] = transformers_latency(load, clock, 2 if smoke else 50)
     finally:
         found["graph_replays"], found["eager_steps"] = (
@@ -111,6 +128,19 @@ def steps(report: Report, shape: str, device: torch.device, ceilings: Ceilings, 
             load.engine.stats().eager_steps,
         )
         load.engine.close()
+
+
+def label(shape: str, small: dict[str, Any] | None) -> str:
+    return shape + "".join(f", {name} {kind}" for name, kind in (small or {}).items())
+
+
+def plan(device: torch.device, smoke: bool) -> list[tuple[str, dict[str, Any] | None, float]]:
+    """Shapes, what of them is in 8 bits, and the seconds they may take; what matters most comes first."""
+    in_8_bits: tuple[dict[str, Any], ...] = ({"weights": "fp8"}, {"weights": "int8"})
+    in_8_bits += ({"kv": "fp8" if smoke or multiplies_fp8(device) else "int8"},)
+    if smoke:
+        return [("tiny", None, 20), *(("tiny", small, 20) for small in in_8_bits)]
+    return [("0.5b", None, 70), ("7b", None, 55), *(("7b", small, 35) for small in in_8_bits), ("1.5b", None, 40)]
 
 
 def table(found: dict[str, Any]) -> str:
@@ -158,13 +188,12 @@ def main() -> int:
     report, clock = Report(options.out, smoke), Clock.of(options.seconds)
     ceilings = measure_ceilings(device, smoke)
     report.found["machine"] = {**machine(device), "ceilings": asdict(ceilings)}
-    shapes = (("tiny", 20.0),) if smoke else (("0.5b", 80.0), ("1.5b", 50.0), ("7b", 60.0))
-    for name, seconds in shapes:
+    for shape, small, seconds in plan(device, smoke):
         report.run(
-            f"steps {name}",
+            f"steps {label(shape, small)}",
             clock,
             seconds,
-            lambda share, name=name: steps(report, name, device, ceilings, smoke, share),
+            lambda share, shape=shape, small=small: steps(report, shape, device, ceilings, smoke, share, small),
         )
     # the kernels last: what whole steps take matters most
     report.run("kernels", clock, 120, lambda share: kernels(report, device, ceilings, smoke, share))

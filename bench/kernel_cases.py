@@ -16,7 +16,8 @@ from speeder_engine.triton_kernels.linear_w8 import linear_w8, quantize_weight
 from speeder_engine.triton_kernels.modality_experts import modality_experts
 from speeder_engine.triton_kernels.qk_norm_rope_store import qk_norm_rope_store
 from speeder_engine.triton_kernels.swiglu import swiglu
-from speeder_engine.triton_kernels.top_scores import Answerable, top_scores
+from speeder_engine.triton_kernels.top_scores import MAX_K, Answerable, top_scores
+from speeder_engine.triton_kernels.top_scores_two_stage import CoarseTable, top_scores_two_stage
 
 INSTRUCTION, HISTORY, BLOCK = 30, 30, 16
 WIDTHS = {"text": 384, "image": 256, "collaborative": 64}
@@ -57,6 +58,7 @@ class Maker:
         yield self.linear
         yield lambda: self.small_linear("int8")
         yield lambda: self.small_linear("fp8")
+        yield lambda: self.small_linear("fp8", rows=True)
         yield self.experts
 
     def norm(self) -> Case:
@@ -132,11 +134,13 @@ class Maker:
         num_bytes = (x.numel() + weight.numel() + self.num_rows * weight.shape[0]) * self.dtype.itemsize
         return self.case("F.linear gate_up", lambda: F.linear(x, weight), num_bytes, flops)
 
-    def small_linear(self, kind: str) -> Case:
+    def small_linear(self, kind: str, rows: bool = False) -> Case:
+        """`rows`: they are brought to the kind too."""
         x, weight, flops = self._product()
         small = quantize_weight(weight, kind)  # type: ignore[arg-type]
         num_bytes = weight.numel() + (x.numel() + self.num_rows * weight.shape[0]) * self.dtype.itemsize
-        return self.case(f"linear_w8 {kind} gate_up", lambda: linear_w8(x, small), num_bytes, flops)
+        name = f"linear_w8 {kind} gate_up{f', rows of {kind}' * rows}"
+        return self.case(name, lambda: linear_w8(x, small, quantize=rows), num_bytes, flops)
 
     def experts(self) -> Case:
         """Items of an upsert, by the compressor."""
@@ -154,8 +158,8 @@ class Maker:
             2 * weights * self.num_rows,
         )
 
-    def search(self, num_items: int, num_users: int, k: int = 10) -> Case:
-        """The whole catalogue, 30 items excluded for each user."""
+    def search(self, num_items: int, num_users: int, k: int = 10, two_stage: bool = False) -> Case:
+        """The whole catalogue, 30 items excluded for each user; `two_stage`: without what is searched again."""
         size = self.shape.hidden_size
         vectors, table = self.draw(num_users, size), self.draw(num_items, size)
         prior = torch.randn(num_items, device=self.device)
@@ -163,5 +167,10 @@ class Maker:
         available = torch.ones(num_items, dtype=torch.bool, device=self.device)
         given = Answerable.build(available, excluded, [None] * num_users)
         flops, num_bytes = 2 * num_users * num_items * size, table.numel() * self.dtype.itemsize
-        name = f"top_scores {num_items} items, {num_users} users, k={k}"
+        name = f"{num_items} items, {num_users} users, k={k}"
+        if two_stage:
+            coarse = CoarseTable.build(table)
+            whole = (vectors, table, prior, given, k, coarse, MAX_K)
+            return Case(f"top_scores_two_stage {name}", lambda: top_scores_two_stage(*whole), table.numel(), flops)
+        name = f"top_scores {name}"
         return Case(name, lambda: top_scores(vectors, table, prior, given, k), num_bytes, flops)

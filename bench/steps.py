@@ -17,14 +17,17 @@ HISTORY, CANDIDATES, WINDOW = 30, 20, 50
 class Load:
     """An engine, and users whose histories grow by an item with every request."""
 
-    def __init__(self, shape: str, device: torch.device, dtype: str, num_items: int, num_users: int) -> None:
+    def __init__(
+        self, shape: str, device: torch.device, dtype: str, num_items: int, num_users: int, **more: Any
+    ) -> None:
+        """more: settings of the engine."""
         kind = getattr(torch, dtype)
         parts = random_parts(shape, num_items=num_items, window=WINDOW, dtype=kind, device=str(device))
         self.shape: DecoderConfig = parts.config.decoder
         settings: dict[str, Any] = {"device": str(device), "dtype": dtype, "freeze_gc": False, "kv_budget": "4GiB"}
         if device.type != "cuda":
             settings |= {"kv_budget": "64MiB", "graphs": "on", "row_buckets": (32, 64), "max_batch_users": 8}
-        config = EngineConfig(**settings)
+        config = EngineConfig(**settings | more)
         self.device, self.num_users = device, num_users
         self.engine = Engine(parts, config)
         self.engine.warm_up()
@@ -35,11 +38,17 @@ class Load:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(p.numel() * p.itemsize for p in self.engine.model.decoder.parameters())
+        """As they are held, scales included."""
+        return sum(tensor.numel() * tensor.itemsize for _, tensor in self._weights)
 
     @property
     def num_weights(self) -> int:
-        return sum(parameter.numel() for parameter in self.engine.model.decoder.parameters())
+        return sum(tensor.numel() for name, tensor in self._weights if not name.endswith("scales"))
+
+    @property
+    def _weights(self) -> list[tuple[str, torch.Tensor]]:
+        state = self.engine.model.decoder.state_dict()
+        return [(name, tensor) for name, tensor in state.items() if name != "inv_freq"]
 
     def request(self, user: int, length: int, ranked: bool, session: bool = True) -> Request:
         history = [self.items[row] for row in self.histories[user][:length]]

@@ -7,8 +7,6 @@ a corrected history or a re-embedded item can't read stale keys.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import prod
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +16,10 @@ from torch import Tensor
 from speeder_engine import _C
 from speeder_engine.config import DecoderConfig, EngineConfig, check, parse_bytes
 from speeder_engine.errors import CacheExhausted, ConfigError
+from speeder_engine.kv_blocks import KVBlocks, KVLayer, zeros
 from speeder_engine.prompt import PromptLayout
 
 KEY_WIDTH = 3  # (row, version, time bucket)
-JUNK = 3e4  # finite in every dtype: rows behind a history's end are read with weight zero
 Ints = NDArray[np.int32]
 
 
@@ -45,7 +43,8 @@ class CachePlan:
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Blocks and slots by what they are for. `block_bytes` counts a block's keys and values and one h(last)."""
+    """Blocks and slots by what they are for. `block_bytes` counts a block's keys and values, with their scales where
+    they are 8-bit, and one h(last)."""
 
     block_bytes: int
     num_shared: int  # the instruction
@@ -58,9 +57,17 @@ class CacheSize:
     max_users: int  # of one step
 
     @classmethod
-    def of(cls, config: EngineConfig, decoder: DecoderConfig, layout: PromptLayout, itemsize: int) -> "CacheSize":
-        position = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
-        block_bytes = (position * config.block_size + decoder.hidden_size) * itemsize
+    def of(
+        cls,
+        config: EngineConfig,
+        decoder: DecoderConfig,
+        layout: PromptLayout,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
+    ) -> "CacheSize":
+        """dtype: of h(last); kv_dtype: of keys and values."""
+        kept = decoder.hidden_size * dtype.itemsize
+        block_bytes = KVBlocks.position_bytes(decoder, kv_dtype) * config.block_size + kept
         per_sequence = -(-layout.config.window // config.block_size)
         budget = _whole_blocks(config.kv_budget, "kv_budget", block_bytes)
         quota = _whole_blocks(config.user_quota or "0", "user_quota", block_bytes)
@@ -97,17 +104,8 @@ def _whole_blocks(size: str, where: str, block_bytes: int) -> int:
     return num_bytes // block_bytes
 
 
-def _zeros(what: str, *shape: int, **options: Any) -> Tensor:
-    try:
-        return torch.zeros(*shape, **options)
-    except (RuntimeError, MemoryError):
-        num_bytes = prod(shape) * options["dtype"].itemsize
-        where = options.get("device", "the host")
-        raise ConfigError(f"{what} would take {num_bytes:,} bytes, which {where} can't give; lower it") from None
-
-
 class KVCache:
-    """Keys and values [layers, blocks, block_size, H_kv, D], h(last) of every session, and their host tier."""
+    """Blocks of keys and values, h(last) of every session, and their host tier."""
 
     def __init__(
         self,
@@ -116,22 +114,24 @@ class KVCache:
         layout: PromptLayout,
         device: torch.device,
         dtype: torch.dtype,
+        kv_dtype: torch.dtype,
     ) -> None:
+        """dtype: the model's, of h(last); kv_dtype: of keys and values, the same or int8 or fp8."""
         self.block_size = config.block_size
-        self.size = size = CacheSize.of(config, decoder, layout, dtype.itemsize)
+        self.dtype = dtype
+        self.size = size = CacheSize.of(config, decoder, layout, dtype, kv_dtype)
         self.num_bytes = size.num_blocks * size.block_bytes
-        shape = (self.block_size, decoder.num_kv_heads, decoder.head_dim)
-        wanted = "kv_budget, max_batch_users: keys and values"
-        self.keys = _zeros(wanted, decoder.num_layers, size.num_blocks, *shape, device=device, dtype=dtype)
-        self.values = _zeros(wanted, *self.keys.shape, device=device, dtype=dtype)
+        self.blocks = KVBlocks(decoder, size.num_blocks, self.block_size, device, kv_dtype)
+        self.keys, self.values = self.blocks.keys, self.blocks.values
         # behind the sessions' slots: the instruction's own, which is that of an empty history, and one for what nobody
         # keeps
         self.instruction_slot, self.scratch_slot = size.num_slots, size.num_slots + 1
         kept = size.num_slots + 2, decoder.hidden_size
-        self.last_hidden = _zeros("kv_budget, max_sessions: h(last) of sessions", *kept, device=device, dtype=dtype)
-        # block-major: one block is one contiguous copy
+        self.last_hidden = zeros("kv_budget, max_sessions: h(last) of sessions", *kept, device=device, dtype=dtype)
+        # bytes, block-major: one block is one contiguous copy
         pinned = device.type == "cuda" and size.host > 0
-        self.host = _zeros("host_budget: it", size.host, 2, decoder.num_layers, *shape, dtype=dtype, pin_memory=pinned)
+        width = KVBlocks.position_bytes(decoder, kv_dtype) * self.block_size
+        self.host = zeros("host_budget: it", size.host, width, dtype=torch.int8, pin_memory=pinned)
         try:
             self.manager = self._make_manager(config, layout)
             self._buffers = _PlanBuffers(size, layout.config.window)
@@ -205,27 +205,26 @@ class KVCache:
         """Restores blocks from the host tier, then copies the kept positions of those about to be written otherwise."""
         if len(plan.restores):
             sources, targets = plan.restores.T.astype(np.int64)
-            arrived = self._fetch(sources)
-            where = torch.from_numpy(targets).to(self.keys.device)
-            self.keys[:, where] = arrived[:, 0].transpose(0, 1)
-            self.values[:, where] = arrived[:, 1].transpose(0, 1)
+            self.blocks.unpack(self._fetch(sources), torch.from_numpy(targets).to(self.keys.device))
         for source, target, positions in plan.copies.tolist():
-            self.keys[:, target, :positions] = self.keys[:, source, :positions]
-            self.values[:, target, :positions] = self.values[:, source, :positions]
+            self.blocks.copy(source, target, positions)
 
     def _fetch(self, blocks: NDArray[np.int64]) -> Tensor:
-        """Host blocks [n, 2, layers, block_size, H_kv, D] on the device: on a GPU one asynchronous copy a block."""
+        """Host blocks [n, bytes] on the device: on a GPU one asynchronous copy a block."""
         if self.keys.device.type == "cpu":
             return self.host[torch.from_numpy(blocks)]
-        arrived = torch.empty(len(blocks), *self.host.shape[1:], device=self.keys.device, dtype=self.keys.dtype)
+        arrived = torch.empty(len(blocks), self.host.shape[1], device=self.keys.device, dtype=self.host.dtype)
         for i, block in enumerate(blocks.tolist()):
             arrived[i].copy_(self.host[block], non_blocking=True)
         return arrived
 
     def store(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Writes keys and values [n, H_kv, D] of one layer at `slots` [n]."""
-        self.keys[layer].flatten(0, 1)[slots] = keys.to(self.keys.dtype)
-        self.values[layer].flatten(0, 1)[slots] = values.to(self.values.dtype)
+        self.blocks.store(layer, slots, keys, values)
+
+    def layer(self, index: int) -> KVLayer:
+        """What the kernels of one layer read and write."""
+        return self.blocks.layer(index)
 
     def keep_instruction(self, last_hidden: Tensor) -> None:
         """h(last) [1, d] of an empty history."""
@@ -244,12 +243,10 @@ class KVCache:
         self._check()
 
     def _offload(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
-        where = torch.from_numpy(sources).to(self.keys.device)
-        leaving = torch.stack([self.keys[:, where], self.values[:, where]], dim=2).transpose(0, 1)
+        packed = self.blocks.pack(torch.from_numpy(sources).to(self.keys.device))
         if self.keys.device.type == "cpu":
-            self.host[torch.from_numpy(targets)] = leaving.transpose(1, 2)
+            self.host[torch.from_numpy(targets)] = packed
             return
-        packed = leaving.transpose(1, 2).contiguous()
         for i, block in enumerate(targets.tolist()):
             # in stream order: nothing overwrites the blocks, or reads the host's, before this copy
             self.host[block].copy_(packed[i], non_blocking=True)
@@ -277,7 +274,7 @@ class KVCache:
         if not self.debug:
             return
         freed = torch.as_tensor(self.manager.take_freed(), dtype=torch.int64, device=self.keys.device)
-        self.keys[:, freed] = self.values[:, freed] = JUNK
+        self.blocks.spoil(freed)
         self.manager.check_integrity()
 
 

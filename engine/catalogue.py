@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speeder_engine.errors import ArtifactError, CatalogueFull, ConfigError, DataError, UnknownItem, name_some, shown
+from speeder_engine.triton_kernels.top_scores_two_stage import CoarseTable
 
 ITEMS_FILE = "items.parquet"
 TOKENS_FILE = "item_tokens.safetensors"
@@ -108,14 +109,16 @@ class Catalogue:
     whole or not at all; that nobody computes meanwhile is the caller's business.
     """
 
-    def __init__(self, table: ItemTable, tokens: Tensor, capacity: int = 0) -> None:
-        """`capacity`: how many items will fit, removed ones included; at least those of the table."""
+    def __init__(self, table: ItemTable, tokens: Tensor, capacity: int = 0, coarse: bool = False) -> None:
+        """`capacity`: how many items will fit, removed ones included; at least those of the table. `coarse`: an int8
+        copy of the tokens is kept beside them, for a search in two stages."""
         size = len(table)
         if tokens.ndim != 2 or tokens.shape[0] != size:
             raise DataError(f"catalogue: item tokens of shape {tuple(tokens.shape)} for {size} items")
         self.capacity = max(capacity, size)
         self.num_rows = size
         self.tokens = _grown(tokens, self.capacity)
+        self.coarse = CoarseTable.build(self.tokens) if coarse else None
         self.prior = _grown(torch.from_numpy(table.prior), self.capacity).to(tokens.device)
         self.available = _grown(torch.from_numpy(table.available), self.capacity).to(tokens.device)
         self.versions: NDArray[np.int32] = np.zeros(self.capacity, np.int32)
@@ -210,6 +213,9 @@ class Catalogue:
         changed = (self.tokens[where] != tokens).any(dim=1).cpu().numpy() & update.with_token
         self.versions[rows[changed & ~fresh]] += 1
         replaced = torch.from_numpy(changed | fresh).to(where.device)
+        if self.coarse is not None:
+            # first: what it needs room for may not be had
+            self.coarse.put(where[replaced], tokens[replaced])
         self.tokens[where[replaced]] = tokens[replaced]
         self._describe(update, rows, fresh)
         return rows.astype(np.int32)
@@ -279,9 +285,9 @@ class Catalogue:
         if gone:
             raise UnknownItem(gone, where)
 
-    def to(self, device: torch.device, dtype: torch.dtype, capacity: int = 0) -> "Catalogue":
+    def to(self, device: torch.device, dtype: torch.dtype, capacity: int = 0, coarse: bool = False) -> "Catalogue":
         """A copy elsewhere, with room for `capacity` items; `self` is not changed by what happens to it."""
-        return Catalogue(self.table(), self.tokens[: self.num_rows].to(device, dtype), capacity)
+        return Catalogue(self.table(), self.tokens[: self.num_rows].to(device, dtype), capacity, coarse)
 
     def table(self) -> ItemTable:
         """Everything but the tokens, as it stands now; removed items are unavailable ones."""

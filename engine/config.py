@@ -265,6 +265,7 @@ def parse_bytes(size: str | int, where: str = "kv_budget") -> int:
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 
+EIGHT_BITS = ("auto", "int8", "fp8")  # what weights, keys and values may be held in; "auto": as they are computed
 ROW_TILE = 16  # rows of a pass are padded to it
 # steps of 16 where a pass is bound by launches and weights, then by a third or a half: at most a third is padding
 ROW_BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -289,7 +290,9 @@ class EngineConfig(Config):
     graphs: str = "auto"  # CUDA graphs: "auto" captures on a GPU, "on" runs their buckets on a CPU too, "off" never
     row_buckets: tuple[int, ...] = ROW_BUCKETS  # passes that are captured, by rows; larger ones run without a graph
     cpu_path: str = "auto"  # on a CPU: "auto", "avx512", "avx2", "plain" for native kernels, "torch" for none of them
-    weights: str = "auto"  # of the decoder: "auto" has them in dtype, "int8" packs them in bytes (native kernels)
+    weights: str = "auto"  # of the decoder's linear layers: "auto" has them in dtype, "int8" and "fp8" in a byte each
+    kv: str = "auto"  # of cached keys and values: "auto" has them in dtype, "int8" and "fp8" in a byte each
+    search: str = "exact"  # of the catalogue: "exact", or "two_stage" over an int8 copy first, where that is certain
     freeze_gc: bool = True  # what stands after the warm-up is never again searched for garbage, in the whole process
     debug: bool = False  # freed blocks are filled with junk, the cache's books checked after every step
 
@@ -309,7 +312,11 @@ class EngineConfig(Config):
         )
         paths = ("auto", "avx512", "avx2", "plain", "torch")
         check(self.cpu_path in paths, f"EngineConfig.cpu_path: {self.cpu_path!r} is not one of {', '.join(paths)}")
-        check(self.weights in ("auto", "int8"), f"EngineConfig.weights: {self.weights!r}; choose 'auto' or 'int8'")
+        for name in ("weights", "kv"):
+            value = getattr(self, name)
+            check(value in EIGHT_BITS, f"EngineConfig.{name}: {value!r}; choose 'auto', 'int8' or 'fp8'")
+        searches = f"EngineConfig.search: {self.search!r}; choose 'exact' or 'two_stage'"
+        check(self.search in ("exact", "two_stage"), searches)
         tiles = all(size > 0 and size % ROW_TILE == 0 for size in self.row_buckets)
         rising = list(self.row_buckets) == sorted(set(self.row_buckets)) and len(self.row_buckets) > 0
         wanted = f"rising multiples of {ROW_TILE}, at least one"

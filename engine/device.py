@@ -1,8 +1,13 @@
 """Where an engine computes, and in which precision."""
 
+from typing import cast
+
 import torch
 
+from speeder_engine.config import check
 from speeder_engine.errors import ConfigError
+from speeder_engine.triton_kernels.linear_w8 import DTYPES as EIGHT_BITS
+from speeder_engine.triton_kernels.linear_w8 import Kind, multiplies_fp8
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,3 +30,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[name]
+
+
+def pick_kv_dtype(name: str, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Of cached keys and values. Raises ConfigError for fp8 on a GPU without instructions for it."""
+    if name == "auto":
+        return dtype
+    older = name == "fp8" and device.type == "cuda" and not multiplies_fp8(device)
+    check(not older, "EngineConfig.kv: 'fp8' needs a GPU of compute capability 8.9 or later; choose 'int8'")
+    return EIGHT_BITS[cast(Kind, name)]

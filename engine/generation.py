@@ -65,7 +65,9 @@ class _Scratch:
         self.device = block_tables.device
         self.history_lens = np.array(history_lens, dtype=np.int64)
         layers, _, _, *shape = runner.cache.keys.shape
-        self.keys = runner.cache.keys.new_zeros(layers, len(history_lens) * length, *shape)
+        # in the model's type whatever the cache holds: this call's own
+        size = (layers, len(history_lens) * length, *shape)
+        self.keys = torch.zeros(size, dtype=runner.cache.dtype, device=self.device)
         self.values = torch.zeros_like(self.keys)
         self.filled = 0  # rows of every sequence that goes on
 
@@ -144,5 +146,5 @@ class _ScratchAttend:
         tree = self.tree if rows is None else self.tree.select(self.read_rows)
         real = tree.paths.shape[0]
         out = torch.zeros_like(q)
-        tree_attention(q[:real], keys, values, cache.keys[at], cache.values[at], tree, out=out[:real])
+        tree_attention(q[:real], keys, values, *cache.layer(at)[:2], tree, cache.layer(at).scales, out[:real])
         return out

@@ -60,6 +60,10 @@ class EngineParts:
         write_artifact(out, self._fill)
 
     def _fill(self, folder: Path) -> dict[str, Any]:
+        if self.model.decoder.weight_kind is not None:
+            raise ConfigError(
+                "EngineParts.save: an engine has quantized this model's weights; read its directory again"
+            )
         save_file({name: value.contiguous() for name, value in self.model.state_dict().items()}, folder / WEIGHTS_FILE)
         save_file({name: value.contiguous() for name, value in self.compressor.items()}, folder / COMPRESSOR_FILE)
         self.catalogue.save(folder)

@@ -127,21 +127,21 @@ class PagedAttend:
 
     def __call__(self, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         batch = self.batch
-        keys, values = self.cache.keys[layer.index], self.cache.values[layer.index]
+        keys, values, scales = self.cache.layer(layer.index)
         norms, eps = layer.head_norms, layer.config.rms_norm_eps
         q, k = qk_norm_rope_store(
-            q, k, v, self.cos, self.sin, keys, values, batch.slot_mapping, norms, eps, rows
+            q, k, v, self.cos, self.sin, keys, values, batch.slot_mapping, norms, eps, rows, scales
         )  # fmt: skip
         attention, real = self._rows(rows, batch.num_item_rows)
         own_k, own_v = (k, v) if rows is None else (k[rows], v[rows])
         # rows that attend to nothing are padding
         out = torch.empty_like(q) if real == q.shape[0] else torch.zeros_like(q)
-        compressed_attention(q[:real], own_k[:real], own_v[:real], keys, values, attention, out=out[:real])
+        compressed_attention(q[:real], own_k[:real], own_v[:real], keys, values, attention, scales, out[:real])
         if batch.text is not None:
             text = slice(batch.num_item_rows, batch.num_rows)
             tree = batch.text.tree if rows is None else batch.text.tree.select(batch.text.read_rows)
             behind = slice(real, real + tree.paths.shape[0])
-            tree_attention(q[behind], k[text], v[text], keys, values, tree, out=out[behind])
+            tree_attention(q[behind], k[text], v[text], keys, values, tree, scales, out[behind])
         return out
 
     def _rows(self, rows: Tensor | None, num_rows: int) -> tuple[AttentionRows, int]:

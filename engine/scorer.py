@@ -17,10 +17,12 @@ from speeder_engine.native.search import search_catalogue
 from speeder_engine.query import Query, Rows
 from speeder_engine.title_scorer import title_scores
 from speeder_engine.transfer import Transfer
-from speeder_engine.triton_kernels.top_scores import Answerable, RowLists, stable_top
+from speeder_engine.triton_kernels.top_scores import MAX_K, Answerable, RowLists, stable_top
+from speeder_engine.triton_kernels.top_scores_two_stage import top_scores_two_stage
 
 Scored = tuple[Rows, list[float]]  # rows, best first, and their scores
 Floats = NDArray[np.float32]
+TWO_STAGE_K = MAX_K // 4  # deeper answers are searched exactly: the first stage hands on MAX_K rows
 
 
 class HeadScorer:
@@ -34,6 +36,7 @@ class HeadScorer:
         self.catalogue = catalogue
         self.transfer = transfer
         self.kernels = kernels
+        self.searched_again = 0  # users
 
     @torch.inference_mode()
     def user_vectors(self, last_hidden: Tensor) -> Tensor:
@@ -62,7 +65,7 @@ class HeadScorer:
         """vectors [B, d] of the queries; rank_scores [R] of the rows read, of which `candidate_reads[b]` are query b's
         ranked candidates; title_hidden [R, d] of each trie's rows from `first_read` on.
 
-        Everything is launched, then fetched at once, then cut into answers.
+        Everything is launched, then fetched at once, then cut into answers. Searches that were not certain follow.
         """
         searches = [b for b, query in enumerate(queries) if query.candidates is None]
         following = [queries[b].followers for b in searches]
@@ -76,16 +79,20 @@ class HeadScorer:
             self._titles([queries[b] for b in titled], title_hidden),
             rank_scores if rank_scores is not None and ranked else _nothing(vectors),
         )
-        top, rows, by_follower, by_retrieve, by_title, by_rank = self.transfer.fetch(launched)
-        found: dict[int, Scored] = {}
-        for i, (b, scores) in enumerate(zip(searches, _parts(following, by_follower), strict=True)):
-            found[b] = _cut(queries[b], *_merged(queries[b], top[i], rows[i], following[i], scores))
+        top, rows, certain, by_follower, by_retrieve, by_title, by_rank = self.transfer.fetch(launched)
+        unsure = [b for b, sure in zip(searches, certain, strict=False) if not sure]
+        followed = dict(zip(searches, _parts(following, by_follower), strict=True))
+        found = {b: _search_answer(queries[b], top[i], rows[i], followed[b]) for i, b in enumerate(searches)}
         for b, scores in zip(retrieved, _parts([_named(queries[b]) for b in retrieved], by_retrieve), strict=True):
             found[b] = _best(queries[b], scores + queries[b].candidates_following)
         for b, scores in zip(titled, _parts([_named(queries[b]) for b in titled], by_title), strict=True):
             found[b] = _best(queries[b], scores)
         for b in ranked:
             found[b] = _best(queries[b], by_rank[candidate_reads[b]] + queries[b].candidates_following)
+        # what was fetched is overwritten by the next fetch
+        again = {b: followed[b].copy() for b in unsure}
+        for b, (best, best_rows) in self.search_exactly(queries, unsure, vectors).items():
+            found[b] = _search_answer(queries[b], best, best_rows, again[b])
         return [found[b] for b in range(len(queries))]
 
     @torch.inference_mode()
@@ -103,18 +110,37 @@ class HeadScorer:
         there: NDArray[np.bool_] = available[torch.from_numpy(rows.astype(np.int64)).to(available.device)].cpu().numpy()
         return there & query.may_answer(rows)
 
-    def _search(self, queries: Sequence[Query], members: Sequence[int], vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """The best of the whole catalogue: scores and rows [S, k]."""
+    @torch.inference_mode()
+    def search_exactly(
+        self, queries: Sequence[Query], members: Sequence[int], vectors: Tensor
+    ) -> dict[int, tuple[Floats, NDArray[np.int64]]]:
+        """The best scores and rows [k] of `members` among the queries, for whom two stages didn't suffice; waited for
+        once more."""
+        if not members:
+            return {}
+        self.searched_again += len(members)
+        asked = [queries[b] for b in members]
+        top, rows, _ = self.transfer.fetch(self._search(asked, members, vectors, exact=True))
+        return {b: (top[i], rows[i]) for i, b in enumerate(members)}
+
+    def _search(
+        self, queries: Sequence[Query], members: Sequence[int], vectors: Tensor, exact: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The best of the whole catalogue: scores and rows [S, k], and bool [S]: whose is certain, in two stages."""
         if not queries:
-            return _nothing(vectors), _nothing(vectors)
+            return _nothing(vectors), _nothing(vectors), _nothing(vectors)
         answerable = self._answerable(queries)
         # most often everybody searches
-        chosen = None if members == range(len(members)) else self.transfer.put(np.array(members))
+        chosen = None if [*members] == [*range(len(members))] else self.transfer.put(np.array(members))
         self.transfer.send()
         vectors = vectors[: len(members)] if chosen is None else vectors[chosen]
         prior = self.model.retrieve.beta * self.catalogue.prior
         deepest = max(query.request.k for query in queries)
-        return search_catalogue(vectors, self.catalogue.tokens, prior, answerable, deepest, self.kernels)
+        tokens, coarse = self.catalogue.tokens, self.catalogue.coarse
+        if coarse is None or exact or deepest > TWO_STAGE_K:
+            found = search_catalogue(vectors, tokens, prior, answerable, deepest, self.kernels)
+            return *found, _nothing(vectors)
+        return top_scores_two_stage(vectors, tokens, prior, answerable, deepest, coarse, MAX_K)
 
     def _answerable(self, queries: Sequence[Query]) -> Answerable:
         """Of the whole catalogue; on the device once it is sent."""
@@ -173,10 +199,11 @@ def _parts(rows: Sequence[Rows], scores: Floats) -> list[Floats]:
     return np.split(scores, np.cumsum([len(each) for each in rows])[:-1]) if rows else []
 
 
-def _merged(
-    query: Query, top: Floats, rows: NDArray[np.int64], followers: Rows, scores: Floats
-) -> tuple[Floats, NDArray[np.int64]]:
-    return (top, rows) if query.following is None else merged(query.following, top, rows, followers, scores)
+def _search_answer(query: Query, top: Floats, rows: NDArray[np.int64], followed: Floats) -> Scored:
+    """Of the best by products and the products of what followed [n]."""
+    if query.following is not None:
+        top, rows = merged(query.following, top, rows, query.followers, followed)
+    return _cut(query, top, rows)
 
 
 def _best(query: Query, scores: Floats) -> Scored:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from speeder_engine.batch import RowLayout, lay_out, make_batch, make_reads
 from speeder_engine.cache import CachePlan, KVCache
-from speeder_engine.config import EngineConfig
+from speeder_engine.config import EngineConfig, check
+from speeder_engine.device import pick_kv_dtype
 from speeder_engine.embedder import ItemEmbedder
 from speeder_engine.generation import TitleGenerator
 from speeder_engine.graphs import StepGraphs, pick_capture, transfer_words
+from speeder_engine.models.recommender import ServingModel
 from speeder_engine.native.decoder import NativeDecoder
 from speeder_engine.native.support import advise_huge, pick_kernels
 from speeder_engine.parts import EngineParts
@@ -34,6 +37,7 @@ from speeder_engine.text_rows import TextRows, make_text_rows
 from speeder_engine.title import TitleTrie
 from speeder_engine.title_text import TitleText, rows_by_answer
 from speeder_engine.transfer import Transfer
+from speeder_engine.triton_kernels.linear_w8 import Kind
 
 Floats = NDArray[np.float32]
 WARM_K, WARM_CANDIDATES = 10, 20
@@ -61,6 +65,7 @@ class EngineStats:
     graphs_captured: int  # at warm-up, and never after
     graph_replays: int  # steps whose pass was one of them
     eager_steps: int  # steps whose pass was not; those without a row to compute are neither
+    searched_again: int  # users whose search in two stages was not certain and was repeated exactly
 
 
 @dataclass(frozen=True)
@@ -82,14 +87,19 @@ class Serving:
         self.lock = threading.Lock()
         self.layout = PromptLayout(parts.config.prompt)
         self.kernels = pick_kernels(config, device, dtype)
+        kv_dtype = pick_kv_dtype(config.kv, device, dtype)
+        check_weights(parts.model, config.weights, self.kernels)
+        self.followers = parts.model.followers.weighed() if parts.model.followers is not None else None
         native = None
         if self.kernels is not None:
             # packed from the weights as they are: those of a directory stay where the file is mapped
             native = NativeDecoder(parts.model.decoder, dtype, config.weights, self.kernels)
-        self.followers = parts.model.followers.weighed() if parts.model.followers is not None else None
-        self.model = parts.model.to(device, dtype) if native is None else parts.model.heads_to(dtype)
-        self.catalogue = parts.catalogue.to(device, dtype, config.capacity_for(len(parts.catalogue)))
-        self.cache = KVCache(config, parts.config.decoder, self.layout, device, dtype)
+            self.model = parts.model.heads_to(dtype)
+        else:
+            self.model = place(parts.model, config.weights, device, dtype)
+        room, two_stage = config.capacity_for(len(parts.catalogue)), config.search == "two_stage"
+        self.catalogue = parts.catalogue.to(device, dtype, room, coarse=two_stage)
+        self.cache = KVCache(config, parts.config.decoder, self.layout, device, dtype, kv_dtype)
         self.runner = ModelRunner(self.model, self.cache, native)
         capture = pick_capture(config.graphs, device)
         staged = capture is not None or device.type == "cuda"
@@ -115,9 +125,15 @@ class Serving:
         if trained.retrieve:
             requests.insert(0, Request([], WARM_K))
         counted = self.num_requests, self.num_steps, self.eager_steps, self.runner.rows_computed, self.graphs.replays
+        again = self.scorer.searched_again
         for request in requests:
             self.step([self.resolve(request)])
+        if self.catalogue.coarse is not None:
+            query = self.resolve(requests[0])
+            with self.forward([query]) as done:
+                self.scorer.search_exactly([query], [0], done.vectors)
         self.num_requests, self.num_steps, self.eager_steps, self.runner.rows_computed, self.graphs.replays = counted
+        self.scorer.searched_again = again
 
     def resolve(self, request: Request, head: Head | None = None) -> Query:
         query = resolve(request, self.catalogue, self.layout, self.parts.config, head)
@@ -244,7 +260,23 @@ class Serving:
             graphs_captured=self.graphs.captured,
             graph_replays=self.graphs.replays,
             eager_steps=self.eager_steps,
+            searched_again=self.scorer.searched_again,
         )
+
+
+def check_weights(model: ServingModel, weights: str, kernels: str | None) -> None:
+    """Raises ConfigError for a model that another engine has quantized otherwise: what it was made from is gone."""
+    held = model.decoder.weight_kind
+    same = held is None or (held == weights and kernels is None)
+    check(same, f"EngineParts: an engine with weights={held!r} has quantized this model; read its directory again")
+
+
+def place(model: ServingModel, weights: str, device: torch.device, dtype: torch.dtype) -> ServingModel:
+    """The model on the device in dtype, its linear layers in 8 bits where that is asked for: quantized from the weights
+    as they are held, matrix by matrix, before anything is rounded to dtype."""
+    if weights != "auto" and model.decoder.weight_kind is None:
+        model.decoder.quantize(cast(Kind, weights), device)
+    return model.to(device, dtype)
 
 
 def _pass(outcome: Outcome, rows: RowLayout, block_tables: Tensor, text: TextRows | None = None) -> Pass:

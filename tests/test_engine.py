@@ -84,6 +84,8 @@ def test_every_family_answers_as_transformers(family):
         {"dtype": "bfloat16", "weights": "int8"},
         {"dtype": "float32", "cpu_path": "torch"},
         {"dtype": "bfloat16", "cpu_path": "torch"},
+        {"dtype": "bfloat16", "cpu_path": "torch", "weights": "fp8", "kv": "fp8"},
+        {"dtype": "float32", "cpu_path": "torch", "weights": "int8", "kv": "int8"},
     ],
     ids=lambda settings: "-".join(settings.values()),
 )

@@ -24,6 +24,8 @@ KINDS = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"dtype": "bfloat16", "weights": "int8"},
     "torch": {"dtype": "bfloat16", "cpu_path": "torch"},
+    "torch fp8": {"dtype": "bfloat16", "cpu_path": "torch", "weights": "fp8", "kv": "fp8"},
+    "torch int8": {"dtype": "float32", "cpu_path": "torch", "weights": "int8", "kv": "int8"},
 }
 by_kind = pytest.mark.parametrize("kind", list(KINDS))
 quick = settings(deadline=None, max_examples=15, database=None)
@@ -136,7 +138,7 @@ def test_evicted_and_restored_is_resident(kind, turns):
 def test_a_pass_that_fails_in_any_layer_was_not(kind, known, cut, more, error, nth):
     """Some layers have written their keys already, behind those of the sessions and into copies; native passes all."""
     warm = made(kind, kv_budget="1MiB")
-    computes = DecoderLayer if kind == "torch" else NativeDecoder
+    computes = DecoderLayer if kind.startswith("torch") else NativeDecoder
     users = [f"u{i}" for i in range(len(known))]
     before = [answer(warm, history, user_id=user) for user, history in zip(users, known, strict=True)]
     held = warm._now().cache.manager.stats()

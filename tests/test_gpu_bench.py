@@ -22,7 +22,7 @@ def test_the_benchmarks_run_on_tiny_shapes(root, tmp_path):
     assert found["failed"] == {}
     assert found["machine"]["ceilings"].keys() == {"copy_bytes", "matmul_flops"}
     names = ("add_rms_norm", "swiglu", "item_embed", "qk_norm_rope_store", "compressed_attention", "linear_w8")
-    for name in (*names, "modality_experts", "top_scores"):
+    for name in (*names, "modality_experts", "top_scores ", "top_scores_two_stage"):
         rows = [row for case, row in found["kernels"].items() if name in case]
         assert rows and all(row.keys() == {"us", "gb_s", "tflop_s", "of_ceiling"} for row in rows), name
     step = found["steps"]["tiny"]
@@ -30,6 +30,14 @@ def test_the_benchmarks_run_on_tiny_shapes(root, tmp_path):
     assert all({"bucket_rows", "p50_ms", "p95_ms", "p99_ms"} <= row.keys() for row in step["latency"].values())
     assert step["graphs_captured"] == 2
     assert step["graph_replays"] > 0
+    for label in ("tiny, weights fp8", "tiny, weights int8", "tiny, kv fp8"):
+        small = found["steps"][label]
+        assert small["latency"].keys() == step["latency"].keys()
+        assert small["graphs_captured"] == 2
+        assert small["graph_replays"] > 0
+        name = "kv_block_bytes" if "kv" in label else "weight_bytes"
+        assert small[name] < step[name] * 0.35  # of fp32, scales included
+        assert f"{label}, random weights" in (tmp_path / "gpu.txt").read_text()
     if not found["skipped"]:
         assert found["transformers"]["tiny"].keys() == {"30 + 30 + 20 rows", "1 + 20 rows behind 60"}
     assert "these figures mean nothing" in (tmp_path / "gpu.txt").read_text()

@@ -57,7 +57,11 @@ def assert_alike(found, expected):
         np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"kv_budget": "26KB", "host_budget": "26KB"}, {"dtype": "bfloat16"}])
+TIERS = {"kv_budget": "26KB", "host_budget": "26KB"}
+SMALL = {"cpu_path": "torch", "weights": "fp8", "kv": "fp8", "kv_budget": "12KB", "host_budget": "12KB"}
+
+
+@pytest.mark.parametrize("settings", [{}, TIERS, {"dtype": "bfloat16"}, SMALL, SMALL | {"dtype": "bfloat16"}])
 def test_mixed_batches_answer_as_without_graphs(tiny, settings):
     """Appends, corrections, slides, evictions and restores, all heads in one batch."""
     ours, theirs, rng = captured(tiny, **settings), eager(tiny, **settings), np.random.default_rng(0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from speeder_engine.triton_kernels.language import interpreted, runs_triton, tl, triton
+from speeder_engine.triton_kernels.language import interpreted, on, runs_triton, tl, triton
 from speeder_engine.triton_kernels.specimen import Specimen
 
 Kind = Literal["int8", "fp8"]
@@ -48,7 +48,10 @@ def quantize_weight(weight: Tensor, kind: Kind) -> W8Weight:
 
 def quantize_rows(x: Tensor, kind: Kind) -> W8Weight:
     """x [N, I], each row by its own largest element."""
-    return launch_quantize_rows(x, kind) if runs_triton(x) else quantize_rows_ref(x, kind)
+    if runs_triton(x):
+        with on(x.device):
+            return launch_quantize_rows(x, kind)
+    return quantize_rows_ref(x, kind)
 
 
 def quantize_rows_ref(x: Tensor, kind: Kind) -> W8Weight:
@@ -64,7 +67,8 @@ def linear_w8(
 ) -> Tensor:
     """x [N, I] -> [N, O], or [N, O / 2] where `gated`. `quantize`: x is brought to the weight's kind, row by row."""
     if runs_triton(x, weight.values, weight.scales, bias):
-        return launch_linear_w8(x, weight, bias, gated, quantize)
+        with on(x.device):
+            return launch_linear_w8(x, weight, bias, gated, quantize)
     return linear_w8_ref(x, weight, bias, gated, quantize)
 
 
@@ -109,7 +113,7 @@ def launch_linear_w8(
     if out.numel() == 0:
         return out
     fp8, wide = weight.kind == "fp8", interpreted(x)
-    native = fp8 and quantize and not wide and torch.cuda.get_device_capability(x.device) >= NATIVE_FP8
+    native = fp8 and quantize and multiplies_fp8(x.device)
     rows = launch_quantize_rows(x, weight.kind) if quantize else None
     left, right = x if rows is None else rows.values, weight.values
     if fp8 and not native:
@@ -121,6 +125,11 @@ def launch_linear_w8(
         SIZE=size, FP8=fp8, NATIVE=native, ROWS=quantize, BIAS=bias is not None, GATED=gated, WIDE=wide, **options,
     )  # fmt: skip
     return out
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether a device has matrix units for fp8."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= NATIVE_FP8
 
 
 def linear_options(num_rows: int, element_size: int) -> dict[str, int]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from speeder_engine.triton_kernels.language import interpreted, next_power_of_2, runs_triton, tl, triton
+from speeder_engine.triton_kernels.language import interpreted, next_power_of_2, on, runs_triton, tl, triton
 from speeder_engine.triton_kernels.sorting import largest, merge_sorted
 from speeder_engine.triton_kernels.specimen import Specimen
 
@@ -89,7 +89,8 @@ def top_scores(
     Returns scores [B, k'] in fp32, descending, and rows [B, k'] with k' = min(k, I); those not to be answered are -inf.
     """
     if runs_triton(vectors, table, scales) and vectors.shape[0] and 0 < min(k, table.shape[0]) <= MAX_K:
-        return launch_top_scores(vectors, table, prior, answerable, k, scales)
+        with on(vectors.device):
+            return launch_top_scores(vectors, table, prior, answerable, k, scales)
     return top_scores_ref(vectors, table, prior, answerable, k, scales)
 
 

@@ -14,33 +14,50 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speeder_engine.triton_kernels.language import next_power_of_2, runs_triton, tl, triton
+from speeder_engine.triton_kernels.language import next_power_of_2, on, runs_triton, tl, triton
 from speeder_engine.triton_kernels.linear_w8 import W8Weight, quantize_rows
 from speeder_engine.triton_kernels.specimen import Specimen
 from speeder_engine.triton_kernels.top_scores import MAX_K, Answerable, answer_keys, merge_lists, top_scores
 
 ULP = 2.0**-24  # the relative error of one operation in fp32
 OPTIONS = {"BLOCK_ROWS": 8, "BLOCK_SIZE": 256}
+ROUNDED_AT_ONCE = 65_536  # rows of a table, in fp32
 
 
 @dataclass(frozen=True)
 class CoarseTable:
-    """An int8 copy of I item tokens, and how far from them it is."""
+    """An int8 copy of I item tokens, and how far from them it is at most."""
 
     tokens: W8Weight  # [I, r]
     basis: Tensor | None  # fp32 [d, r]
-    worst_error: Tensor  # fp32 []: the largest |z_i - P z'_i|
-    largest_norm: Tensor  # fp32 []: the largest |z'_i| and |z_i|
+    worst_error: Tensor  # fp32 []: no |z_i - P z'_i| is larger
+    largest_norm: Tensor  # fp32 []: no |z'_i| and no |z_i| is larger
 
     @classmethod
     def build(cls, table: Tensor, rank: int | None = None) -> "CoarseTable":
         """table [I, d]; `rank`: kept directions, those in which the tokens are largest. None keeps all."""
-        wide = table.float()
-        basis = None if rank is None else _directions(wide, rank)
-        tokens = quantize_rows(wide if basis is None else (wide @ basis).contiguous(), "int8")
+        (num_items, size), device = table.shape, table.device
+        basis = None if rank is None else _directions(table.float(), rank)
+        values = torch.zeros(num_items, size if rank is None else rank, dtype=torch.int8, device=device)
+        tokens = W8Weight(values, torch.ones(num_items, dtype=torch.float32, device=device))
+        made = cls(tokens, basis, *(torch.zeros((), dtype=torch.float32, device=device) for _ in range(2)))
+        for rows in torch.arange(num_items, device=device).split(ROUNDED_AT_ONCE):
+            made.put(rows, table[rows])
+        return made
+
+    def put(self, rows: Tensor, table: Tensor) -> None:
+        """Rows int64 [n] become those of table [n, d], in place. What bounds the distance from the items never shrinks,
+        so that it holds for those that are left, too."""
+        if not rows.shape[0]:
+            return
+        wide = table.float().contiguous()
+        tokens = quantize_rows(wide if self.basis is None else (wide @ self.basis).contiguous(), "int8")
         coarse = tokens.dequantized()
-        error = (wide - (coarse if basis is None else coarse @ basis.T)).norm(dim=1).amax()
-        return cls(tokens, basis, error, torch.maximum(coarse.norm(dim=1).amax(), wide.norm(dim=1).amax()))
+        error = wide - (coarse if self.basis is None else coarse @ self.basis.T)
+        norm = torch.maximum(coarse.norm(dim=1).amax(), wide.norm(dim=1).amax())
+        self.worst_error.copy_(torch.maximum(self.worst_error, error.norm(dim=1).amax()))
+        self.largest_norm.copy_(torch.maximum(self.largest_norm, norm))
+        self.tokens.values[rows], self.tokens.scales[rows] = tokens.values, tokens.scales
 
     def project(self, vectors: Tensor) -> Tensor:
         """[B, d] -> [B, r] of the same dtype."""
@@ -71,7 +88,8 @@ def top_scores_two_stage(
     projected = coarse.project(vectors)
     found, rows = top_scores(projected, coarse.tokens.values, prior, answerable, kept, coarse.tokens.scales)
     if runs_triton(vectors, table) and vectors.shape[0] and 0 < length <= MAX_K:
-        scores, best = launch_exact_top(vectors, table, prior, found, rows, length)
+        with on(vectors.device):
+            scores, best = launch_exact_top(vectors, table, prior, found, rows, length)
     else:
         scores, best = exact_top_ref(vectors, table, prior, found, rows, length)
     if kept == table.shape[0]:

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from speeder_engine.config import EXACT_LEN_ENDS, DecoderConfig
 from speeder_engine.errors import ConfigError
 from speeder_engine.models.families import decoder_config, fuse_weights, rotary_frequencies
+from speeder_engine.models.linear import W8Linear, gated_linear, linear_part, quantize_linears
 from speeder_engine.triton_kernels.add_rms_norm import add_rms_norm, rms_norm_ref
+from speeder_engine.triton_kernels.linear_w8 import Kind
 from speeder_engine.triton_kernels.qk_norm_rope_store import rotate
-from speeder_engine.triton_kernels.swiglu import swiglu
 
 
 class Attend(Protocol):
@@ -76,26 +77,21 @@ class DecoderLayer(nn.Module):
         q, k, v = self.project(normed, rows)
         mixed = attend(self, q, k, v, rows)
         hidden, normed = self.post_norm.add(hidden if rows is None else hidden[rows], self.out(mixed.flatten(1)))
-        return following.add(hidden, self.down(swiglu(self.gate_up(normed))))
+        return following.add(hidden, self.down(gated_linear(self.gate_up, normed)))
 
     def project(self, normed: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """normed [..., d] -> q [..., H, D] and k, v [..., H_kv, D]; of flat rows [N, d], q for `rows` [R] alone."""
         if rows is None:
             q, kv = self.qkv(normed).split([self.q_size, 2 * self.kv_size], dim=-1)
         else:
-            q = self._part(normed[rows], slice(None, self.q_size))
-            kv = self._part(normed, slice(self.q_size, None))
+            q = linear_part(self.qkv, normed[rows], slice(None, self.q_size))
+            kv = linear_part(self.qkv, normed, slice(self.q_size, None))
         k, v = kv.chunk(2, dim=-1)
         return (
             q.unflatten(-1, (self.heads, self.head_dim)),
             k.unflatten(-1, (self.kv_heads, self.head_dim)),
             v.unflatten(-1, (self.kv_heads, self.head_dim)),
         )
-
-    def _part(self, normed: Tensor, part: slice) -> Tensor:
-        """Some of the fused projection's outputs."""
-        bias = self.qkv.bias[part] if self.config.qkv_bias else None
-        return F.linear(normed, self.qkv.weight[part], bias)
 
 
 class Decoder(nn.Module):
@@ -133,6 +129,15 @@ class Decoder(nn.Module):
         for layer, following in zip(layers, norms[1:], strict=True):
             hidden, normed = layer(hidden, normed, attend, read_rows if layer is layers[-1] else None, following)
         return normed
+
+    @property
+    def weight_kind(self) -> Kind | None:
+        """What the linear layers were quantized to; None for weights as they were trained."""
+        return next((module.weight.kind for module in self.modules() if isinstance(module, W8Linear)), None)
+
+    def quantize(self, kind: Kind, device: torch.device) -> None:
+        """The linear layers in 8 bits from now on, on `device`; their weights as they were are let go."""
+        quantize_linears(self.layers, kind, device)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [N, D] in fp32, scaled as the backbone's rope type wants."""

@@ -15,16 +15,21 @@ def pick_kernels(config: EngineConfig, device: torch.device, dtype: torch.dtype)
     Raises ConfigError where what was asked for can't be had.
     """
     if device.type != "cpu":
-        wanted = "is computed on a CPU by native kernels; leave it at 'auto' on a GPU"
-        check(config.weights == "auto", f"EngineConfig.weights: {config.weights!r} {wanted}")
         return None
     found = _pick(config.cpu_path, dtype)
-    if found is None and config.weights != "auto":
-        raise ConfigError(
-            f"EngineConfig.weights: {config.weights!r} needs native kernels, which compute in float32 or bfloat16 on"
-            f" x86 with AVX2; dtype is {str(dtype).removeprefix('torch.')}, cpu_path {config.cpu_path!r}"
-        )
+    if found is not None:
+        _check_native(config)
     return found
+
+
+def _check_native(config: EngineConfig) -> None:
+    """What native kernels don't compute."""
+    instead = "choose 'int8', or set cpu_path to 'torch'"
+    check(config.weights != "fp8", f"EngineConfig.weights: native kernels multiply no 'fp8'; {instead}")
+    searched = "EngineConfig.search: native kernels search exactly; leave it at 'exact', or set cpu_path to 'torch'"
+    check(config.search == "exact", searched)
+    cached = f"EngineConfig.kv: native kernels cache keys and values in dtype, not in {config.kv!r}"
+    check(config.kv == "auto", f"{cached}; leave it at 'auto', or set cpu_path to 'torch'")
 
 
 def _pick(path: str, dtype: torch.dtype) -> str | None:

@@ -4,6 +4,7 @@ Skipped where there is no CUDA device.
 """
 
 import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ import torch
 from reference import make_tiny, make_titled, reference_scores
 
 from speeder_engine import Engine, EngineConfig, Item, Request
+from speeder_engine.models import linear
+from speeder_engine.models.linear import W8Linear
+from speeder_engine.triton_kernels.linear_w8 import multiplies_fp8
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,6 +98,93 @@ def test_graphs_warm_cold_and_packed_answer_alike(tiny, dtype):
     assert eager.stats().graph_replays == 0
 
 
+def in_8_bits(kind):
+    """Everything in 8 bits, keys and values as this GPU can."""
+    return {"weights": kind, "kv": "int8" if kind == "fp8" and not multiplies_fp8(torch.device("cuda")) else kind}
+
+
+by_kind = pytest.mark.parametrize("kind", ["int8", "fp8"])
+# of fp32: a few numbers on the other side of a border between two values of 8 bits
+TURNED = {"int8": 5e-3, "fp8": 3e-2}
+
+
+@by_kind
+def test_8_bits_answer_alike_in_graphs_warm_cold_packed_and_on_the_cpu(tiny, kind, monkeypatch):
+    settings, rng = in_8_bits(kind), np.random.default_rng(5)
+    graphs, eager = made(tiny, **settings), made(tiny, graphs="off", **settings)
+    cold = made(tiny, kv_budget="0", **settings)
+    # the CPU's reference rounds rows where the GPU does
+    rounds_rows = graphs.model.decoder.layers[0].qkv.quantize
+    monkeypatch.setattr(linear, "multiplies_fp8", lambda device: rounds_rows)
+    on_cpu = Engine(tiny.parts(), EngineConfig(device="cpu", cpu_path="torch", dtype="float32", **settings))
+    for _ in range(20):
+        asked = random_requests(tiny, rng)
+        found = graphs.recommend_many(asked)
+        assert_near(found, eager.recommend_many(asked), TURNED[kind])
+        assert_near(found, cold.recommend_many(asked), TURNED[kind])
+        assert_near(found, [cold.recommend_many([each])[0] for each in asked], TURNED[kind])
+        assert_near(found, on_cpu.recommend_many(asked), 2 * TURNED[kind])
+        graphs.check_integrity()
+    assert graphs.stats().graph_replays > 15
+    assert graphs.stats().eager_steps == 0
+
+
+@by_kind
+def test_int8_and_fp8_weights_equal_transformers_with_the_same(kind, monkeypatch):
+    """Rows as they come, so that fp32 decides."""
+    monkeypatch.setattr(linear, "multiplies_fp8", lambda device: False)
+    tiny, rng = make_tiny(window=12, step=4, family="qwen2"), np.random.default_rng(6)
+    engine, largest = made(tiny, weights=kind), 127 if kind == "int8" else 448
+    assert all(m.values.is_cuda for m in engine.model.decoder.modules() if isinstance(m, W8Linear))
+    for module in tiny.model.backbone.modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = module.weight.data
+            scale = weight.abs().amax(1, keepdim=True) / largest
+            small = (weight / scale).round() if kind == "int8" else (weight / scale).to(torch.float8_e4m3fn).float()
+            weight.copy_(small * scale)
+    for length in (0, 5, 12, 17):
+        rows, candidates = rng.integers(0, 120, length), rng.permutation(120)[:9]
+        retrieve, rank = reference_scores(tiny, rows, candidates)
+        for user in (None, "a", "a"):
+            found = dict(engine.recommend(tiny.ids(rows), k=120, exclude_seen=False, user_id=user))
+            scores = torch.tensor([found[item_id] for item_id in tiny.item_ids])
+            torch.testing.assert_close(scores, retrieve, atol=5e-4, rtol=1e-4)
+            found = dict(engine.recommend(tiny.ids(rows), candidates=tiny.ids(candidates), k=9, user_id=user))
+            scores = torch.tensor([found[item_id] for item_id in tiny.ids(candidates)])
+            torch.testing.assert_close(scores, rank, atol=5e-4, rtol=1e-4)
+
+
+@by_kind
+def test_weights_in_8_bits_replace_what_they_were_made_from(kind):
+    parts = make_titled().parts()
+    linears = [module for module in parts.model.decoder.modules() if isinstance(module, torch.nn.Linear)]
+    num_weights, held = sum(m.weight.numel() for m in linears), [weakref.ref(m.weight) for m in linears]
+    del linears
+    engine = Engine(parts, EngineConfig(**SETTINGS, weights=kind))
+    gc.collect()
+    assert not any(each() is not None for each in held)
+    small = [module for module in engine.model.decoder.modules() if isinstance(module, W8Linear)]
+    assert sum(m.values.numel() * m.values.itemsize for m in small) == num_weights
+    assert all(m.values.is_cuda and m.scales.is_cuda for m in small)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("error", [None, 1e6])
+def test_two_stages_answer_as_one(dtype, error):
+    """After upserts too; with a bound that never holds every search is repeated."""
+    large, rng = make_tiny(900, window=12, step=4), np.random.default_rng(7)
+    ours, theirs = (made(large, dtype=dtype, search=search) for search in ("two_stage", "exact"))
+    for engine in (ours, theirs):
+        engine.upsert([Item("new", vectors={"text": [0.5] * 8}), Item("0002", vectors={"text": [-0.5] * 8})])
+    if error is not None:
+        ours.catalogue.coarse.worst_error.fill_(error)
+    for _ in range(10):
+        histories = [large.ids(rng.integers(0, 900, rng.integers(0, 15))) for _ in range(5)]
+        asked = [Request(history, 10, deny=large.ids(range(3, 9))) for history in histories]
+        assert_near(ours.recommend_many(asked), theirs.recommend_many(asked), BOUND[dtype])
+    assert (ours.stats().searched_again == 50) == (error is not None)
+
+
 def test_titles_equal_the_cpus():
     titled = make_titled()
     on_gpu, on_cpu = made(titled), Engine(titled.parts(), EngineConfig(device="cpu", dtype="float32"))
@@ -106,15 +197,19 @@ def test_titles_equal_the_cpus():
             assert found[item_id] == pytest.approx(score, abs=2e-3, rel=1e-3)
 
 
-def test_the_host_tier_restores_before_the_pass(tiny):
-    tiered, cold = made(tiny, kv_budget="26KB", host_budget="1MiB", debug=True), made(tiny, kv_budget="0")
+@pytest.mark.parametrize("kind", [None, "int8", "fp8"])
+def test_the_host_tier_restores_before_the_pass(tiny, kind):
+    small, bound = (in_8_bits(kind), TURNED[kind]) if kind else ({}, BOUND["float32"])
+    budget = "9KB" if kind else "26KB"
+    tiered = made(tiny, kv_budget=budget, host_budget="1MiB", debug=True, **small)
+    cold = made(tiny, kv_budget="0", **small)
     assert tiered._now().cache.host.is_pinned()
     rng = np.random.default_rng(3)
     histories = {f"{user}": tiny.ids(rng.integers(0, 120, 11)) for user in range(20)}
     for _ in range(4):
         for user, history in histories.items():
             asked = [Request(history[: rng.integers(5, 12)], user_id=user, candidates=tiny.ids(range(4)))]
-            assert_near(tiered.recommend_many(asked), cold.recommend_many(asked), BOUND["float32"])
+            assert_near(tiered.recommend_many(asked), cold.recommend_many(asked), bound)
             tiered.check_integrity()
     assert tiered.stats().blocks_restored > 0
 
@@ -152,10 +247,11 @@ def test_nothing_is_captured_later_and_memory_does_not_grow(tiny):
     assert torch.cuda.memory_reserved() == reserved
 
 
+@pytest.mark.parametrize("kind", [None, "int8", "fp8"])
 @pytest.mark.parametrize("options", [{}, {"candidates": 9}, {"candidates": 9, "head": "retrieve"}])
-def test_a_warm_step_waits_for_its_answer_alone(tiny, options):
+def test_a_warm_step_waits_for_its_answer_alone(tiny, options, kind):
     """torch raises where an operation would wait; the answer is waited for by an event, which it doesn't count."""
-    engine = made(tiny)
+    engine = made(tiny, **in_8_bits(kind) if kind else {})
     if "candidates" in options:
         options = options | {"candidates": tiny.ids(range(options["candidates"]))}
     users = [Request(tiny.ids(range(u, u + 6)), user_id=f"{u}", **options) for u in range(4)]

@@ -20,15 +20,17 @@ def test_the_best_kernels_are_picked_where_types_allow():
     assert pick_kernels(EngineConfig(cpu_path="torch"), CPU, torch.float32) is None
     assert pick_kernels(EngineConfig(cpu_path="plain"), CPU, torch.float32) == "plain"
     assert pick_kernels(EngineConfig(), torch.device("cuda"), torch.bfloat16) is None
+    for small in ({"weights": "fp8"}, {"weights": "int8"}, {"kv": "fp8"}):
+        assert pick_kernels(EngineConfig(**small), torch.device("cuda"), torch.bfloat16) is None
+        assert pick_kernels(EngineConfig(**small, cpu_path="torch"), CPU, torch.float32) is None
 
 
 @pytest.mark.parametrize(
     ("settings", "dtype", "device", "message"),
     [
         ({"cpu_path": BEST}, torch.float16, "cpu", "choose 'torch'"),
-        ({"weights": "int8"}, torch.float16, "cpu", "needs native kernels"),
-        ({"weights": "int8", "cpu_path": "torch"}, torch.float32, "cpu", "needs native kernels"),
-        ({"weights": "int8"}, torch.bfloat16, "cuda", "leave it at 'auto' on a GPU"),
+        ({"cpu_path": "plain", "weights": "fp8"}, torch.bfloat16, "cpu", "multiply no 'fp8'; choose 'int8', or set"),
+        ({"cpu_path": "plain", "kv": "int8"}, torch.bfloat16, "cpu", "not in 'int8'; leave it at 'auto'"),
     ],
 )
 def test_what_can_not_be_had_is_refused(settings, dtype, device, message):
