@@ -39,9 +39,10 @@ class StaticFollowers(nn.Module):
         self.register_buffer("rank", table.rank.detach().float().clone())
 
     def last_rows(self, history: Tensor, lengths: Tensor) -> Tensor:
-        """history [B, T], of which `lengths` [B] are real -> the last ones, newest first, [B, last]; -1 for none."""
+        """history [B, T], of which `lengths` [B] are real -> the last ones, newest first, [B, last]; -1 for none. More
+        than T, as of a session that has outgrown its window, gather nothing that isn't there."""
         places = lengths.unsqueeze(1) - 1 - torch.arange(self.last)
-        return torch.where(places < 0, NOBODY, history.gather(1, places.clamp(min=0)))
+        return torch.where(places < 0, NOBODY, history.gather(1, places.clamp(0, history.shape[1] - 1)))
 
     def forward(self, last_rows: Tensor) -> Tensor:
         """[B, last] -> f [B, I]. Rows beyond the table are of items that came later: nobody follows them."""
