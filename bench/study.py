@@ -36,7 +36,7 @@ from study_variants import COLD_ITEMS, DECLARED, VARIANTS, WITH_TIME
 SINGLE = ("popularity", "popularity_at_last", "markov", "itemknn")
 TIMED = ("recent_popularity", "recent_popularity_7", "live_popularity", "live_popularity_2")
 TRAINED = ("sasrec", "gru4rec", "hstu", "sasrec_weeks", "sasrec_time")
-CONTROLS = ("shuffled images", "noise images", COLD_ITEMS)
+CONTROLS = ("shuffled images", "noise images", *COLD_ITEMS)
 MODELS = (DECLARED, WITH_TIME)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from study_runs import LENGTHS
+from study_runs import AMONG_THEMSELVES, LENGTHS, TARGETS
 from study_variants import COLD_ITEMS, DECLARED, WITH_TIME
 
 from speeder_engine.data.dataset import load_dataset
@@ -17,7 +17,7 @@ from speeder_engine.evaluation.report import Report
 from speeder_engine.evaluation.results import curve_of, group_rows, paired_rows, rows_of
 from speeder_engine.files import write_json
 
-OURS, COLD = "speeder", "cold targets"
+OURS = "speeder"
 SHUFFLED = "history shuffled but for its last item"
 Reports = Mapping[tuple[str, str], Mapping[int, Report]]  # system and variant -> seed -> report
 
@@ -27,7 +27,8 @@ def write_report(data: Path, work: Path, out: Path) -> None:
     split = leave_one_out(load_dataset(data))
     asked = split.queries("test")
     # a model that a tenth of the targets was kept from is asked for those alone
-    systems = {key: each for key, each in reports.items() if key[1] not in (COLD, COLD_ITEMS)}
+    asked_apart = (*COLD_ITEMS, *(name + each for name in (TARGETS, AMONG_THEMSELVES) for each in COLD_ITEMS))
+    systems = {key: each for key, each in reports.items() if key[1] not in asked_apart}
     results: dict[str, Any] = {"data": split.dataset.name, "rows": [], "paired": [], "groups": [], "curves": []}
     for (system, variant), by_seed in systems.items():
         results["rows"] += rows_of(list(by_seed.values()), system, name_of(variant))
@@ -35,8 +36,7 @@ def write_report(data: Path, work: Path, out: Path) -> None:
     for key in shown_in_groups(systems):
         for group in GROUPINGS.values():
             results["groups"] += group_rows(list(systems[key].values()), key[0], name_of(key[1]), group(split, asked))
-    if (OURS, COLD) in reports:
-        results["groups"] += cold_rows(list(reports[OURS, COLD].values()), list(reports[OURS, DECLARED].values()))
+    results["groups"] += cold_rows(reports)
     curve = lengths(extra, reports)
     results["curves"] = [curve] if curve else []
     shuffled = extra.get("shuffled", {})
@@ -92,19 +92,29 @@ def seeds_of(reports: Mapping[int, Report], like: Mapping[int, Report]) -> list[
     return [reports[seed] for seed in like if seed in reports] or list(reports.values())
 
 
-def cold_rows(cold: Sequence[Report], declared: Sequence[Report]) -> list[dict[str, Any]]:
-    """Targets held out of training, by their tokens of text and image alone; and where they were trained on."""
-    asked = np.isin(declared[0].users, cold[0].users)
+def cold_rows(reports: Reports) -> list[dict[str, Any]]:
+    """Targets held out of training, by their tokens of text and image alone, in the whole catalogue and among
+    themselves; and where they were trained on."""
+    found: dict[str, Sequence[Report]] = {}
+    for variant in COLD_ITEMS:
+        for name, told in ((TARGETS, variant), (AMONG_THEMSELVES, f"{variant}, among themselves")):
+            if (OURS, name + variant) in reports:
+                found[told] = list(reports[OURS, name + variant].values())
+    if not found or (OURS, DECLARED) not in reports:
+        return []
+    users = next(iter(found.values()))[0].users
+    declared = list(reports[OURS, DECLARED].values())
+    asked = np.isin(declared[0].users, users)
     shared = {"system": OURS, "by": "item", "group": "held out of training", "num_users": int(asked.sum())}
     rows = []
     for metric in GROUP_METRICS:
-        for variant, values in (
-            ("text and image alone", mean_over_seeds(cold, metric)),
-            ("declared, which was trained on them", mean_over_seeds(declared, metric)[asked]),
-        ):
-            found = mean_interval(values)
-            bounds = {"mean": found.mean, "low": found.low, "high": found.high}
-            rows.append({**shared, "variant": variant, "metric": metric, **bounds})
+        listed = {told: each for told, each in found.items() if metric != "vhr@1" or each[0].on_candidates is not None}
+        values = {told: mean_over_seeds(each, metric) for told, each in listed.items()}
+        values["declared, which was trained on them"] = mean_over_seeds(declared, metric)[asked]
+        for told, each in values.items():
+            bounds = mean_interval(each)
+            found_here = {"mean": bounds.mean, "low": bounds.low, "high": bounds.high}
+            rows.append({**shared, "variant": told, "metric": metric, **found_here})
     return rows
 
 

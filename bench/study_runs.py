@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from baseline_settings import read_settings
+from numpy.typing import NDArray
 from study_variants import COLD_ITEMS, DECLARED, VARIANTS, WITH_TIME, cold_items, with_vectors
 
 from speeder_engine.checkpoint import Checkpoint
@@ -25,13 +26,15 @@ from speeder_engine.evaluation.baselines.sasrec_time import WEEK_MODELS
 from speeder_engine.evaluation.baselines.sequence import SASREC, SEQUENCE_MODELS, SequenceBaseline
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
-from speeder_engine.evaluation.scorer import Scorer
+from speeder_engine.evaluation.scorer import CatalogueScorer, Scorer
 from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.runs import offsets_of, ranges
 from speeder_engine.training.config import load_recipe
 from speeder_engine.training.features import make_features
 from speeder_engine.training.fit import train
 
+# of runs that are asked for the items held out of training alone
+TARGETS, AMONG_THEMSELVES = "targets of ", "targets among themselves of "
 LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)  # of histories cut to their last items, up to the window
 
 
@@ -103,19 +106,43 @@ def _speeder(run: Run, split: Split, work: Path, recipe: str) -> dict[str, float
     if run.variant == DECLARED:
         for name, queries in _altered_queries(split.queries("test"), run.seed, config.window):
             evaluate(tested, queries, None, show_progress=False).save(run.path(work, name))
-    if run.variant == COLD_ITEMS:
-        queries = split.queries("test")
-        cold = np.flatnonzero(np.isin(queries.targets, cold_items(split.dataset.num_items)))
-        asked = split.queries("test", queries.users[cold])
-        # by their tokens alone: a prior knows that nobody has taken them yet
-        nothing = ConstantPrior(torch.zeros(split.dataset.num_items))
-        _keep(Run("speeder", "cold targets", run.seed), scorer(nothing), split, work, asked)
+    if run.variant in COLD_ITEMS:
+        _keep_cold(run, scorer(ConstantPrior(torch.zeros(split.dataset.num_items))), split, work)
     validation = scorer(query_prior(checkpoint, split, "validation"))
     evaluate(validation, split.queries("validation"), None, show_progress=False).save(run.path(work, "validation"))
     found = _keep(run, tested, split, work)
     if run.variant not in (DECLARED, WITH_TIME):
         shutil.rmtree(folder)
     return found
+
+
+def _keep_cold(run: Run, scorer: ModelScorer, split: Split, work: Path) -> None:
+    """Targets held out of training by their tokens alone: prior and followers know that nobody has taken them yet."""
+    scorer.followers = None
+    cold, queries = cold_items(split.dataset.num_items), split.queries("test")
+    asked = split.queries("test", queries.users[np.isin(queries.targets, cold)])
+    _keep(Run(run.system, TARGETS + run.variant, run.seed), scorer, split, work, asked)
+    among = evaluate(Among(scorer, cold), asked, None, show_progress=False)
+    among.save(Run(run.system, AMONG_THEMSELVES + run.variant, run.seed).path(work))
+
+
+@dataclass(frozen=True, eq=False)
+class Among(CatalogueScorer):
+    """A system's answers out of some items alone, rows [n]."""
+
+    scorer: ModelScorer
+    items: NDArray[np.int64]
+    name = "speeder (some items)"
+
+    @property
+    def uses_time(self) -> bool:
+        return self.scorer.uses_time
+
+    def scores(self, queries: Queries) -> NDArray[np.float32]:
+        scores = self.scorer.scores(queries)
+        others = np.delete(np.arange(scores.shape[1]), self.items)
+        scores[:, others] = -np.inf
+        return scores
 
 
 def _keep(run: Run, scorer: Scorer, split: Split, work: Path, queries: Queries | None = None) -> dict[str, float]:

@@ -13,7 +13,7 @@ from speeder_engine.runs import offsets_of
 from speeder_engine.training.config import TrainingConfig, load_recipe
 
 DECLARED, WITH_TIME = "declared", "declared, with time"
-COLD_ITEMS = "cold items"
+COLD_ITEMS = ("cold items", "cold items, modality dropout .5")
 COLD_SHARE = 0.1
 Alter = Callable[[Split, int], Split]  # with a seed
 
@@ -127,5 +127,6 @@ VARIANTS: dict[str, Variant] = {
     # controls
     "shuffled images": Variant(alter=shuffled_images),
     "noise images": Variant(alter=noise_images),
-    COLD_ITEMS: Variant(overrides={"cold_negatives": False}, alter=without_cold_items),
+    COLD_ITEMS[0]: Variant(overrides={"cold_negatives": False}, alter=without_cold_items),
+    COLD_ITEMS[1]: Variant(overrides={"cold_negatives": False, "modality_dropout": 0.5}, alter=without_cold_items),
 }

@@ -53,7 +53,12 @@ def test_runs_are_kept_and_become_results(root, tmp_path):
     assert ("shuffled images", "declared", "ndcg@10") in pairs
     assert {"length", "popularity", "item"} <= {row["by"] for row in results["groups"]}
     cold = [row for row in results["groups"] if row["by"] == "item"]
-    assert {row["variant"] for row in cold} == {"text and image alone", "declared, which was trained on them"}
+    alone = {"cold items", "cold items, among themselves"}
+    assert {row["variant"] for row in cold} == {*alone, "declared, which was trained on them"}
+    tenth = [
+        row["mean"] for row in cold if row["metric"] == "hr@10" and row["variant"] == "cold items, among themselves"
+    ]
+    assert tenth == [1.0]  # of ten items
     assert results["curves"][0]["x"] == [1, 2, 5, 10, 20]
     told = "\n".join(tables(results))
     assert "The declared model's difference to each" in told and "Ablations without the query's time" in told
