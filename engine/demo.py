@@ -100,7 +100,8 @@ def show_users(console: Console, engine: Engine, dataset: Dataset, queries: Quer
     lengths = np.diff(queries.offsets)
     for q in np.argsort(np.abs(lengths - 10), kind="stable")[:NUM_SHOWN].tolist():
         history = [dataset.item_ids[row] for row in queries.history(q)]
-        ranking = engine.recommend(history, k=10)
+        times = queries.history_times(q) if engine.parts.config.prompt.calendar is not None else None
+        ranking = engine.recommend(history, k=10, times=None if times is None else times.tolist())
         target = dataset.items.titles[queries.targets[q]]
         console.print(
             recommendation_table(f"user {dataset.user_ids[queries.users[q]]}", history, ranking, engine.catalogue)

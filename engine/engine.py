@@ -21,6 +21,7 @@ from speeder_engine.errors import ConfigError, DataError, EngineClosed, InvalidR
 from speeder_engine.item import Item
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.parts import EngineParts
+from speeder_engine.query import Query
 from speeder_engine.request import (
     Generation,
     Head,
@@ -215,22 +216,39 @@ class Engine:
         return generations
 
     def user_vector(self, history: Sequence[str]) -> NDArray[np.float32]:
-        """[d]: its dot product with an item's vector is that item's retrieve score, prior aside."""
+        """[d]: its dot product with an item's vector is that item's retrieve score, prior and followers aside."""
         vector: NDArray[np.float32] = self.user_vectors([Request(history)])[0]
         return vector
 
     def user_vectors(self, requests: Iterable[Request]) -> NDArray[np.float32]:
         """[B, d] in the order of the requests; their sessions are used and extended. InvalidRequest where there
         is no retrieve head."""
-        asked = [replace(request, candidates=None, head=None) for request in _requests(requests, "user_vectors")]
-        serving = self._now()
-        if not serving.parts.config.heads.retrieve:
-            raise InvalidRequest("user_vectors: this model was trained without a retrieve head; use recommend")
+        serving, parts = self._retrieving(requests, "user_vectors")
         vectors = [np.zeros((0, serving.catalogue.tokens.shape[1]), np.float32)]
-        for queries in serving.steps([serving.resolve(request) for request in asked]):
+        for queries in parts:
             with serving.lock:
                 vectors.append(serving.user_vectors(queries))
         return np.concatenate(vectors)
+
+    def scores(self, requests: Iterable[Request], ids: Sequence[str]) -> NDArray[np.float32]:
+        """[B, n]: what the retrieve head gives each of these items, prior and followers in it, whether or not it may be
+        answered. The whole catalogue's scores are many: for the best of them ask `recommend`. InvalidRequest where
+        there is no retrieve head."""
+        serving, parts = self._retrieving(requests, "scores")
+        rows = serving.catalogue.rows(item_ids(ids, "scores"), "scores")
+        scores = [np.zeros((0, len(rows)), np.float32)]
+        for queries in parts:
+            with serving.lock:
+                scores.append(serving.retrieve_scores(queries, rows))
+        return np.concatenate(scores)
+
+    def _retrieving(self, requests: Iterable[Request], where: str) -> tuple[Serving, Iterator[Sequence[Query]]]:
+        """Steps of these requests without their candidates."""
+        asked = [replace(request, candidates=None, head=None) for request in _requests(requests, where)]
+        serving = self._now()
+        if not serving.parts.config.heads.retrieve:
+            raise InvalidRequest(f"{where}: this model was trained without a retrieve head; use recommend")
+        return serving, serving.steps([serving.resolve(request) for request in asked])
 
     def item_vectors(self, ids: Sequence[str]) -> NDArray[np.float32]:
         """Item tokens [n, d] of these ids."""

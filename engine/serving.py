@@ -27,7 +27,7 @@ from speeder_engine.native.decoder import NativeDecoder
 from speeder_engine.native.support import advise_huge, pick_kernels
 from speeder_engine.parts import EngineParts
 from speeder_engine.prompt import PromptLayout
-from speeder_engine.query import Query, resolve
+from speeder_engine.query import Query, Rows, resolve
 from speeder_engine.request import Generation, Head, Ranking, Request
 from speeder_engine.runner import ModelRunner
 from speeder_engine.scheduler import cut_into_steps
@@ -189,6 +189,16 @@ class Serving:
         """[B, d], one step."""
         with self.forward(queries) as done:
             return to_numpy(done.vectors)
+
+    def retrieve_scores(self, queries: Sequence[Query], rows: Rows) -> Floats:
+        """[B, n] of these rows of the catalogue, one step."""
+        vectors, chosen = self.user_vectors(queries), torch.from_numpy(rows.astype(np.int64)).to(self.device)
+        prior = float(self.model.retrieve.beta) * to_numpy(self.catalogue.prior[chosen])
+        scores = vectors @ to_numpy(self.catalogue.tokens[chosen]).T + prior
+        for line, query in zip(scores, queries, strict=True):
+            if query.following is not None:
+                line += query.following.of(rows)
+        return scores.astype(np.float32)
 
     def item_vectors(self, ids: Sequence[str]) -> Floats:
         rows = torch.from_numpy(self.catalogue.rows(ids, "item_vectors").astype(np.int64))

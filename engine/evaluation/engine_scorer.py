@@ -28,22 +28,25 @@ class EngineScorer:
         self.engine = engine
         self.head = head
         self.item_ids = item_ids
-        self.vectors = engine.item_vectors(item_ids)
-        beta = float(engine.model.retrieve.beta)
-        self.prior = np.float32(beta) * engine.catalogue.priors(item_ids)
+        self.reads_times = engine.parts.config.prompt.calendar is not None
 
     def scores(self, queries: Queries) -> NDArray[np.float32]:
         if not self.engine.parts.config.heads.retrieve:
             return np.full((len(queries), len(self.item_ids)), -np.inf, np.float32)
-        vectors = self.engine.user_vectors(Request(self.ids(queries.history(q))) for q in range(len(queries)))
-        scores: NDArray[np.float32] = (vectors @ self.vectors.T + self.prior).astype(np.float32)
-        return scores
+        requests = [Request(self.ids(queries.history(q)), times=self.times(queries, q)) for q in range(len(queries))]
+        return self.engine.scores(requests, self.item_ids)
 
     def candidate_scores(self, queries: Queries, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
         """By the engine's head for candidates; an item it doesn't rank has -inf."""
         count = candidates.shape[1]
         requests = [
-            Request(self.ids(queries.history(q)), count, candidates=self.ids(candidates[q]), head=self.head)
+            Request(
+                self.ids(queries.history(q)),
+                count,
+                candidates=self.ids(candidates[q]),
+                head=self.head,
+                times=self.times(queries, q),
+            )
             for q in range(len(queries))
         ]
         scores = np.full(candidates.shape, -np.inf, np.float32)
@@ -51,6 +54,11 @@ class EngineScorer:
             found = dict(ranking)
             scores[q] = [found.get(item_id, -np.inf) for item_id in requests[q].candidates or ()]
         return scores
+
+    def times(self, queries: Queries, q: int) -> list[float] | None:
+        """Of query q's interactions, for a model that reads them."""
+        times = queries.history_times(q) if self.reads_times else None
+        return None if times is None else times.tolist()
 
     def ids(self, rows: NDArray[np.int32]) -> list[str]:
         return [self.item_ids[row] for row in rows]

@@ -25,7 +25,11 @@ class GenerationScorer:
     def candidate_scores(self, queries: Queries, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
         """0 for the candidate whose title was written, -inf for the others: what is no title of theirs is invalid."""
         named = [self.catalogue.ids(rows) for rows in candidates]
-        requests = [Request(self.catalogue.ids(queries.history(q)), candidates=ids) for q, ids in enumerate(named)]
+        scorer = self.catalogue
+        requests = [
+            Request(scorer.ids(queries.history(q)), candidates=ids, times=scorer.times(queries, q))
+            for q, ids in enumerate(named)
+        ]
         scores = np.full(candidates.shape, -np.inf, np.float32)
         for q, answer in enumerate(self.engine.generate(requests)):
             if answer.item_id is not None:

@@ -14,6 +14,7 @@ from speeder_engine.config import CalendarConfig, FollowersConfig, LivePriorConf
 from speeder_engine.data.candidates import draw_candidates
 from speeder_engine.encoders.features import Features
 from speeder_engine.errors import ConfigError, DataError
+from speeder_engine.evaluation.engine_scorer import EngineScorer
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.export.engine_directory import export_engine
@@ -81,6 +82,9 @@ def test_it_trains_resumes_and_is_served(split, tmp_path, choice):
     given = times if config.calendar_days else [None] * 9
     requests = [Request([split.dataset.item_ids[row] for row in queries.history(q)], times=given[q]) for q in range(9)]
     np.testing.assert_allclose(engine.user_vectors(requests), expected.detach().numpy(), rtol=1e-4, atol=1e-5)
+    if choice != "live prior":  # its engine has the prior as it stood at the end of training
+        served = evaluate(EngineScorer(engine, split.dataset.item_ids), queries, None)
+        np.testing.assert_array_equal(served.ranks, found.ranks)
 
 
 def test_what_followed_is_served_as_it_was_trained(split, tmp_path):
@@ -100,6 +104,8 @@ def test_what_followed_is_served_as_it_was_trained(split, tmp_path):
     engine.set_available([ids[4]], False)
     whole[:, 4], ranked[:, 1] = -np.inf, -np.inf
     histories = [[ids[row] for row in queries.history(q)] for q in range(12)]
+    scores = engine.scores([Request(history, 1) for history in histories], ids)
+    np.testing.assert_allclose(np.delete(scores, 4, 1), np.delete(whole, 4, 1), rtol=1e-4, atol=1e-4)
     for k in (1, 3, len(ids)):
         found = engine.recommend_many([Request(history, k, exclude_seen=False) for history in histories])
         check_rankings(found, whole, ids, k)
