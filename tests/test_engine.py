@@ -10,7 +10,7 @@ import torch
 from reference import make_tiny, reference_scores
 
 from speeder_engine import ConfigError, Engine, EngineConfig, InvalidRequest, Ranking, Request, UnknownItem
-from speeder_engine.config import HeadsConfig
+from speeder_engine.config import FollowersConfig, HeadsConfig
 from speeder_engine.models.families import FAMILIES
 
 WINDOW, STEP = 12, 4
@@ -91,9 +91,10 @@ def test_every_family_answers_as_transformers(family):
 )
 @pytest.mark.parametrize(("family", "budget"), [("llama", "26KB"), ("qwen3", "26KB"), ("qwen3", "4MiB")])
 def test_sessions_answer_bitwise_as_a_cold_engine(family, budget, settings):
-    """With and without norms of single heads. Appends, corrections, deletions, repeats, slides and evictions, one by
-    one and packed."""
-    tiny = make_tiny(window=WINDOW, step=STEP, family=family)
+    """With and without norms of single heads and followers. Appends, corrections, deletions, repeats, slides and
+    evictions, one by one and packed."""
+    followers = FollowersConfig(last=4, keep=20) if family == "qwen3" else None
+    tiny = make_tiny(window=WINDOW, step=STEP, family=family, followers=followers)
     warm = Engine(tiny.parts(), EngineConfig(kv_budget=budget, max_batch_users=8, **settings))
     cold = Engine(tiny.parts(), EngineConfig(kv_budget="0", **settings))
     rng = np.random.default_rng(0)

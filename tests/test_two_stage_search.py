@@ -7,14 +7,15 @@ from reference import make_tiny
 
 from speeder_engine import ConfigError, Engine, EngineConfig, Item, Request
 from speeder_engine.catalogue import ItemUpdate
+from speeder_engine.config import FollowersConfig
 from speeder_engine.triton_kernels.top_scores_two_stage import CoarseTable
 
 NUM_ITEMS = 900
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return make_tiny(NUM_ITEMS, window=12, step=4)
+@pytest.fixture(scope="module", params=[None, FollowersConfig(last=4, keep=20)], ids=["plain", "followers"])
+def tiny(request):
+    return make_tiny(NUM_ITEMS, window=12, step=4, followers=request.param)
 
 
 def made(tiny, **settings):
