@@ -200,13 +200,15 @@ class LivePriorConfig(Config):
 class FollowersConfig(Config):
     """Who follows whom as a part of the scores (models/follower_table.py): followers stand at most `window` events
     behind; a history's `last` items count, each `decay` times the weight of the one after it; `discounts` are
-    exponents of the counts of the followed and the following item; each item keeps its `keep` nearest followers."""
+    exponents of the counts of the followed and the following item; each item keeps its `keep` nearest followers. A
+    share `dropout` of training segments is scored without, so that the rest of the model learns on its own."""
 
     window: int = 10
     last: int = 20
     decay: float = 0.7
     discounts: tuple[float, ...] = (0.5, 0.3)
     keep: int = 200
+    dropout: float = 0.0
     num_items: int = 0  # of the table, and its pairs: counted in training
     num_pairs: int = 0
 
@@ -214,6 +216,7 @@ class FollowersConfig(Config):
         for name in ("window", "last", "keep"):
             check(getattr(self, name) > 0, f"followers.{name} must be positive, is {getattr(self, name)}")
         check(0 < self.decay <= 1, f"followers.decay must be within 0..1 and not 0, is {self.decay}")
+        check(0 <= self.dropout < 1, f"followers.dropout must be within 0..1, is {self.dropout}")
         two = len(self.discounts) == 2 and min(self.discounts) >= 0
         check(two, f"followers.discounts: two exponents, none negative; are {list(self.discounts)}")
         for name in ("num_items", "num_pairs"):

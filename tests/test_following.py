@@ -132,6 +132,7 @@ def test_casts_leave_the_counts_alone(histories):
         ({"last": 0}, "followers.last must be positive"),
         ({"decay": 0.0}, "followers.decay must be within 0..1"),
         ({"discounts": (0.5,)}, "followers.discounts: two exponents"),
+        ({"dropout": 1.0}, "followers.dropout must be within 0..1"),
         ({"keep": -1}, "followers.keep must be positive"),
         ({"num_pairs": -1}, "followers.num_pairs can't be negative"),
     ],

@@ -61,7 +61,7 @@ def compute_losses(
     read = hidden[:, num_prompt - 1 : num_prefix : step]  # after the instruction, then after each item
     keep = batch.targets != PAD
     retrieve = rank = order = title = hidden.new_zeros(())
-    following = None if model.followers is None else model.followers.along(batch.rows, batch.targets, items)
+    following = _following(model, batch, items)
     if config.retrieve_weight:
         vectors = model.retrieve(read[keep])
         logits = vectors @ tokens.T + model.retrieve.beta * prior.at(batch.times[keep])
@@ -83,6 +83,17 @@ def compute_losses(
     total = total + config.title_weight * title
     leads, counted = ("retrieve", keep) if config.retrieve_weight else ("title", batch.titles != PAD)
     return Losses(retrieve, rank, order, title, total, int(counted.sum()), leads)
+
+
+def _following(model: Recommender, batch: TrainingBatch, items: Tensor | None) -> Tensor | None:
+    """f [B, L + 1, I] without the segments' own pairs; of some segments nothing."""
+    if model.followers is None:
+        return None
+    found = model.followers.along(batch.rows, batch.targets, items)
+    dropout = model.followers.config.dropout if model.training else 0.0
+    if not dropout:
+        return found
+    return found * (torch.rand(len(batch), 1, 1, device=found.device) >= dropout)
 
 
 def _rank_loss(

@@ -6,7 +6,7 @@ import torch
 from reference import make_tiny, reference_scores
 from torch.nn import functional as F
 
-from speeder_engine.config import HeadsConfig
+from speeder_engine.config import FollowersConfig, HeadsConfig
 from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.training.batches import PAD, TrainingBatch, no_titles
 from speeder_engine.training.config import TrainingConfig
@@ -113,3 +113,22 @@ def test_gradients_reach_every_part(tiny):
     ]
     assert untouched == []
     assert tiny.tokens.grad is not None
+
+
+def test_a_share_of_segments_is_scored_without_followers():
+    """In training alone; who is dropped is scored as if gamma were 0."""
+    tiny = make_tiny(window=12, step=4, followers=FollowersConfig(dropout=0.9999999, keep=50))
+
+    def loss():
+        return compute_losses(tiny.model, tiny.tokens, ConstantPrior(tiny.prior), make_batch(), CONFIG).retrieve
+
+    with_all = loss()
+    tiny.model.train()
+    tiny.model.backbone.eval()
+    dropped = loss()
+    tiny.model.eval()
+    with torch.no_grad():
+        tiny.model.followers.weights.zero_()
+    without = loss()
+    torch.testing.assert_close(dropped, without)
+    assert not torch.allclose(with_all, without, atol=1e-3)
