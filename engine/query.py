@@ -53,13 +53,6 @@ class Query:
         return rows[self.may_answer(rows)]
 
     @property
-    def candidates_following(self) -> NDArray[np.float32]:
-        """What each candidate gets beside the heads' own score."""
-        if self.following is None or self.candidates is None:
-            return np.zeros(1, np.float32)
-        return self.following.of(self.candidates)
-
-    @property
     def num_rows(self) -> int:
         """Rows of the forward pass when nothing is cached."""
         return len(self.window) + self.num_ranked + (self.trie.num_rows if self.trie is not None else 0)

@@ -1,6 +1,6 @@
 """The heads at inference: hidden states -> scored rows. Knows no cache and no users."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -68,31 +68,30 @@ class HeadScorer:
         Everything is launched, then fetched at once, then cut into answers. Searches that were not certain follow.
         """
         searches = [b for b, query in enumerate(queries) if query.candidates is None]
-        following = [queries[b].followers for b in searches]
+        # most models have none, and no request should pay for it
+        following = [queries[b].followers for b in searches if queries[b].following is not None]
         retrieved = [b for b, query in enumerate(queries) if query.head == "retrieve" and query.candidates is not None]
         titled = [b for b, query in enumerate(queries) if query.trie is not None]
         ranked = [b for b, query in enumerate(queries) if query.num_ranked]
         launched = (
             *self._search([queries[b] for b in searches], searches, vectors),
-            self._retrieve(following, searches, vectors),
+            self._retrieve(following, searches if following else (), vectors),
             self._retrieve([_named(queries[b]) for b in retrieved], retrieved, vectors),
             self._titles([queries[b] for b in titled], title_hidden),
             rank_scores if rank_scores is not None and ranked else _nothing(vectors),
         )
         top, rows, certain, by_follower, by_retrieve, by_title, by_rank = self.transfer.fetch(launched)
         unsure = [b for b, sure in zip(searches, certain, strict=False) if not sure]
-        followed = dict(zip(searches, _parts(following, by_follower), strict=True))
-        found = {b: _search_answer(queries[b], top[i], rows[i], followed[b]) for i, b in enumerate(searches)}
-        for b, scores in zip(retrieved, _parts([_named(queries[b]) for b in retrieved], by_retrieve), strict=True):
-            found[b] = _best(queries[b], scores + queries[b].candidates_following)
-        for b, scores in zip(titled, _parts([_named(queries[b]) for b in titled], by_title), strict=True):
-            found[b] = _best(queries[b], scores)
-        for b in ranked:
-            found[b] = _best(queries[b], by_rank[candidate_reads[b]] + queries[b].candidates_following)
+        followed = dict(zip(searches, _parts(following, by_follower), strict=False))
+        found = {b: _search_answer(queries[b], top[i], rows[i], followed.get(b)) for i, b in enumerate(searches)}
+        for members, scores in ((retrieved, by_retrieve), (titled, by_title)):
+            parts = _parts([_named(queries[b]) for b in members], scores)
+            found |= {b: _best(queries[b], part) for b, part in zip(members, parts, strict=True)}
+        found |= {b: _best(queries[b], by_rank[candidate_reads[b]]) for b in ranked}
         # what was fetched is overwritten by the next fetch
-        again = {b: followed[b].copy() for b in unsure}
+        again = {b: followed[b].copy() for b in unsure if b in followed}
         for b, (best, best_rows) in self.search_exactly(queries, unsure, vectors).items():
-            found[b] = _search_answer(queries[b], best, best_rows, again[b])
+            found[b] = _search_answer(queries[b], best, best_rows, again.get(b))
         return [found[b] for b in range(len(queries))]
 
     @torch.inference_mode()
@@ -194,14 +193,17 @@ def _named(query: Query) -> Rows:
     return query.candidates
 
 
-def _parts(rows: Sequence[Rows], scores: Floats) -> list[Floats]:
+def _parts(rows: Sequence[Rows], scores: Floats) -> Iterator[Floats]:
     """The scores of each one's rows, which stand one behind the other."""
-    return np.split(scores, np.cumsum([len(each) for each in rows])[:-1]) if rows else []
+    start = 0
+    for each in rows:
+        yield scores[start : start + len(each)]
+        start += len(each)
 
 
-def _search_answer(query: Query, top: Floats, rows: NDArray[np.int64], followed: Floats) -> Scored:
+def _search_answer(query: Query, top: Floats, rows: NDArray[np.int64], followed: Floats | None) -> Scored:
     """Of the best by products and the products of what followed [n]."""
-    if query.following is not None:
+    if query.following is not None and followed is not None:
         top, rows = merged(query.following, top, rows, query.followers, followed)
     return _cut(query, top, rows)
 
@@ -209,6 +211,8 @@ def _search_answer(query: Query, top: Floats, rows: NDArray[np.int64], followed:
 def _best(query: Query, scores: Floats) -> Scored:
     """The named candidates in order, equal scores by row."""
     rows = _named(query)
+    if query.following is not None:
+        scores = scores + query.following.of(rows)
     if len(query.excluded) or query.allowed is not None:
         scores = np.where(query.may_answer(rows), scores, np.float32("-inf"))
     order = np.argsort(-scores, kind="stable")
