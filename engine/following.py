@@ -9,7 +9,8 @@ and discounted by popularity). Only items that followed have an f: a few hundred
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ class Following:
     def weighed(self, gamma: float) -> "Following":
         return Following(self.rows, np.float32(gamma) * self.scores)
 
-    def of(self, items: Rows) -> Floats:
+    def of(self, items: NDArray[np.integer[Any]]) -> Floats:
         """[m]: f of these rows, 0 where they have none."""
         if not len(self.rows):
             return np.zeros(len(items), np.float32)
@@ -50,9 +51,7 @@ class FollowerScorer:
     @classmethod
     def of_counts(cls, config: FollowersConfig, pairs: Followers, events: NDArray[np.int64]) -> "FollowerScorer":
         """`pairs` holds pairs_ij, `events` [num_items] how often each item was taken."""
-        similar = pairs.scaled(*discounts(config, events))
-        mean = similar.values.mean(dtype=np.float64) if len(similar.values) else 1.0
-        return cls(config, replace(similar, values=(similar.values / mean).astype(np.float32)))
+        return cls(config, pairs.scaled(*factors(config, pairs, events)))
 
     def following(self, history: Rows) -> Following:
         """Of a history of rows, oldest first; items that came after the table was counted have no followers."""
@@ -65,12 +64,6 @@ class FollowerScorer:
         rows, places = np.unique(self.similar.rows[events], return_inverse=True)
         sums = np.bincount(places, np.repeat(weights, ends - starts) * self.similar.values[events], len(rows))
         return Following(rows.astype(np.int32), np.sqrt(sums).astype(np.float32))
-
-    def dense(self, history: Rows) -> Floats:
-        """float32 [num_items]."""
-        found, scores = self.following(history), np.zeros(self.similar.num_items, np.float32)
-        scores[found.rows] = found.scores
-        return scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,3 +101,12 @@ def discounts(config: FollowersConfig, events: NDArray[np.int64]) -> tuple[NDArr
     taken = np.maximum(events, 1).astype(np.float64)
     of_item, of_follower = config.discounts
     return taken**-of_item, taken**-of_follower
+
+
+def factors(
+    config: FollowersConfig, pairs: Followers, events: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What makes S of pairs_ij, of an item and of its follower, both [num_items]: `discounts`, over their mean."""
+    of_item, of_follower = discounts(config, events)
+    discounted = pairs.values * of_item[pairs.items] * of_follower[pairs.rows]
+    return of_item / (discounted.mean() if len(discounted) else 1.0), of_follower

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,7 @@ class Query:
             named &= np.isin(rows, self.allowed)
         return named
 
-    @property
+    @cached_property
     def followers(self) -> Rows:
         """Rows, ascending, that get more than the heads' own score and may be answered."""
         rows = np.empty(0, np.int32) if self.following is None else self.following.rows

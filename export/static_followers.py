@@ -7,9 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speeder_engine.models.follower_table import FollowerTable
-
-NOBODY = -1
+from speeder_engine.models.follower_table import NOBODY, FollowerTable
 
 
 class StaticFollowers(nn.Module):

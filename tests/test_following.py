@@ -61,9 +61,8 @@ def test_it_is_the_formula(histories, length):
     history = np.random.default_rng(length).permutation(NUM_ITEMS)[:length].astype(np.int32)
     found = scorer.following(history)
     wanted = expected(similar, history, CONFIG)
-    np.testing.assert_allclose(scorer.dense(history), wanted, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(found.rows, np.flatnonzero(wanted))
-    np.testing.assert_allclose(found.of(np.arange(NUM_ITEMS, dtype=np.int32)), wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.of(np.arange(NUM_ITEMS)), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_an_item_keeps_its_nearest_followers(histories):

@@ -4,6 +4,7 @@ Slower than the engine and simpler: what the engine's answers are held against.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ class ModelScorer:
         self.name, self.head = name, head or ("rank" if "rank" in trained else "retrieve")
         self.model, self.tokens, self.prior = model, tokens, prior
         self.layout = PromptLayout(model.config.prompt)
-        self.followers = None if model.followers is None else model.followers.scorer()
+        self.followers = None if model.followers is None else model.followers.weighed()
 
     @property
     def uses_time(self) -> bool:
@@ -52,7 +53,9 @@ class ModelScorer:
             return np.full((len(queries), len(self.tokens)), -np.inf, np.float32)
         vectors, _ = self._forward(_histories(queries), _times(queries), None)
         scores = _to_numpy(vectors @ self.tokens.T + self.model.retrieve.beta * self._prior(queries))
-        return scores + self._following(queries, False)
+        return self._with_following(
+            scores, queries, "retrieve", np.broadcast_to(np.arange(len(self.tokens)), scores.shape)
+        )
 
     @torch.inference_mode()
     def candidate_scores(self, queries: Queries, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -68,8 +71,7 @@ class ModelScorer:
         else:
             vectors, hidden = self._forward(_histories(queries), _times(queries), rows)
             scores = _to_numpy(self.model.rank(hidden, self._products(vectors, rows)) + self.model.rank.beta * prior)
-        following = self._following(queries, self.model.config.heads.rank)
-        return scores if self.followers is None else scores + np.take_along_axis(following, candidates, axis=1)
+        return self._with_following(scores, queries, self.head, candidates)
 
     def user_vectors(self, histories: Sequence[Rows], times: Sequence[Seconds] | None = None) -> Tensor:
         """[B, d]: their product with the item tokens is the retrieve score, prior aside."""
@@ -79,14 +81,15 @@ class ModelScorer:
         times = queries.query_times if queries.query_times is not None else np.zeros(len(queries), np.int64)
         return self.prior.at(torch.from_numpy(times).to(self.tokens.device))
 
-    def _following(self, queries: Queries, ranked: bool) -> NDArray[np.float32]:
-        """float32 [Q, I], weighed as the rank or the retrieve head does; [1, 1] of 0 without a table."""
-        table = self.model.followers
-        if self.followers is None or table is None:
-            return np.zeros((1, 1), np.float32)
-        weight = float((table.rank if ranked else table.retrieve).detach())
-        windows = [history[self.layout.start(len(history)) :] for history in _histories(queries)]
-        return np.float32(weight) * np.stack([self.followers.dense(window) for window in windows])
+    def _with_following(
+        self, scores: NDArray[np.float32], queries: Queries, head: str, rows: NDArray[np.integer[Any]]
+    ) -> NDArray[np.float32]:
+        """scores [Q, n] of `rows` [Q, n] with what followed each query's history, in place."""
+        if self.followers is not None:
+            for line, history, asked in zip(scores, _histories(queries), rows, strict=True):
+                following = self.followers.of(head, history[self.layout.start(len(history)) :])
+                line += 0 if following is None else following.of(asked)
+        return scores
 
     def _products(self, vectors: Tensor, candidates: Tensor) -> Tensor:
         return torch.einsum("bd,bcd->bc", vectors, self.tokens[candidates])

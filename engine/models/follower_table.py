@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from speeder_engine.config import FollowersConfig
 from speeder_engine.followers import Followers
-from speeder_engine.following import FollowerScorer, WeighedFollowers, discounts
+from speeder_engine.following import FollowerScorer, WeighedFollowers, factors
 
 NOBODY = -1
 
@@ -51,12 +51,15 @@ class FollowerTable(nn.Module):
         self.events.copy_(torch.from_numpy(events))
         return self
 
+    def counted(self) -> tuple[Followers, NDArray[np.int64]]:
+        """What `fill` was given."""
+        counts = self.offsets, self.rows, self.pairs, self.events
+        offsets, rows, pairs, events = (each.cpu().numpy() for each in counts)
+        return Followers(offsets, rows, pairs.astype(np.float32)), events
+
     def scorer(self) -> FollowerScorer:
         """f on the host, as the counts are now."""
-        offsets, rows, pairs, events = (
-            each.cpu().numpy() for each in (self.offsets, self.rows, self.pairs, self.events)
-        )
-        return FollowerScorer.of_counts(self.config, Followers(offsets, rows, pairs.astype(np.float32)), events)
+        return FollowerScorer.of_counts(self.config, *self.counted())
 
     def weighed(self) -> WeighedFollowers:
         """With gamma as it is now: before weights are cast."""
@@ -105,12 +108,10 @@ class FollowerTable(nn.Module):
     def _factors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """events^-a over the mean and events^-b, both [num_items], and S at the pairs; made once."""
         if self._similar is None or self._similar[0].device != device:
-            events = self.events.cpu().numpy()
-            of_item, of_follower = discounts(self.config, events)
-            similar = self.scorer().similar
-            plain = self.pairs.cpu().numpy() * of_item[similar.items] * of_follower[similar.rows]
-            factors = of_item / max(plain.mean() if len(plain) else 1.0, 1e-30), of_follower, similar.values
-            first, second, third = (torch.from_numpy(each).float().to(device) for each in factors)
+            pairs, events = self.counted()
+            of_item, of_follower = factors(self.config, pairs, events)
+            parts = of_item, of_follower, pairs.scaled(of_item, of_follower).values
+            first, second, third = (torch.from_numpy(part).float().to(device) for part in parts)
             self._similar = first, second, third
         return self._similar
 

@@ -80,21 +80,26 @@ def test_answers_equal_transformers(family):
             torch.testing.assert_close(scores, rank, atol=2e-4, rtol=1e-4)
 
 
+def assert_all_alike(tiny, rng, bound, graphs, eager, cold, on_cpu):
+    """Captured passes against eager ones, cold ones, one by one and, twice as far, the CPU."""
+    for _ in range(20):
+        asked = random_requests(tiny, rng)
+        found = graphs.recommend_many(asked)
+        assert_near(found, eager.recommend_many(asked), bound)
+        assert_near(found, cold.recommend_many(asked), bound)
+        assert_near(found, [cold.recommend_many([each])[0] for each in asked], bound)
+        assert_near(found, on_cpu.recommend_many(asked), 2 * bound)
+        graphs.check_integrity()
+    assert graphs.stats().graph_replays > 15
+    assert graphs.stats().eager_steps == 0
+
+
 @pytest.mark.parametrize("dtype", list(BOUND))
 def test_graphs_warm_cold_and_packed_answer_alike(tiny, dtype):
     graphs, eager = made(tiny, dtype=dtype), made(tiny, dtype=dtype, graphs="off")
     cold, rng = made(tiny, dtype=dtype, kv_budget="0"), np.random.default_rng(1)
     on_cpu = Engine(tiny.parts(), EngineConfig(device="cpu", dtype="float32"))
-    for _ in range(20):
-        asked = random_requests(tiny, rng)
-        found = graphs.recommend_many(asked)
-        assert_near(found, eager.recommend_many(asked), BOUND[dtype])
-        assert_near(found, cold.recommend_many(asked), BOUND[dtype])
-        assert_near(found, [cold.recommend_many([each])[0] for each in asked], BOUND[dtype])
-        assert_near(found, on_cpu.recommend_many(asked), 2 * BOUND[dtype])
-        graphs.check_integrity()
-    assert graphs.stats().graph_replays > 15
-    assert graphs.stats().eager_steps == 0
+    assert_all_alike(tiny, rng, BOUND[dtype], graphs, eager, cold, on_cpu)
     assert eager.stats().graph_replays == 0
 
 
@@ -117,16 +122,7 @@ def test_8_bits_answer_alike_in_graphs_warm_cold_packed_and_on_the_cpu(tiny, kin
     rounds_rows = graphs.model.decoder.layers[0].qkv.quantize
     monkeypatch.setattr(linear, "multiplies_fp8", lambda device: rounds_rows)
     on_cpu = Engine(tiny.parts(), EngineConfig(device="cpu", cpu_path="torch", dtype="float32", **settings))
-    for _ in range(20):
-        asked = random_requests(tiny, rng)
-        found = graphs.recommend_many(asked)
-        assert_near(found, eager.recommend_many(asked), TURNED[kind])
-        assert_near(found, cold.recommend_many(asked), TURNED[kind])
-        assert_near(found, [cold.recommend_many([each])[0] for each in asked], TURNED[kind])
-        assert_near(found, on_cpu.recommend_many(asked), 2 * TURNED[kind])
-        graphs.check_integrity()
-    assert graphs.stats().graph_replays > 15
-    assert graphs.stats().eager_steps == 0
+    assert_all_alike(tiny, rng, TURNED[kind], graphs, eager, cold, on_cpu)
 
 
 @by_kind

@@ -100,6 +100,10 @@ def test_what_followed_is_served_as_it_was_trained(split, tmp_path):
     whole = scorer.scores(queries)
     lists = np.tile(np.arange(3, 11, dtype=np.int32), (12, 1))
     ranked = scorer.candidate_scores(queries, lists)
+    prior = training_prior(checkpoint, split)
+    by_retrieve = ModelScorer(checkpoint.model, checkpoint.item_tokens(), prior, head="retrieve")
+    expected = np.take_along_axis(whole, lists, axis=1)
+    np.testing.assert_allclose(by_retrieve.candidate_scores(queries, lists), expected, rtol=1e-4, atol=1e-4)
     engine = Engine.load(tmp_path / "engine", dtype="float32", kv_budget="1MiB")
     engine.set_available([ids[4]], False)
     whole[:, 4], ranked[:, 1] = -np.inf, -np.inf
