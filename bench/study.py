@@ -23,9 +23,6 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-# what a step frees, the next one takes again: pages that went back to the system would have to be cleared each time
-os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
-os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 36))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from baseline_settings import read_settings

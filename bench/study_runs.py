@@ -32,6 +32,7 @@ from speeder_engine.runs import offsets_of, ranges
 from speeder_engine.training.config import load_recipe
 from speeder_engine.training.features import make_features
 from speeder_engine.training.fit import train
+from speeder_engine.training.heap import keep_freed_memory
 
 # of runs that are asked for the items held out of training alone
 TARGETS, AMONG_THEMSELVES = "targets of ", "targets among themselves of "
@@ -69,6 +70,7 @@ def do(run: Run, data: Path, work: Path, recipe: str, baselines: Path | None = N
     """Leaves the run's reports in `work`; returns the test metrics. `baselines`: a file of their settings."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    keep_freed_memory()
     split = prepare(data, work)
     (work / "reports").mkdir(exist_ok=True)
     if run.system == "speeder":

@@ -43,7 +43,9 @@ def demo(
     """The whole path in minutes: data, training in stages, export, recommendations, latency, accuracy."""
     from speeder_engine.data.columns import Columns
     from speeder_engine.demo import run_demo
+    from speeder_engine.training.heap import keep_freed_memory
 
+    keep_freed_memory()
     run_demo(data, out, recipe, Columns.parse(column or []))
 
 
@@ -76,10 +78,12 @@ def train(
     from speeder_engine.data.splits import leave_one_out
     from speeder_engine.training.config import load_recipe
     from speeder_engine.training.fit import train as fit
+    from speeder_engine.training.heap import keep_freed_memory
     from speeder_engine.training.incremental import recipe_to_continue
     from speeder_engine.training.overrides import override
     from speeder_engine.training.parallel import ALONE, join_processes
 
+    keep_freed_memory()
     processes = join_processes() if fsdp else ALONE
     if recipe is None and start_from is not None:
         base = recipe_to_continue(Checkpoint.load(start_from))

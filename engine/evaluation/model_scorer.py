@@ -19,6 +19,7 @@ from speeder_engine.models.prior import ConstantPrior, ExactPrior, Prior, of_can
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.prompt import PromptLayout, isolated_mask
 
+PADDED_TOGETHER = 128  # users in one padded batch
 Rows = NDArray[np.int32]
 Seconds = NDArray[np.int64]
 
@@ -99,6 +100,21 @@ class ModelScorer:
     ) -> tuple[Tensor, Tensor]:
         """User vectors [B, d] and the candidates' final hidden states [B, C, d] (empty without candidates)."""
         self.model.eval()
+        by_length = np.argsort([len(history) for history in histories], kind="stable")
+        parts = []
+        for start in range(0, len(histories), PADDED_TOGETHER):  # of like length: little padding
+            users = by_length[start : start + PADDED_TOGETHER].tolist()
+            asked = None if times is None else [times[u] for u in users]
+            parts.append(
+                self._padded([histories[u] for u in users], asked, None if candidates is None else candidates[users])
+            )
+        vectors, hidden = (torch.cat(part) for part in zip(*parts, strict=True))
+        places = torch.from_numpy(np.argsort(by_length)).to(vectors.device)
+        return vectors[places], hidden[places]
+
+    def _padded(
+        self, histories: Sequence[Rows], times: Sequence[Seconds] | None, candidates: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         rows, lengths, buckets = self.window(histories, times)
         batch_size, step = len(rows), self.layout.config.rows_per_item
         num_prompt, device = self.layout.instruction_len, self.tokens.device

@@ -19,6 +19,7 @@ from speeder_engine.models.prior import Prior, of_candidates
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.prompt import isolated_mask
 from speeder_engine.training.batches import PAD, TrainingBatch
+from speeder_engine.training.catalogue_loss import add_scaled, catalogue_loss
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.title_loss import TitleRows, title_loss, title_rows
 
@@ -64,12 +65,12 @@ def compute_losses(
     following = _following(model, batch, items)
     if config.retrieve_weight:
         vectors = model.retrieve(read[keep])
-        logits = vectors @ tokens.T + model.retrieve.beta * prior.at(batch.times[keep])
+        scores = (vectors @ tokens.T).float() + model.retrieve.beta * prior.at(batch.times[keep])
         if model.followers is not None and following is not None:
-            logits = logits + model.followers.retrieve * following[keep]
+            scores = add_scaled(scores, model.followers.retrieve, following[keep])
         if log_inclusion is not None:
-            logits = logits.float() - log_inclusion
-        retrieve = F.cross_entropy(logits.float(), batch.targets[keep], label_smoothing=config.label_smoothing)
+            scores = scores - log_inclusion
+        retrieve = catalogue_loss(scores, batch.targets[keep], config.label_smoothing)
     at = num_prefix
     if config.rank_weight:
         last = read[torch.arange(len(batch), device=read.device), batch.cuts]
