@@ -10,6 +10,7 @@ from speeder_engine.config import FollowersConfig
 from speeder_engine.data.splits import Histories
 from speeder_engine.errors import ConfigError
 from speeder_engine.following import Following
+from speeder_engine.models.follower_table import AT_ONCE
 from speeder_engine.runs import offsets_of
 from speeder_engine.training.batches import PAD
 from speeder_engine.training.follower_counts import follower_table
@@ -89,7 +90,8 @@ def test_items_that_came_later_and_nothing_at_all_follow_nobody():
     assert (Following(later.rows[:0], later.scores[:0]).of(np.array([3], np.int32)) == 0).all()
 
 
-def test_a_segment_is_left_out_of_its_own_counts(histories):
+@pytest.mark.parametrize("at_once", [1, 700, 1 << 19])
+def test_a_segment_is_left_out_of_its_own_counts(histories, at_once, monkeypatch):
     table = follower_table(CONFIG, make_train(histories), NUM_ITEMS)
     pairs, events = count(histories, CONFIG)
     mean = similarities(pairs, events, CONFIG)
@@ -99,7 +101,13 @@ def test_a_segment_is_left_out_of_its_own_counts(histories):
     rows, targets = np.zeros((5, longest), np.int64), np.full((5, longest + 1), PAD)
     for b, history in enumerate(chosen):
         rows[b, : len(history) - 1], targets[b, : len(history)] = history[:-1], history
-    found = table.along(torch.from_numpy(rows), torch.from_numpy(targets))
+    told = torch.from_numpy(targets) != PAD
+    monkeypatch.setitem(AT_ONCE, "cpu", at_once)
+    found = torch.full((*targets.shape, NUM_ITEMS), torch.nan)
+    found[told] = table.along(torch.from_numpy(rows), torch.from_numpy(targets))
+    with torch.autocast("cpu", torch.bfloat16):
+        again = table.along(torch.from_numpy(rows), torch.from_numpy(targets))
+    torch.testing.assert_close(again, found[told], rtol=0, atol=0)
     for b, history in enumerate(chosen):
         own, _ = count([history], CONFIG)
         similar = similarities(pairs - own, events, CONFIG) / mean
@@ -111,8 +119,7 @@ def test_a_segment_is_left_out_of_its_own_counts(histories):
     some_targets = torch.where(
         torch.from_numpy(targets) == PAD, PAD, torch.searchsorted(items, torch.from_numpy(targets))
     )
-    real = torch.from_numpy(targets) != PAD
-    torch.testing.assert_close(table.along(some, some_targets, items)[real], found[..., items][real])
+    torch.testing.assert_close(table.along(some, some_targets, items), found[..., items][told])
 
 
 def test_casts_leave_the_counts_alone(histories):

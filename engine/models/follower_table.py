@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from speeder_engine.config import FollowersConfig
 from speeder_engine.followers import Followers
 from speeder_engine.following import FollowerScorer, WeighedFollowers, factors
 
 NOBODY = -1
+AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 26}  # floats of a part of a batch
 
 
 class FollowerTable(nn.Module):
@@ -66,44 +68,60 @@ class FollowerTable(nn.Module):
         return WeighedFollowers(self.scorer(), {"retrieve": float(self.retrieve), "rank": float(self.rank)})
 
     def along(self, rows: Tensor, targets: Tensor, items: Tensor | None = None) -> Tensor:
-        """f [B, L + 1, I] after the instruction and after each of a segment's items, its own pairs left out.
+        """f [N, I] where something is to be told: after the instruction and after each of a segment's items, its own
+        pairs left out. N places of `targets` that aren't NOBODY, one segment after the other.
 
         rows int64 [B, L] and targets [B, L + 1] as in a training batch, places in `items` [I] where these are given.
         A user's own pairs would tell what comes next: S is as if this segment had not been counted.
         """
-        (size, length), device = rows.shape, rows.device
-        named = rows if items is None else items[rows]
-        of_item, of_follower, values = self._factors(device)
-        num_items = len(self.events) if items is None else len(items)
-        direct = rows.new_zeros(size * length, num_items, dtype=torch.float32)
-        starts = self.offsets[named].flatten()
-        counts = self.offsets[named + 1].flatten() - starts
-        lines = torch.repeat_interleave(torch.arange(size * length, device=device), counts)
-        ends = counts.cumsum(0)
-        places = torch.arange(len(lines), device=device) + (starts - ends + counts)[lines]
-        columns, found = self.rows[places].long(), values[places]
-        if items is not None:
-            columns, lines, found = _among(items, columns, lines, found)
-        direct.view(-1).index_add_(0, lines * num_items + columns, found)
-        direct = direct.view(size, length, num_items)
-        for apart in range(1, min(self.config.window, length) + 1):
-            followers = targets[:, apart:]
-            taken = followers.clamp_min(0)
-            of = of_follower[taken if items is None else items[taken]] * (followers != NOBODY)
-            own = of_item[named[:, : length + 1 - apart]] * of
-            direct[:, : length + 1 - apart].scatter_add_(2, taken.unsqueeze(2), -own.unsqueeze(2))
-        return self._decayed(direct.clamp_min_(0))
+        (size, length), num_items = rows.shape, len(self.events) if items is None else len(items)
+        entries, columns, found = self._counted_of(rows, items)
+        followers, own = self._own_pairs(rows, targets, items)
+        decays = self._decays(length, rows.device)
+        kept = (targets != NOBODY).flatten().nonzero().squeeze(1)
+        out = torch.empty(len(kept), num_items, device=rows.device)
+        # a few segments at a time, so that what lies between stays in a CPU's cache
+        step = max(1, AT_ONCE.get(rows.device.type, AT_ONCE["cuda"]) // ((length + 1) * num_items))
+        firsts = torch.arange(0, size + step, step, device=rows.device).clamp_max(size)
+        ends = torch.searchsorted(entries, firsts * length).tolist()
+        places = torch.searchsorted(kept, firsts * (length + 1)).tolist()
+        for chunk, first in enumerate(range(0, size, step)):
+            last = min(first + step, size)
+            inside, told = slice(*ends[chunk : chunk + 2]), slice(*places[chunk : chunk + 2])
+            direct = out.new_zeros(last - first, length, num_items)
+            lines = entries[inside] - first * length
+            direct.view(-1).index_add_(0, lines * num_items + columns[inside], found[inside])
+            direct.scatter_add_(2, followers[first:last], own[first:last]).clamp_min_(0)
+            with torch.autocast(rows.device.type, enabled=False):
+                sums = torch.matmul(decays, direct).view(-1, num_items)
+            torch.index_select(sums, 0, kept[told] - first * (length + 1), out=out[told])
+            out[told].sqrt_()
+        return out
 
-    def _decayed(self, direct: Tensor) -> Tensor:
-        """S of each item [B, L, I] -> f [B, L + 1, I]."""
-        size, length, num_items = direct.shape
-        decay, last = self.config.decay, self.config.last
-        sums = direct.new_zeros(size, length + 1, num_items)
-        for at in range(length):
-            torch.add(direct[:, at], sums[:, at], alpha=decay, out=sums[:, at + 1])
-            if at >= last:
-                sums[:, at + 1].sub_(direct[:, at - last], alpha=decay**last)
-        return sums.clamp_min_(0).sqrt_()
+    def _counted_of(self, rows: Tensor, items: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """S of the items `rows` [B, L] as a list: the place in rows (ascending), the follower's column, the value."""
+        named = (rows if items is None else items[rows]).flatten()
+        starts = self.offsets[named]
+        counts = self.offsets[named + 1] - starts
+        lines = torch.repeat_interleave(torch.arange(len(named), device=rows.device), counts)
+        places = torch.arange(len(lines), device=rows.device) + (starts - counts.cumsum(0) + counts)[lines]
+        columns, found = self.rows[places].long(), self._factors(rows.device)[2][places]
+        return (lines, columns, found) if items is None else _among(items, lines, columns, found)
+
+    def _own_pairs(self, rows: Tensor, targets: Tensor, items: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What followed each item in its own segment: columns [B, L, window] and the share of S, negative."""
+        of_item, of_follower, _ = self._factors(rows.device)
+        window, length = self.config.window, rows.shape[1]
+        followers = F.pad(targets[:, 1:], (0, window - 1), value=NOBODY).unfold(1, window, 1)[:, :length]
+        taken = followers.clamp_min(0)
+        named, named_followers = (rows, taken) if items is None else (items[rows], items[taken])
+        return taken, -of_item[named].unsqueeze(2) * of_follower[named_followers] * (followers != NOBODY)
+
+    def _decays(self, length: int, device: torch.device) -> Tensor:
+        """[L + 1, L]: what each item weighs after each place, decay^(t - 1 - s) for the `last` items s before t."""
+        apart = torch.arange(length + 1, device=device).unsqueeze(1) - 1 - torch.arange(length, device=device)
+        weights = self.config.decay ** apart.clamp_min(0).float()
+        return weights * ((apart >= 0) & (apart < self.config.last))
 
     def _factors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """events^-a over the mean and events^-b, both [num_items], and S at the pairs; made once."""
@@ -116,8 +134,8 @@ class FollowerTable(nn.Module):
         return self._similar
 
 
-def _among(items: Tensor, columns: Tensor, lines: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _among(items: Tensor, lines: Tensor, columns: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Only the entries whose column is one of `items` [I], ascending, and its place there."""
     places = torch.searchsorted(items, columns).clamp_max(len(items) - 1)
     inside = items[places] == columns
-    return places[inside], lines[inside], found[inside]
+    return lines[inside], places[inside], found[inside]

@@ -65,9 +65,9 @@ def compute_losses(
     following = _following(model, batch, items)
     if config.retrieve_weight:
         vectors = model.retrieve(read[keep])
-        scores = (vectors @ tokens.T).float() + model.retrieve.beta * prior.at(batch.times[keep])
+        scores = (vectors @ tokens.T).float().add_(model.retrieve.beta * prior.at(batch.times[keep]))
         if model.followers is not None and following is not None:
-            scores = add_scaled(scores, model.followers.retrieve, following[keep])
+            scores = add_scaled(scores, model.followers.retrieve, following)
         if log_inclusion is not None:
             scores = scores - log_inclusion
         retrieve = catalogue_loss(scores, batch.targets[keep], config.label_smoothing)
@@ -87,14 +87,15 @@ def compute_losses(
 
 
 def _following(model: Recommender, batch: TrainingBatch, items: Tensor | None) -> Tensor | None:
-    """f [B, L + 1, I] without the segments' own pairs; of some segments nothing."""
+    """f [N, I] of the batch's targets without the segments' own pairs; of some segments nothing."""
     if model.followers is None:
         return None
     found = model.followers.along(batch.rows, batch.targets, items)
     dropout = model.followers.config.dropout if model.training else 0.0
     if not dropout:
         return found
-    return found * (torch.rand(len(batch), 1, 1, device=found.device) >= dropout)
+    segments = (batch.targets != PAD).nonzero()[:, 0]
+    return found * (torch.rand(len(batch), 1, device=found.device) >= dropout)[segments]
 
 
 def _rank_loss(
@@ -109,10 +110,11 @@ def _rank_loss(
     retrieved = torch.einsum("bd,bcd->bc", model.retrieve(last), tokens[batch.candidates])
     priors = of_candidates(prior.at(batch.times.gather(1, batch.cuts.unsqueeze(1)).squeeze(1)), batch.candidates)
     logits = model.rank(hidden, retrieved) + model.rank.beta * priors
-    if model.followers is not None and following is not None:
-        at_cuts = following[torch.arange(len(batch), device=hidden.device), batch.cuts]
-        logits = logits + model.followers.rank * at_cuts.gather(1, batch.candidates)
     trained = batch.targets.gather(1, batch.cuts.unsqueeze(1)).squeeze(1) != PAD
+    if model.followers is not None and following is not None:
+        places = (batch.targets != PAD).flatten().cumsum(0).view_as(batch.targets) - 1
+        at_cuts = following[places.gather(1, batch.cuts.unsqueeze(1)).clamp_min(0)]  # [B, 1, I]; any, if not trained
+        logits = logits + model.followers.rank * at_cuts.squeeze(1).gather(1, batch.candidates)
     target = torch.where(trained, 0, PAD)  # the positive is always the first of the candidates
     return F.cross_entropy(logits.float(), target, ignore_index=PAD)
 
