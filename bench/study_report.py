@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from study_runs import AMONG_THEMSELVES, LENGTHS, TARGETS
+from study_runs import AMONG_THEMSELVES, CUT_SHORT, LENGTHS, TARGETS
 from study_variants import COLD_ITEMS, DECLARED, WITH_TIME
 
 from speeder_engine.data.dataset import load_dataset
@@ -20,6 +20,7 @@ from speeder_engine.files import write_json
 OURS = "speeder"
 SHUFFLED = "history shuffled but for its last item"
 Reports = Mapping[tuple[str, str], Mapping[int, Report]]  # system and variant -> seed -> report
+Asked = dict[tuple[str, int], Report]  # variant and seed -> report
 
 
 def write_report(data: Path, work: Path, out: Path) -> None:
@@ -37,9 +38,8 @@ def write_report(data: Path, work: Path, out: Path) -> None:
         for group in GROUPINGS.values():
             results["groups"] += group_rows(list(systems[key].values()), key[0], name_of(key[1]), group(split, asked))
     results["groups"] += cold_rows(reports)
-    curve = lengths(extra, reports)
-    results["curves"] = [curve] if curve else []
-    shuffled = extra.get("shuffled", {})
+    results["curves"] = lengths(extra)
+    shuffled = of_variant(extra["shuffled"], DECLARED)
     if shuffled:
         mixed, declared = list(shuffled.values()), seeds_of(reports[OURS, DECLARED], shuffled)
         results["rows"] += rows_of(mixed, OURS, SHUFFLED)
@@ -52,19 +52,24 @@ def write_report(data: Path, work: Path, out: Path) -> None:
     write_json(out, results)
 
 
-def read_reports(work: Path) -> tuple[dict[tuple[str, str], dict[int, Report]], dict[str, dict[Any, Report]]]:
-    """Test reports by system, variant and seed; others by what was asked, of the declared model by seed."""
+def read_reports(
+    work: Path,
+) -> tuple[dict[tuple[str, str], dict[int, Report]], dict[str, dict[tuple[str, int], Report]]]:
+    """Test reports by system, variant and seed; those of our variants that were asked something else by that."""
     found: dict[tuple[str, str], dict[int, Report]] = defaultdict(dict)
-    extra: dict[str, dict[Any, Report]] = defaultdict(dict)
+    extra: dict[str, Asked] = defaultdict(dict)
     for path in sorted((work / "reports").glob("*.npz")):
         system, variant, seed, *asked = path.stem.split("@")
         if not asked:
             found[system, variant][int(seed)] = Report.load(path)
-        elif asked[0] == "validation":
-            extra["validation"][variant, int(seed)] = Report.load(path)
         else:
-            extra[asked[0]][int(seed)] = Report.load(path)
+            extra[asked[0]][variant, int(seed)] = Report.load(path)
     return found, extra
+
+
+def of_variant(reports: Asked, variant: str) -> dict[int, Report]:
+    """By seed."""
+    return {seed: report for (name, seed), report in reports.items() if name == variant}
 
 
 def differences(reports: Reports) -> list[dict[str, Any]]:
@@ -128,13 +133,17 @@ def shown_in_groups(reports: Reports) -> list[tuple[str, str]]:
     return [key for key in wanted if key in reports]
 
 
-def lengths(extra: Mapping[str, Mapping[Any, Report]], reports: Reports) -> dict[str, Any] | None:
-    """Accuracy over how many of a history's last items are seen."""
-    points = {n: list(extra[f"last {n}"].values()) for n in LENGTHS if extra.get(f"last {n}")}
-    if not points or (OURS, DECLARED) not in reports:
-        return None
-    series: dict[str, Sequence[Sequence[Report]]] = {"speeder": [*points.values()]}
-    return curve_of("history cut to its last items", [*points], series, "ndcg@10")
+def lengths(extra: Mapping[str, Asked]) -> list[dict[str, Any]]:
+    """Accuracy over how many of a history's last items are seen, a curve for each window."""
+    curves = []
+    for variant in CUT_SHORT:
+        points = {n: [*of_variant(extra.get(f"last {n}", {}), variant).values()] for n in LENGTHS}
+        points = {n: reports for n, reports in points.items() if reports}
+        if points:
+            title = "history cut to its last items" + (f", {variant}" if variant != DECLARED else "")
+            series: dict[str, Sequence[Sequence[Report]]] = {OURS: [*points.values()]}
+            curves.append(curve_of(title, [*points], series, "ndcg@10"))
+    return curves
 
 
 def rounded(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from baseline_settings import read_settings
 from numpy.typing import NDArray
-from study_variants import COLD_ITEMS, DECLARED, VARIANTS, WITH_TIME, cold_items, with_vectors
+from study_variants import COLD_ITEMS, DECLARED, LONG_WINDOW, VARIANTS, WITH_TIME, cold_items, with_vectors
 
 from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.data.candidates import draw_candidates
@@ -36,6 +36,7 @@ from speeder_engine.training.heap import keep_freed_memory
 
 # of runs that are asked for the items held out of training alone
 TARGETS, AMONG_THEMSELVES = "targets of ", "targets among themselves of "
+CUT_SHORT = (DECLARED, LONG_WINDOW)  # asked with altered histories, too
 LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)  # of histories cut to their last items, up to the window
 
 
@@ -105,7 +106,7 @@ def _speeder(run: Run, split: Split, work: Path, recipe: str) -> dict[str, float
     checkpoint = Checkpoint.load(folder)
     scorer = partial(ModelScorer, checkpoint.model, checkpoint.item_tokens())
     tested = scorer(query_prior(checkpoint, split, "test"))
-    if run.variant == DECLARED:
+    if run.variant in CUT_SHORT:
         for name, queries in _altered_queries(split.queries("test"), run.seed, config.window):
             evaluate(tested, queries, None, show_progress=False).save(run.path(work, name))
     if run.variant in COLD_ITEMS:

@@ -13,6 +13,7 @@ from speeder_engine.runs import offsets_of
 from speeder_engine.training.config import TrainingConfig, load_recipe
 
 DECLARED, WITH_TIME = "declared", "declared, with time"
+LONG_WINDOW = "window of 200"
 COLD_ITEMS = ("cold items", "cold items, modality dropout .5")
 COLD_SHARE = 0.1
 Alter = Callable[[Split, int], Split]  # with a seed
@@ -115,6 +116,8 @@ VARIANTS: dict[str, Variant] = {
     "with the order task": Variant(overrides={"order_weight": 0.1}),
     "order task, no positions": Variant(overrides={"order_weight": 0.1, "positions": "none"}),
     "no times": Variant(overrides={"calendar_days": 0}),
+    # a fourth of the segments, each four times as long: as many events a batch
+    LONG_WINDOW: Variant(overrides={"window": 200, "batch_size": 8}),
     # the collaborative signal
     "no neighbours": Variant(overrides={"collaborative": {"neighbours": 0}}),
     "no followers": Variant(overrides={"followers": None}),

@@ -34,7 +34,8 @@ def test_runs_are_kept_and_become_results(root, tmp_path):
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     work = tmp_path / "work"
     asked = [("speeder", "declared", 0), ("speeder", "declared", 1), ("speeder", "cold items", 0)]
-    for run in [*asked, ("speeder", "shuffled images", 0), ("itemknn", "itemknn", 0)]:
+    others = [("speeder", "shuffled images", 0), ("speeder", "window of 200", 0), ("itemknn", "itemknn", 0)]
+    for run in [*asked, *others]:
         metrics = do(Run(*run), data, work, str(tmp_path / "tiny.yaml"))
         assert 0 < metrics["hr@20"] <= 1
     given = [str(data), "systems", "--work", str(work), "--seeds", "0,1", "--only", "declared;itemknn"]
@@ -59,6 +60,8 @@ def test_runs_are_kept_and_become_results(root, tmp_path):
         row["mean"] for row in cold if row["metric"] == "hr@10" and row["variant"] == "cold items, among themselves"
     ]
     assert tenth == [1.0]  # of ten items
-    assert results["curves"][0]["x"] == [1, 2, 5, 10, 20]
+    curves = {curve["name"]: curve["x"] for curve in results["curves"]}
+    cut = "history cut to its last items"
+    assert curves == {cut: [1, 2, 5, 10, 20], f"{cut}, window of 200": [1, 2, 5, 10, 20, 50, 100, 200]}
     told = "\n".join(tables(results))
     assert "The declared model's difference to each" in told and "Ablations without the query's time" in told
