@@ -47,7 +47,7 @@ class _CrossEntropy(Function):
         return (sums.log() + largest).squeeze(1).sub_(told).mean()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         if ctx.kept is None:
             raise RuntimeError("catalogue_loss: its scores are its gradient now; compute the loss again")
@@ -68,7 +68,7 @@ class _AddScaled(Function):
         return scores.addcmul_(values, factor)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         (values,) = ctx.saved_tensors
         return gradient, torch.dot(gradient.flatten(), values.flatten()), None
