@@ -1,5 +1,6 @@
 """What is allocated and not written shows: torch.empty gives NaN here."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,3 +17,14 @@ def nothing_is_empty():
         patch.setattr(torch, "empty", lambda *args, **kwargs: spoiled(EMPTY(*args, **kwargs)))
         patch.setattr(torch, "empty_like", lambda *args, **kwargs: spoiled(EMPTY_LIKE(*args, **kwargs)))
         yield
+
+
+@pytest.fixture
+def rows_alike(monkeypatch):
+    """Products in which a row's sum has one order wherever it stands, as on a GPU. The interpreter's are numpy's: its
+    BLAS sums the rows at a tile's edge in another order on some CPUs (Zen 5)."""
+
+    def matmul(a, b, dtype=None):
+        return np.einsum("...ij,...jk->...ik", a, b, dtype=dtype, casting="unsafe", optimize=False)
+
+    monkeypatch.setattr(np, "matmul", matmul)

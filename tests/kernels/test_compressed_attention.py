@@ -192,6 +192,7 @@ def test_no_rows(cut):
     check(make_case(0, 5, [3], [0], [0], torch.float32))
 
 
+@pytest.mark.usefixtures("rows_alike")
 def test_a_rows_result_does_not_depend_on_its_company(cut):
     *tensors, rows = make_case(4, 5, [3, 9, 0], [1, 2, 3], [2, 5, 1], torch.float32)
     whole = launch(*tensors, rows)

@@ -76,6 +76,7 @@ def test_what_is_absent_is_not_read():
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
+@pytest.mark.usefixtures("rows_alike")
 def test_a_token_does_not_depend_on_its_company():
     features, present, mixture = make_case(18, 20, WIDTHS, torch.float32)
     together, _ = launch_modality_experts(features, present, mixture)
