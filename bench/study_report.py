@@ -52,9 +52,7 @@ def write_report(data: Path, work: Path, out: Path) -> None:
     write_json(out, results)
 
 
-def read_reports(
-    work: Path,
-) -> tuple[dict[tuple[str, str], dict[int, Report]], dict[str, dict[tuple[str, int], Report]]]:
+def read_reports(work: Path) -> tuple[dict[tuple[str, str], dict[int, Report]], dict[str, Asked]]:
     """Test reports by system, variant and seed; those of our variants that were asked something else by that."""
     found: dict[tuple[str, str], dict[int, Report]] = defaultdict(dict)
     extra: dict[str, Asked] = defaultdict(dict)
