@@ -45,8 +45,12 @@ class Plan:
     seeds: tuple[int, ...]
     only: tuple[str, ...] = ()  # systems and variants; none: all
 
-    def wanted(self) -> Iterator[Run]:
-        return (run for run in self.runs() if not self.only or {run.system, run.variant} & {*self.only})
+    def wanted(self, recipe: str) -> Iterator[Run]:
+        """Without changes that `recipe` has already."""
+        for run in self.runs():
+            named = not self.only or {run.system, run.variant} & {*self.only}
+            if named and (self.table != "ablations" or VARIANTS[run.variant].changes(recipe)):
+                yield run
 
     def runs(self) -> Iterator[Run]:
         if self.table == "systems":
@@ -65,7 +69,7 @@ def study(data: Path, work: Path, plan: Plan, recipe: str, workers: int, baselin
     split = prepare(data, work)
     if baselines is not None:
         read_settings(baselines, split.dataset)  # what is wrong with it is said before anything is trained
-    waiting = [run for run in plan.wanted() if not run.path(work).exists()]
+    waiting = [run for run in plan.wanted(recipe) if not run.path(work).exists()]
     print(f"{plan.table}: {len(waiting)} runs to do", flush=True)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         started = {pool.submit(do, run, data, work, recipe, baselines): (run, time.perf_counter()) for run in waiting}

@@ -10,26 +10,37 @@ from speeder_engine.config import MODALITIES
 from speeder_engine.data.splits import Split
 from speeder_engine.encoders.features import Features
 from speeder_engine.runs import offsets_of
-from speeder_engine.training.config import TrainingConfig, load_recipe
+from speeder_engine.training.config import Stage, TrainingConfig, load_recipe
 
 DECLARED, WITH_TIME = "declared", "declared, with time"
 LONG_WINDOW = "window of 200"
 COLD_ITEMS = ("cold items", "cold items, modality dropout .5")
 COLD_SHARE = 0.1
 Alter = Callable[[Split, int], Split]  # with a seed
+Stages = tuple[Stage, ...]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """`overrides` of a recipe as nested keys, or of its twin that knows the time; `alter` changes the training data."""
+    """`overrides` of a recipe as nested keys, or of its twin that knows the time; `alter` changes the training data.
+
+    `restage` makes other stages of the recipe's own, as long as they are in all.
+    """
 
     with_time: bool = False
     overrides: Mapping[str, Any] = field(default_factory=dict)
     alter: Alter | None = None
+    restage: Callable[[Stages], Stages] | None = None
 
     def config(self, recipe: str, seed: int) -> TrainingConfig:
         base = load_recipe(f"{recipe}-time" if self.with_time else recipe)
+        if self.restage is not None:
+            base = replace(base, stages=self.restage(base.stages))
         return TrainingConfig.from_json(merged(base.to_json(), {**self.overrides, "seed": seed}))
+
+    def changes(self, recipe: str) -> bool:
+        """Whether this is another run than the declared one: a recipe may have a change already."""
+        return self.alter is not None or self.config(recipe, 0) != VARIANTS[DECLARED].config(recipe, 0)
 
 
 def merged(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,13 +52,32 @@ def merged(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
     return found
 
 
-def stages(*steps: tuple[str, int, float], rate: float = 0.002) -> dict[str, Any]:
-    """Steps of ("text+collaborative", epochs, ramp)."""
-    made = [
-        {"name": f"S{i}", "modalities": names.split("+"), "epochs": epochs, "learning_rate": rate, "ramp": ramp}
-        for i, (names, epochs, ramp) in enumerate(steps, 1)
-    ]
-    return {"stages": made}
+def only(*modalities: str) -> Callable[[Stages], Stages]:
+    """All epochs with these, from the first step on."""
+
+    def restage(stages: Stages) -> Stages:
+        epochs, rate = sum(stage.epochs for stage in stages), max(stage.learning_rate for stage in stages)
+        return (Stage("S1", modalities, epochs, rate),)
+
+    return restage
+
+
+def ordered(*modalities: str) -> Callable[[Stages], Stages]:
+    """These in the place of text, the collaborative signal and the image."""
+    instead = dict(zip(("text", "collaborative", "image"), modalities, strict=True))
+    return lambda stages: tuple(
+        replace(stage, modalities=tuple(instead[name] for name in stage.modalities)) for stage in stages
+    )
+
+
+def without_the_last(stages: Stages) -> Stages:
+    """The last stage's epochs are the one's before, so that no modality comes in with them."""
+    *first, before, last = stages
+    return (*first, replace(before, epochs=before.epochs + last.epochs))
+
+
+def without_ramp(stages: Stages) -> Stages:
+    return tuple(replace(stage, ramp=0.0) for stage in stages)
 
 
 def shuffled_images(split: Split, seed: int) -> Split:
@@ -84,38 +114,29 @@ def without_cold_items(split: Split, seed: int) -> Split:
     return replace(split, train=replace(train, offsets=offsets_of(lengths), rows=train.rows[kept], times=times))
 
 
-EPOCHS = 15  # of the declared recipe, over all stages
-ALL = "+".join(MODALITIES)
 VARIANTS: dict[str, Variant] = {
     DECLARED: Variant(),
     WITH_TIME: Variant(with_time=True),
     # MRC
     "concat": Variant(overrides={"mixing": "concat"}),
     "mean": Variant(overrides={"mixing": "mean"}),
-    "text alone": Variant(overrides=stages(("text", EPOCHS, 0.0))),
-    "collaborative alone": Variant(overrides=stages(("collaborative", EPOCHS, 0.0))),
-    "image alone": Variant(overrides=stages(("image", EPOCHS, 0.0))),
-    "no image": Variant(overrides=stages(("text", 1, 0.0), ("text+collaborative", EPOCHS - 1, 0.3))),
+    "text alone": Variant(restage=only("text")),
+    "collaborative alone": Variant(restage=only("collaborative")),
+    "image alone": Variant(restage=only("image")),
+    "no image": Variant(restage=without_the_last),
     "no modality dropout": Variant(overrides={"modality_dropout": 0.0}),
     # MPO
-    "all at once": Variant(overrides=stages((ALL, EPOCHS, 0.0))),
-    "image before collaborative": Variant(
-        overrides=stages(("text", 1, 0.0), ("text+image", 6, 0.3), ("text+image+collaborative", 8, 0.2))
-    ),
-    "collaborative before text": Variant(
-        overrides=stages(
-            ("collaborative", 1, 0.0), ("collaborative+text", 6, 0.3), ("collaborative+text+image", 8, 0.2)
-        )
-    ),
-    "no ramp": Variant(
-        overrides=stages(("text", 1, 0.0), ("text+collaborative", 6, 0.0), ("text+collaborative+image", 8, 0.0))
-    ),
+    "all at once": Variant(restage=only(*MODALITIES)),
+    "image before collaborative": Variant(restage=ordered("text", "image", "collaborative")),
+    "collaborative before text": Variant(restage=ordered("collaborative", "text", "image")),
+    "no ramp": Variant(restage=without_ramp),
     # SPAE and times
     "no positions": Variant(overrides={"positions": "none"}),
     "position tokens": Variant(overrides={"positions": "token"}),
     "with the order task": Variant(overrides={"order_weight": 0.1}),
     "order task, no positions": Variant(overrides={"order_weight": 0.1, "positions": "none"}),
     "no times": Variant(overrides={"calendar_days": 0}),
+    "times in weeks": Variant(overrides={"calendar_days": 7}),
     # a fourth of the segments, each four times as long: as many events a batch
     LONG_WINDOW: Variant(overrides={"window": 200, "batch_size": 8}),
     # the collaborative signal

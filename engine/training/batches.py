@@ -87,7 +87,8 @@ class TrainingBatches:
         """The batches of epoch `number`: the same number gives the same batches."""
         rng = np.random.default_rng((self.config.seed, number))
         segments = self._segments(rng)
-        for chosen in _batches_by_length(segments, self.config.batch_size, rng):
+        arranged = _batches_at_random if self.config.packing else _batches_by_length
+        for chosen in arranged(segments, self.config.batch_size, rng):
             yield self._batch([segments[i] for i in chosen], rng)
 
     def _segments(self, rng: np.random.Generator) -> list[Segment]:
@@ -166,6 +167,12 @@ def _batches_by_length(segments: list[Segment], size: int, rng: np.random.Genera
         chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
         batches += [chunk[i : i + size] for i in range(0, len(chunk), size)]
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def _batches_at_random(segments: list[Segment], size: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+    """Long and short ones together, as packing wants them."""
+    order = rng.permutation(len(segments))
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def _pairs(lengths: NDArray[np.int64], rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -145,6 +145,7 @@ class TrainingConfig(Config):
     accumulate: int = 1  # batches an optimizer step
     sampled_items: int = 0  # negatives a softmax; 0: all up to `full_softmax_items`, 8,192 drawn beyond
     full_softmax_items: int = 50_000
+    packing: bool = False  # segments share rows of the backbone; false: padded, in batches of like length
     checkpoint_layers: bool = False  # compute the backbone's layers again in the backward pass, instead of keeping them
 
     def __post_init__(self) -> None:

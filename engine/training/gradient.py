@@ -102,7 +102,10 @@ def added(parts: Sequence[Losses]) -> Losses:
     names = loss_terms(parts[0])
     sums: dict[str, Any] = {n: torch.stack([getattr(part, n).detach() for part in parts]).sum() for n in names}
     total = torch.stack([part.total.detach() for part in parts]).sum()
-    return replace(parts[0], **sums, total=total, num_targets=sum(part.num_targets for part in parts))
+    counts: dict[str, Any] = {
+        n: sum(getattr(part, n) for part in parts) for n in ("num_targets", "num_rows", "padding")
+    }
+    return replace(parts[0], **sums, total=total, **counts)
 
 
 def loss_terms(losses: Losses) -> dict[str, Any]:

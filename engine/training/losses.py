@@ -2,6 +2,8 @@
 
     [instruction] [history of L items] [C candidates, isolated] [K titles] [two items of the history: which came first?]
 
+With `packing`, segments stand side by side in rows without padding while the backbone runs (`packing.py`).
+
 An item is one row, or two where its position prompt is a row of its own before it.
 
 retrieve: cross-entropy over the catalogue after the instruction and after every item. rank: cross-entropy over the
@@ -21,6 +23,7 @@ from speeder_engine.prompt import isolated_mask
 from speeder_engine.training.batches import PAD, TrainingBatch
 from speeder_engine.training.catalogue_loss import add_scaled, catalogue_loss
 from speeder_engine.training.config import TrainingConfig
+from speeder_engine.training.packing import Packing, packed_forward
 from speeder_engine.training.title_loss import TitleRows, title_loss, title_rows
 
 
@@ -35,6 +38,8 @@ class Losses:
     total: Tensor
     num_targets: int  # of the leading loss
     leads: str = "retrieve"  # what a log shows; "title" in a run that trains no retrieve head
+    num_rows: int = 0  # that the backbone has computed
+    padding: int = 0  # how many of those are nobody's
 
     @property
     def leading(self) -> Tensor:
@@ -58,7 +63,10 @@ def compute_losses(
     num_prompt, step = len(prompt.instruction_ids), prompt.rows_per_item
     num_prefix = num_prompt + step * batch.rows.shape[1]
     titles = title_rows(model, batch.title_cuts, batch.titles) if config.title_weight else None
-    hidden = model(*_inputs(model, tokens, batch, config, titles))
+    inputs = _inputs(model, tokens, batch, config, titles)
+    real = _real(model, batch, inputs[0].shape[1])
+    packing = Packing.of(real) if config.packing else None
+    hidden = model(*inputs) if packing is None else packed_forward(model, packing, *inputs)
     read = hidden[:, num_prompt - 1 : num_prefix : step]  # after the instruction, then after each item
     keep = batch.targets != PAD
     retrieve = rank = order = title = hidden.new_zeros(())
@@ -83,7 +91,9 @@ def compute_losses(
     total = config.retrieve_weight * retrieve + config.rank_weight * rank + config.order_weight * order
     total = total + config.title_weight * title
     leads, counted = ("retrieve", keep) if config.retrieve_weight else ("title", batch.titles != PAD)
-    return Losses(retrieve, rank, order, title, total, int(counted.sum()), leads)
+    num_rows = real.numel() if packing is None else packing.num_rows * packing.row_len
+    padding = num_rows - int(real.sum())
+    return Losses(retrieve, rank, order, title, total, int(counted.sum()), leads, num_rows, padding)
 
 
 def _following(model: Recommender, batch: TrainingBatch, items: Tensor | None) -> Tensor | None:
@@ -148,6 +158,15 @@ def _inputs(
         positions.append(num_prompt + step * batch.lengths.unsqueeze(1) + torch.arange(2, device=device))
     mask = None if len(parts) == 2 else _mask(batch, num_prompt, step, config, titles)
     return torch.cat(parts, dim=1), torch.cat(positions, dim=1), mask
+
+
+def _real(model: Recommender, batch: TrainingBatch, num_rows: int) -> Tensor:
+    """bool [B, T]: all of the layout's rows but the history's padding."""
+    prompt, device = model.config.prompt, batch.rows.device
+    behind = len(prompt.instruction_ids) + prompt.rows_per_item * batch.rows.shape[1]
+    ends = len(prompt.instruction_ids) + prompt.rows_per_item * batch.lengths
+    columns = torch.arange(num_rows, device=device)
+    return (columns < ends.unsqueeze(1)) | (columns >= behind)
 
 
 def _mask(batch: TrainingBatch, num_prompt: int, step: int, config: TrainingConfig, titles: TitleRows | None) -> Tensor:

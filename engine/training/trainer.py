@@ -126,7 +126,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
             if averaged is not None:
                 self.weights.average_into(averaged, min(self.config.averaging, (1 + state.step) / (10 + state.step)))
-            tally.add_step(group, losses, float(norm))
+            tally.add_step(losses, float(norm))
             state.step += 1
             progress.update(task, advance=1, note=self._note(tally, max(state.best, 0)))
         state.epoch += 1

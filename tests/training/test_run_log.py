@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from tiny_training import one_stage
 
+from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.errors import MissingDependency
 from speeder_engine.training.batches import TrainingBatches
 from speeder_engine.training.fit import train
@@ -40,8 +41,10 @@ def test_an_epochs_record_says_how_it_went(split, tmp_path, monkeypatch):
     assert 0 <= second["learning_rate"] < first["learning_rate"] <= 5e-3
     assert 0 < first["gradient_norm"] <= first["largest_gradient_norm"]
     drawn = list(batches.epoch(0))
-    padding = 1 - sum(int(b.lengths.sum()) for b in drawn) / sum(b.rows.numel() for b in drawn)
-    assert first["padding"] == pytest.approx(padding, abs=1e-4)
+    beside = len(Checkpoint.load(tmp_path / "c").model.config.prompt.instruction_ids) + SHORT.rank_negatives + 1 + 2
+    rows = sum(b.rows.numel() + len(b) * beside for b in drawn)  # beside the history: instruction, candidates, a pair
+    padding = sum(b.rows.numel() - int(b.lengths.sum()) for b in drawn)
+    assert padding and first["padding"] == pytest.approx(padding / rows, abs=1e-4)
     assert first["targets_per_second"] == pytest.approx(batches.targets_per_epoch / first["seconds"], rel=0.1)
     (board,) = boards
     assert ("loss", first["loss"], 1) in board.scalars and ("ndcg@10", second["ndcg@10"], 2) in board.scalars
