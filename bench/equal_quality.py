@@ -36,6 +36,7 @@ from speeder_engine.title_text import TitleText, answer_text
 from speeder_engine.training.backbone import instruction_ids, make_backbone, question_ids
 from speeder_engine.training.config import Stage, TrainingConfig, load_recipe
 from speeder_engine.training.fit import train
+from speeder_engine.training.heap import keep_freed_memory
 from speeder_engine.training.precision import autocast
 
 HISTORY, BATCH, RATE = 10, 32, 2e-3
@@ -170,6 +171,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    keep_freed_memory()
     split = leave_one_out(load_dataset(arguments.data))
     config = load_recipe(arguments.recipe)
     users = np.random.default_rng(0).permutation(split.users)[: arguments.users]

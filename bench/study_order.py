@@ -35,6 +35,7 @@ from speeder_engine.files import write_json
 from speeder_engine.runs import offsets_of
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.fit import train
+from speeder_engine.training.heap import keep_freed_memory
 
 PAIRS, FILLERS, WIDTH = 8, 40, 64
 TRAINED_SHARE = 0.8
@@ -108,6 +109,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     rows: list[dict[str, Any]] = []
     for fillers in map(int, arguments.fillers.split(",")):
         for name, overrides in VARIANTS.items():

@@ -28,6 +28,7 @@ from speeder_engine.evaluation.baselines.item_knn import ItemKNN, ItemKNNConfig
 from speeder_engine.evaluation.baselines.sequence import SEQUENCE_MODELS, SequenceBaseline
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.evaluation.scorer import Scorer
+from speeder_engine.training.heap import keep_freed_memory
 
 METRIC = "ndcg@10"
 TRAINED = {"dropout": (0.3, 0.5), "learning_rate": (1e-3, 3e-3), "dim": (64, 128)}
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--patience", type=int, help="epochs without a better one that end them, instead of their own")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     split = leave_one_out(load_dataset(arguments.data))
     queries, log = split.queries("validation"), Log(arguments.out, split.dataset.name)
     longer = {name: value for name in ("epochs", "patience") if (value := getattr(arguments, name)) is not None}

@@ -40,6 +40,11 @@ class TrainingBatch:
     def __len__(self) -> int:
         return self.rows.shape[0]
 
+    @property
+    def trained(self) -> Tensor:
+        """bool [B, L + 1]: which targets are."""
+        return self.targets != PAD
+
     def to(self, device: torch.device) -> "TrainingBatch":
         return TrainingBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
 

@@ -81,9 +81,9 @@ class GradientMaker:
 
 def count_targets(batch: TrainingBatch) -> dict[str, int]:
     """How many targets each loss is a mean over."""
-    ranked = batch.targets.gather(1, batch.cuts.unsqueeze(1)) != PAD
+    ranked = batch.trained.gather(1, batch.cuts.unsqueeze(1))
     return {
-        "retrieve": int((batch.targets != PAD).sum()),
+        "retrieve": int(batch.trained.sum()),
         "rank": int(ranked.sum()),
         "title": int((batch.titles != PAD).sum()),
         "order": int((batch.pairs[:, 0] != batch.pairs[:, 1]).sum()),

@@ -68,7 +68,7 @@ def compute_losses(
     packing = Packing.of(real) if config.packing else None
     hidden = model(*inputs) if packing is None else packed_forward(model, packing, *inputs)
     read = hidden[:, num_prompt - 1 : num_prefix : step]  # after the instruction, then after each item
-    keep = batch.targets != PAD
+    keep = batch.trained
     retrieve = rank = order = title = hidden.new_zeros(())
     following = _following(model, batch, items)
     if config.retrieve_weight:
@@ -104,7 +104,7 @@ def _following(model: Recommender, batch: TrainingBatch, items: Tensor | None) -
     dropout = model.followers.config.dropout if model.training else 0.0
     if not dropout:
         return found
-    segments = (batch.targets != PAD).nonzero()[:, 0]
+    segments = batch.trained.nonzero()[:, 0]
     return found * (torch.rand(len(batch), 1, device=found.device) >= dropout)[segments]
 
 
@@ -120,9 +120,9 @@ def _rank_loss(
     retrieved = torch.einsum("bd,bcd->bc", model.retrieve(last), tokens[batch.candidates])
     priors = of_candidates(prior.at(batch.times.gather(1, batch.cuts.unsqueeze(1)).squeeze(1)), batch.candidates)
     logits = model.rank(hidden, retrieved) + model.rank.beta * priors
-    trained = batch.targets.gather(1, batch.cuts.unsqueeze(1)).squeeze(1) != PAD
+    trained = batch.trained.gather(1, batch.cuts.unsqueeze(1)).squeeze(1)
     if model.followers is not None and following is not None:
-        places = (batch.targets != PAD).flatten().cumsum(0).view_as(batch.targets) - 1
+        places = batch.trained.flatten().cumsum(0).view_as(batch.targets) - 1
         at_cuts = following[places.gather(1, batch.cuts.unsqueeze(1)).clamp_min(0)]  # [B, 1, I]; any, if not trained
         logits = logits + model.followers.rank * at_cuts.squeeze(1).gather(1, batch.candidates)
     target = torch.where(trained, 0, PAD)  # the positive is always the first of the candidates

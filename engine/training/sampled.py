@@ -61,7 +61,7 @@ class ItemSampler:
     def draw(self, batch: TrainingBatch, number: tuple[int, ...]) -> SampledItems:
         rng = np.random.default_rng((self.seed, *number))
         drawn = np.searchsorted(self.edges, rng.random(self.num_sampled) * self.edges[-1], side="right")
-        held = torch.cat([batch.rows.flatten(), batch.targets[batch.targets != PAD], batch.candidates.flatten()])
+        held = torch.cat([batch.rows.flatten(), batch.targets[batch.trained], batch.candidates.flatten()])
         own = np.unique(held.numpy())
         rows = np.union1d(own, drawn)
         log_inclusion = np.where(np.isin(rows, own), np.float32(0), self.log_inclusion[rows])
