@@ -199,11 +199,13 @@ class LivePriorConfig(Config):
 @dataclass(frozen=True)
 class FollowersConfig(Config):
     """Who follows whom as a part of the scores (models/follower_table.py): followers stand at most `window` events
-    behind; a history's `last` items count, each `decay` times the weight of the one after it; `discounts` are
-    exponents of the counts of the followed and the following item; each item keeps its `keep` nearest followers. A
-    share `dropout` of training segments is scored without, so that the rest of the model learns on its own."""
+    behind, or before as well unless `forward`; a history's `last` items count, each `decay` times the weight of the one
+    after it; `discounts` are exponents of the counts of the followed and the following item; each item keeps its `keep`
+    nearest followers. A share `dropout` of training segments is scored without, so that the rest of the model learns on
+    its own."""
 
     window: int = 10
+    forward: bool = True
     last: int = 20
     decay: float = 0.7
     discounts: tuple[float, ...] = (0.5, 0.3)

@@ -1,8 +1,10 @@
 """f: what followed a history's items in the histories of training, on the host.
 
-S_ij    = pairs_ij / (events_i^a events_j^b), scaled to a mean of 1     pairs_ij: j came at most `window` after i
+S_ij    = pairs_ij / (events_i^a events_j^b), scaled to a mean of 1
 f_j     = sqrt(sum over b = 0 .. last - 1 of decay^b S(item b from the end, j))
 score_j = ... + gamma f_j
+
+pairs_ij: how often j came at most `window` events after i, and where not `forward`, before it.
 
 A low-rank product can't hold who follows whom pair by pair; this can (ItemKNN as in Sarwar et al. 2001, forward in time
 and discounted by popularity). Only items that followed have an f: a few hundred of a catalogue.

@@ -1,5 +1,6 @@
 """What followed, by the formula in plain Python; left out of training as if a segment had not been counted."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +18,7 @@ from speeder_engine.training.follower_counts import follower_table
 
 NUM_ITEMS = 30
 CONFIG = FollowersConfig(window=3, last=4, decay=0.6, discounts=(0.5, 0.3), keep=NUM_ITEMS)
+BOTH = {"forward": CONFIG, "both ways": replace(CONFIG, forward=False)}
 
 
 def make_train(histories):
@@ -38,6 +40,7 @@ def count(histories, config):
             events[item] += 1
             for follower in history[at + 1 : at + 1 + config.window]:
                 pairs[item, follower] += 1
+                pairs[follower, item] += not config.forward
     return pairs, events
 
 
@@ -53,15 +56,16 @@ def expected(similar, history, config):
     return np.sqrt(np.maximum(sums, 0))
 
 
+@pytest.mark.parametrize("config", BOTH.values(), ids=BOTH)
 @pytest.mark.parametrize("length", [0, 1, 3, 9])
-def test_it_is_the_formula(histories, length):
-    pairs, events = count(histories, CONFIG)
-    similar = similarities(pairs, events, CONFIG)
+def test_it_is_the_formula(histories, length, config):
+    pairs, events = count(histories, config)
+    similar = similarities(pairs, events, config)
     similar /= similar[similar > 0].mean()
-    scorer = follower_table(CONFIG, make_train(histories), NUM_ITEMS).scorer()
+    scorer = follower_table(config, make_train(histories), NUM_ITEMS).scorer()
     history = np.random.default_rng(length).permutation(NUM_ITEMS)[:length].astype(np.int32)
     found = scorer.following(history)
-    wanted = expected(similar, history, CONFIG)
+    wanted = expected(similar, history, config)
     np.testing.assert_array_equal(found.rows, np.flatnonzero(wanted))
     np.testing.assert_allclose(found.of(np.arange(NUM_ITEMS)), wanted, rtol=1e-5, atol=1e-6)
 
@@ -90,11 +94,12 @@ def test_items_that_came_later_and_nothing_at_all_follow_nobody():
     assert (Following(later.rows[:0], later.scores[:0]).of(np.array([3], np.int32)) == 0).all()
 
 
+@pytest.mark.parametrize("config", BOTH.values(), ids=BOTH)
 @pytest.mark.parametrize("at_once", [1, 700, 1 << 19])
-def test_a_segment_is_left_out_of_its_own_counts(histories, at_once, monkeypatch):
-    table = follower_table(CONFIG, make_train(histories), NUM_ITEMS)
-    pairs, events = count(histories, CONFIG)
-    mean = similarities(pairs, events, CONFIG)
+def test_a_segment_is_left_out_of_its_own_counts(histories, at_once, config, monkeypatch):
+    table = follower_table(config, make_train(histories), NUM_ITEMS)
+    pairs, events = count(histories, config)
+    mean = similarities(pairs, events, config)
     mean = mean[mean > 0].mean()
     chosen = [history for history in histories if len(history) > 1][:5]
     longest = max(map(len, chosen)) - 1
@@ -109,10 +114,10 @@ def test_a_segment_is_left_out_of_its_own_counts(histories, at_once, monkeypatch
         again = table.along(torch.from_numpy(rows), torch.from_numpy(targets))
     torch.testing.assert_close(again, found[told], rtol=0, atol=0)
     for b, history in enumerate(chosen):
-        own, _ = count([history], CONFIG)
-        similar = similarities(pairs - own, events, CONFIG) / mean
+        own, _ = count([history], config)
+        similar = similarities(pairs - own, events, config) / mean
         for at in range(len(history)):
-            np.testing.assert_allclose(found[b, at], expected(similar, history[:at], CONFIG), rtol=1e-3, atol=2e-3)
+            np.testing.assert_allclose(found[b, at], expected(similar, history[:at], config), rtol=1e-3, atol=2e-3)
     # of some items alone, as where the softmax is sampled
     items = torch.from_numpy(np.union1d(np.concatenate(chosen), [2, 29]))
     some = torch.searchsorted(items, torch.from_numpy(rows).clamp_min(int(items[0])))

@@ -109,10 +109,14 @@ class FollowerTable(nn.Module):
         return (lines, columns, found) if items is None else _among(items, lines, columns, found)
 
     def _own_pairs(self, rows: Tensor, targets: Tensor, items: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What followed each item in its own segment: columns [B, L, window] and the share of S, negative."""
+        """What stood beside each item in its own segment: columns [B, L, N] and the share of S, negative. N is the
+        window, or twice that where those before an item count as well."""
         of_item, of_follower, _ = self._factors(rows.device)
         window, length = self.config.window, rows.shape[1]
         followers = F.pad(targets[:, 1:], (0, window - 1), value=NOBODY).unfold(1, window, 1)[:, :length]
+        if not self.config.forward:
+            before = F.pad(rows, (window, 0), value=NOBODY).unfold(1, window, 1)[:, :length]
+            followers = torch.cat([followers, before], dim=2)
         taken = followers.clamp_min(0)
         named, named_followers = (rows, taken) if items is None else (items[rows], items[taken])
         return taken, -of_item[named].unsqueeze(2) * of_follower[named_followers] * (followers != NOBODY)
