@@ -143,6 +143,8 @@ VARIANTS: dict[str, Variant] = {
     "no neighbours": Variant(overrides={"collaborative": {"neighbours": 0}}),
     "no followers": Variant(overrides={"followers": None}),
     "no followers, with time": Variant(with_time=True, overrides={"followers": None}),
+    "followers one way": Variant(overrides={"followers": {"forward": True}}),
+    "followers both ways": Variant(overrides={"followers": {"forward": False}}),
     "neither neighbours nor followers": Variant(overrides={"followers": None, "collaborative": {"neighbours": 0}}),
     "tuned item vectors": Variant(overrides={"collaborative": {"tune": True}}),
     # heads

@@ -7,10 +7,13 @@ import sys
 import numpy as np
 import pytest
 from results_tables import tables
+from study import Plan
 from study_report import write_report
 from study_runs import Run, do
+from study_variants import VARIANTS
 
 from speeder_engine.synthetic import write_synthetic_dataset
+from speeder_engine.training.config import load_recipe
 
 RECIPE = """
 instruction: "Next:"
@@ -65,3 +68,36 @@ def test_runs_are_kept_and_become_results(root, tmp_path):
     assert curves == {cut: [1, 2, 5, 10, 20], f"{cut}, window of 200": [1, 2, 5, 10, 20, 50, 100, 200]}
     told = "\n".join(tables(results))
     assert "The declared model's difference to each" in told and "Ablations without the query's time" in told
+
+
+@pytest.mark.parametrize("recipe", ["study", "study-long"])
+def test_a_variant_is_one_change_of_its_recipe(recipe):
+    declared = {timed: load_recipe(f"{recipe}{'-time' if timed else ''}") for timed in (False, True)}
+    for name, variant in VARIANTS.items():
+        config, base = variant.config(recipe, 0), declared[variant.with_time]
+        epochs = [sum(stage.epochs for stage in each.stages) for each in (config, base)]
+        assert epochs[0] == epochs[1], name
+        changed = {key for key, value in config.to_json().items() if value != base.to_json()[key]}
+        assert variant.changes(recipe) == bool(changed or variant.alter or variant.with_time), name
+
+
+def test_what_a_recipe_has_already_is_not_run_again():
+    planned = {name: {run.variant for run in Plan("ablations", (0,)).wanted(name)} for name in ("study", "study-long")}
+    both = planned["study"] & planned["study-long"]
+    assert {"no followers", "no positions", "all at once", "text alone", "window of 200"} <= both
+    assert planned["study"] - both == {"no times", "followers both ways", "tuned item vectors"}
+    assert planned["study-long"] - both == {"times in weeks", "followers one way"}
+
+
+def test_stages_are_made_of_the_recipes_own():
+    stages = load_recipe("study-long").stages
+    assert [stage.modalities for stage in VARIANTS["no image"].config("study-long", 0).stages] == [
+        ("text",),
+        ("text", "collaborative"),
+    ]
+    (whole,) = VARIANTS["all at once"].config("study-long", 0).stages
+    assert set(whole.modalities) == {"text", "image", "collaborative"} and whole.learning_rate == 0.003
+    turned = VARIANTS["image before collaborative"].config("study-long", 0).stages
+    assert [stage.modalities[-1] for stage in turned] == ["text", "image", "collaborative"]
+    assert [stage.epochs for stage in turned] == [stage.epochs for stage in stages]
+    assert {stage.ramp for stage in VARIANTS["no ramp"].config("study-long", 0).stages} == {0.0}
