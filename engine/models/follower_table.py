@@ -75,37 +75,44 @@ class FollowerTable(nn.Module):
         A user's own pairs would tell what comes next: S is as if this segment had not been counted.
         """
         (size, length), num_items = rows.shape, len(self.events) if items is None else len(items)
-        entries, columns, found = self._counted_of(rows, items)
+        asked = targets != NOBODY
+        segments, after = asked.nonzero(as_tuple=True)
+        lengths = (asked * torch.arange(length + 1, device=rows.device)).amax(dim=1)  # items that something comes after
+        entries, columns, found = self._counted_of(rows, lengths, items)
         followers, own = self._own_pairs(rows, targets, items)
         decays = self._decays(length, rows.device)
-        kept = (targets != NOBODY).flatten().nonzero().squeeze(1)
-        out = torch.empty(len(kept), num_items, device=rows.device)
+        out = torch.empty(len(segments), num_items, device=rows.device)
         # a few segments at a time, so that what lies between stays in a CPU's cache
         step = max(1, AT_ONCE.get(rows.device.type, AT_ONCE["cuda"]) // ((length + 1) * num_items))
         firsts = torch.arange(0, size + step, step, device=rows.device).clamp_max(size)
         ends = torch.searchsorted(entries, firsts * length).tolist()
-        places = torch.searchsorted(kept, firsts * (length + 1)).tolist()
+        places = torch.searchsorted(segments, firsts).tolist()
+        longest = [int(part.max()) for part in torch.split(lengths.cpu(), step)]
         for chunk, first in enumerate(range(0, size, step)):
-            last = min(first + step, size)
+            last, most = min(first + step, size), longest[chunk]
             inside, told = slice(*ends[chunk : chunk + 2]), slice(*places[chunk : chunk + 2])
-            direct = out.new_zeros(last - first, length, num_items)
-            lines = entries[inside] - first * length
+            direct = out.new_zeros(last - first, most, num_items)
+            lines = (entries[inside] // length - first) * most + entries[inside] % length
             direct.view(-1).index_add_(0, lines * num_items + columns[inside], found[inside])
-            direct.scatter_add_(2, followers[first:last], own[first:last]).clamp_min_(0)
+            direct.scatter_add_(2, followers[first:last, :most], own[first:last, :most]).clamp_min_(0)
             with torch.autocast(rows.device.type, enabled=False):
-                sums = torch.matmul(decays, direct).view(-1, num_items)
-            torch.index_select(sums, 0, kept[told] - first * (length + 1), out=out[told])
+                sums = torch.matmul(decays[: most + 1, :most], direct).view(-1, num_items)
+            torch.index_select(sums, 0, (segments[told] - first) * (most + 1) + after[told], out=out[told])
             out[told].sqrt_()
         return out
 
-    def _counted_of(self, rows: Tensor, items: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """S of the items `rows` [B, L] as a list: the place in rows (ascending), the follower's column, the value."""
-        named = (rows if items is None else items[rows]).flatten()
+    def _counted_of(self, rows: Tensor, lengths: Tensor, items: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """S of the first `lengths` [B] of the items `rows` [B, L] as a list: the place in rows (ascending), the
+        follower's column, the value."""
+        device = rows.device
+        asked = (torch.arange(rows.shape[1], device=device) < lengths.unsqueeze(1)).flatten().nonzero().squeeze(1)
+        named = rows.flatten()[asked]
+        named = named if items is None else items[named]
         starts = self.offsets[named]
         counts = self.offsets[named + 1] - starts
-        lines = torch.repeat_interleave(torch.arange(len(named), device=rows.device), counts)
-        places = torch.arange(len(lines), device=rows.device) + (starts - counts.cumsum(0) + counts)[lines]
-        columns, found = self.rows[places].long(), self._factors(rows.device)[2][places]
+        owners = torch.repeat_interleave(torch.arange(len(named), device=device), counts)
+        places = torch.arange(len(owners), device=device) + (starts - counts.cumsum(0) + counts)[owners]
+        lines, columns, found = asked[owners], self.rows[places].long(), self._factors(device)[2][places]
         return (lines, columns, found) if items is None else _among(items, lines, columns, found)
 
     def _own_pairs(self, rows: Tensor, targets: Tensor, items: Tensor | None) -> tuple[Tensor, Tensor]:

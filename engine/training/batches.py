@@ -175,9 +175,11 @@ def _batches_by_length(segments: list[Segment], size: int, rng: np.random.Genera
 
 
 def _batches_at_random(segments: list[Segment], size: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
-    """Long and short ones together, as packing wants them."""
+    """Long and short ones together, as packing wants them; in a batch by length, for what is done a few at a time."""
     order = rng.permutation(len(segments))
-    return [order[i : i + size] for i in range(0, len(order), size)]
+    lengths = np.array([segment.num_inputs for segment in segments])
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    return [batch[np.argsort(lengths[batch], kind="stable")] for batch in batches]
 
 
 def _pairs(lengths: NDArray[np.int64], rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
