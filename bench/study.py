@@ -26,6 +26,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from baseline_settings import read_settings
+from commands import run_command
 from study_report import write_report
 from study_runs import Run, do, prepare
 from study_variants import COLD_ITEMS, DECLARED, VARIANTS, WITH_TIME
@@ -106,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from baseline_settings import write_settings
+from commands import run_command
 
 from speeder_engine.data.dataset import load_dataset
 from speeder_engine.data.splits import Queries, Split, leave_one_out
@@ -156,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -13,6 +13,7 @@ from tricks import TRICKS
 from workload import Workload
 
 from speeder_engine.random_engine import SHAPES
+from speeder_engine.synthetic import write_synthetic_dataset
 
 
 def last_line(root, script, *options):
@@ -56,3 +57,12 @@ def test_limits_on_paper_are_those_of_the_chip():
     session = by_name["+ session (a user who returns)"]
     assert session["users_s"] > 2 * by_name["+ shared instruction (a new user)"]["users_s"]
     assert session["per_million"] == pytest.approx(4.0 / 3600 * 1e6 / session["users_s"])
+
+
+def test_packing_leaves_less_padding(root, tmp_path):
+    data = write_synthetic_dataset(tmp_path / "data", num_users=120, num_items=60)
+    shape = ("--hidden-size", 16, "--layers", 1, "--window", 20, "--batch-size", 16, "--batches", 3)
+    found = last_line(root, "packing.py", data, *shape)
+    assert 0 <= found["padding"]["packed"] < found["padding"]["padded"]
+    each = found["us_per_real_row"]
+    assert found["padded_vs_packed"] == pytest.approx(each["padded"] / each["packed"], rel=0.01)

@@ -101,3 +101,16 @@ def test_stages_are_made_of_the_recipes_own():
     assert [stage.modalities[-1] for stage in turned] == ["text", "image", "collaborative"]
     assert [stage.epochs for stage in turned] == [stage.epochs for stage in stages]
     assert {stage.ramp for stage in VARIANTS["no ramp"].config("study-long", 0).stages} == {0.0}
+
+
+def test_bad_input_ends_in_one_line(root, tmp_path):
+    for script, *given in (
+        ["study.py", tmp_path / "nothing", "systems", "--work", tmp_path / "work"],
+        ["tune_baselines.py", tmp_path / "nothing", "itemknn", "--out", tmp_path / "runs.jsonl"],
+        ["packing.py", tmp_path / "nothing"],
+    ):
+        command = [sys.executable, str(root / "bench" / script), *map(str, given)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1 and not done.stdout
+        assert done.stderr.startswith(f"{script}: ") and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not list(tmp_path.iterdir())

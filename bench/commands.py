@@ -1,0 +1,15 @@
+"""How the scripts here end."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from speeder_engine.errors import SpeederError
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Bad input ends in one line that says what to do, and status 1."""
+    try:
+        main()
+    except SpeederError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
