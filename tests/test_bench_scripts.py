@@ -60,8 +60,8 @@ def test_limits_on_paper_are_those_of_the_chip():
 
 
 def test_packing_leaves_less_padding(root, tmp_path):
-    data = write_synthetic_dataset(tmp_path / "data", num_users=120, num_items=60)
-    shape = ("--hidden-size", 16, "--layers", 1, "--window", 20, "--batch-size", 16, "--batches", 3)
+    data = write_synthetic_dataset(tmp_path / "data", num_users=300, num_items=100)
+    shape = ("--hidden-size", 16, "--layers", 1, "--batch-size", 64, "--batches", 3)
     found = last_line(root, "packing.py", data, *shape)
     assert 0 <= found["padding"]["packed"] < found["padding"]["padded"]
     each = found["us_per_real_row"]
