@@ -68,17 +68,11 @@ def compute_losses(
     packing = Packing.of(real) if config.packing else None
     hidden = model(*inputs) if packing is None else packed_forward(model, packing, *inputs)
     read = hidden[:, num_prompt - 1 : num_prefix : step]  # after the instruction, then after each item
-    keep = batch.trained
     retrieve = rank = order = title = hidden.new_zeros(())
     following = _following(model, batch, items)
     if config.retrieve_weight:
-        vectors = model.retrieve(read[keep])
-        scores = (vectors @ tokens.T).float().add_(model.retrieve.beta * prior.at(batch.times[keep]))
-        if model.followers is not None and following is not None:
-            scores = add_scaled(scores, model.followers.retrieve, following)
-        if log_inclusion is not None:
-            scores = scores - log_inclusion
-        retrieve = catalogue_loss(scores, batch.targets[keep], config.label_smoothing)
+        scores = _scores(model, read[batch.trained], tokens, prior, batch, following, log_inclusion)
+        retrieve = catalogue_loss(scores, batch.targets[batch.trained], config.label_smoothing)
     at = num_prefix
     if config.rank_weight:
         last = read[torch.arange(len(batch), device=read.device), batch.cuts]
@@ -90,10 +84,26 @@ def compute_losses(
         order = _order_loss(model, hidden[:, -1], batch)
     total = config.retrieve_weight * retrieve + config.rank_weight * rank + config.order_weight * order
     total = total + config.title_weight * title
-    leads, counted = ("retrieve", keep) if config.retrieve_weight else ("title", batch.titles != PAD)
+    leads, counted = ("retrieve", batch.trained) if config.retrieve_weight else ("title", batch.titles != PAD)
     num_rows = real.numel() if packing is None else packing.num_rows * packing.row_len
     padding = num_rows - int(real.sum())
     return Losses(retrieve, rank, order, title, total, int(counted.sum()), leads, num_rows, padding)
+
+
+def _scores(
+    model: Recommender,
+    read: Tensor,
+    tokens: Tensor,
+    prior: Prior,
+    batch: TrainingBatch,
+    following: Tensor | None,
+    log_inclusion: Tensor | None,
+) -> Tensor:
+    """[N, I] of the items of `tokens` after each of the N rows `read` [N, d]."""
+    scores = (model.retrieve(read) @ tokens.T).float().add_(model.retrieve.beta * prior.at(batch.times[batch.trained]))
+    if model.followers is not None and following is not None:
+        scores = add_scaled(scores, model.followers.retrieve, following)
+    return scores if log_inclusion is None else scores - log_inclusion
 
 
 def _following(model: Recommender, batch: TrainingBatch, items: Tensor | None) -> Tensor | None:
