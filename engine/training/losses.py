@@ -100,7 +100,8 @@ def _scores(
     log_inclusion: Tensor | None,
 ) -> Tensor:
     """[N, I] of the items of `tokens` after each of the N rows `read` [N, d]."""
-    scores = (model.retrieve(read) @ tokens.T).float().add_(model.retrieve.beta * prior.at(batch.times[batch.trained]))
+    scores: Tensor = (model.retrieve(read) @ tokens.T).float()
+    scores = scores.add_(model.retrieve.beta * prior.at(batch.times[batch.trained]))
     if model.followers is not None and following is not None:
         scores = add_scaled(scores, model.followers.retrieve, following)
     return scores if log_inclusion is None else scores - log_inclusion
