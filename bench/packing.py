@@ -15,10 +15,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from commands import run_command
-from torch import Tensor, nn
 
+from speeder_engine.config import CompressorConfig, ModelConfig, PromptConfig
 from speeder_engine.data.dataset import load_dataset
 from speeder_engine.data.splits import leave_one_out
+from speeder_engine.models.families import decoder_config
+from speeder_engine.models.recommender import Recommender
 from speeder_engine.training.backbone import small_llama
 from speeder_engine.training.batches import TrainingBatch, TrainingBatches
 from speeder_engine.training.config import BackboneConfig, TrainingConfig
@@ -30,22 +32,18 @@ INSTRUCTION = 3  # rows
 CPU = torch.device("cpu")
 
 
-class Body(nn.Module):
-    """A decoder under the call of `Recommender`."""
-
-    def __init__(self, config: BackboneConfig) -> None:
-        super().__init__()
-        self.backbone = small_llama(config, config.vocab_size)
-
-    def forward(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        out = self.backbone(inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, use_cache=False)
-        hidden: Tensor = out.last_hidden_state
-        return hidden
+def make_model(shape: BackboneConfig, window: int) -> Recommender:
+    """Of which only the backbone is asked."""
+    backbone = small_llama(shape, shape.vocab_size)
+    prompt = PromptConfig("", tuple(range(INSTRUCTION)), window, 1)
+    compressor = CompressorConfig({"text": 1}, shape.hidden_size)
+    return Recommender(ModelConfig(decoder_config(backbone.config), compressor, prompt), backbone)
 
 
-def step(body: Body, batch: TrainingBatch, packed: bool, hidden_size: int, precision: str) -> tuple[float, int, int]:
+def step(model: Recommender, batch: TrainingBatch, packed: bool, precision: str) -> tuple[float, int, int]:
     """Seconds of a forward and backward pass, rows that were computed, rows that were real."""
     num_rows = INSTRUCTION + batch.rows.shape[1]
+    hidden_size = model.config.decoder.hidden_size
     embeddings = torch.randn(len(batch), num_rows, hidden_size, requires_grad=True)
     positions = torch.arange(num_rows).expand(len(batch), -1)
     real = torch.arange(num_rows) < INSTRUCTION + batch.lengths.unsqueeze(1)
@@ -54,10 +52,10 @@ def step(body: Body, batch: TrainingBatch, packed: bool, hidden_size: int, preci
     with autocast(precision, CPU):
         if packed:
             packing = Packing.of(real)
-            computed = packing.num_rows * packing.row_len
-            hidden = packed_forward(body, packing, embeddings, positions, None)
+            computed = packing.num_places
+            hidden = packed_forward(model, packing, embeddings, positions, None)
         else:
-            hidden = body(embeddings, positions, None)
+            hidden = model(embeddings, positions, None)
     hidden[real].float().square().mean().backward()
     return time.perf_counter() - started, computed, int(real.sum())
 
@@ -82,7 +80,7 @@ def main() -> None:
         num_heads=given.heads,
         intermediate_size=4 * given.hidden_size,
     )
-    body = Body(shape)
+    model = make_model(shape, given.window)
     kinds = {}
     for name, packing in (("padded", False), ("packed", True)):
         config = TrainingConfig(window=given.window, batch_size=given.batch_size, packing=packing)
@@ -92,7 +90,7 @@ def main() -> None:
         if number > given.batches:
             break
         for name, batch in zip(kinds, pair, strict=True):
-            told = step(body, batch, name == "packed", given.hidden_size, given.precision)
+            told = step(model, batch, name == "packed", given.precision)
             if number:  # the first warms up
                 found[name] = [a + b for a, b in zip(found[name], told, strict=True)]
     seconds = {name: total / real for name, (total, _, real) in found.items()}

@@ -92,8 +92,8 @@ class TrainingBatches:
         """The batches of epoch `number`: the same number gives the same batches."""
         rng = np.random.default_rng((self.config.seed, number))
         segments = self._segments(rng)
-        arranged = _batches_at_random if self.config.packing else _batches_by_length
-        for chosen in arranged(segments, self.config.batch_size, rng):
+        together = 1 if self.config.packing else MEGABATCH  # packing wants long and short ones in a batch
+        for chosen in _batches_by_length(segments, self.config.batch_size, together, rng):
             yield self._batch([segments[i] for i in chosen], rng)
 
     def _segments(self, rng: np.random.Generator) -> list[Segment]:
@@ -163,23 +163,18 @@ def _cuts(length: int, window: int, phase: int) -> list[tuple[int, int]]:
     return [(start, stop + 1) for start, stop in pairwise(edges) if stop > start]
 
 
-def _batches_by_length(segments: list[Segment], size: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+def _batches_by_length(
+    segments: list[Segment], size: int, together: int, rng: np.random.Generator
+) -> list[NDArray[np.int64]]:
+    """In random order; `together` batches are drawn at random and sorted by length before they are parted."""
     order = rng.permutation(len(segments))
     lengths = np.array([segment.num_inputs for segment in segments])
     batches = []
-    for start in range(0, len(order), size * MEGABATCH):
-        chunk = order[start : start + size * MEGABATCH]
+    for start in range(0, len(order), size * together):
+        chunk = order[start : start + size * together]
         chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
         batches += [chunk[i : i + size] for i in range(0, len(chunk), size)]
     return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def _batches_at_random(segments: list[Segment], size: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
-    """Long and short ones together, as packing wants them; in a batch by length, for what is done a few at a time."""
-    order = rng.permutation(len(segments))
-    lengths = np.array([segment.num_inputs for segment in segments])
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
-    return [batch[np.argsort(lengths[batch], kind="stable")] for batch in batches]
 
 
 def _pairs(lengths: NDArray[np.int64], rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

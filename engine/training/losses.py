@@ -85,7 +85,7 @@ def compute_losses(
     total = config.retrieve_weight * retrieve + config.rank_weight * rank + config.order_weight * order
     total = total + config.title_weight * title
     leads, counted = ("retrieve", batch.trained) if config.retrieve_weight else ("title", batch.titles != PAD)
-    num_rows = real.numel() if packing is None else packing.num_rows * packing.row_len
+    num_rows = real.numel() if packing is None else packing.num_places
     padding = num_rows - int(real.sum())
     return Losses(retrieve, rank, order, title, total, int(counted.sum()), leads, num_rows, padding)
 

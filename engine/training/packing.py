@@ -23,6 +23,10 @@ class Packing:
     num_rows: int
     row_len: int  # S: the longest segment
 
+    @property
+    def num_places(self) -> int:
+        return self.num_rows * self.row_len
+
     @classmethod
     def of(cls, real: Tensor) -> "Packing":
         """real: bool [B, T], false where padded."""
@@ -37,7 +41,7 @@ class Packing:
 
     def pack(self, padded: Tensor) -> Tensor:
         """[B, T, ...] -> [R, S, ...], zero in free places."""
-        packed = padded.new_zeros(self.num_rows * self.row_len, *padded.shape[2:])
+        packed = padded.new_zeros(self.num_places, *padded.shape[2:])
         packed[self.places] = padded[self.segments, self.columns]
         return packed.view(self.num_rows, self.row_len, *padded.shape[2:])
 
@@ -50,7 +54,7 @@ class Packing:
     def mask(self, padded: Tensor | None) -> Tensor:
         """bool [R, 1, S, S] of a padded batch's mask [B, 1, T, T], None for a causal one. A free place sees itself."""
         device = self.places.device
-        segment = torch.full((self.num_rows * self.row_len,), -1, device=device)
+        segment = torch.full((self.num_places,), -1, device=device)
         segment[self.places] = self.segments
         column = torch.zeros_like(segment)
         column[self.places] = self.columns
