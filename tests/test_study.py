@@ -108,6 +108,7 @@ def test_bad_input_ends_in_one_line(root, tmp_path):
         ["study.py", tmp_path / "nothing", "systems", "--work", tmp_path / "work"],
         ["tune_baselines.py", tmp_path / "nothing", "itemknn", "--out", tmp_path / "runs.jsonl"],
         ["packing.py", tmp_path / "nothing"],
+        ["int8_accuracy.py", tmp_path / "engine", tmp_path / "nothing"],
     ):
         command = [sys.executable, str(root / "bench" / script), *map(str, given)]
         done = subprocess.run(command, capture_output=True, text=True)
