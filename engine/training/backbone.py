@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from speeder_engine.encoders.sources import resolve_source
 from speeder_engine.errors import ConfigError, MissingDependency
@@ -62,6 +63,19 @@ def small_llama(config: BackboneConfig, vocab_size: int) -> nn.Module:
         max_position_embeddings=4096,
     )
     return LlamaModel(shape)
+
+
+def drop_residuals(body: nn.Module, share: float) -> None:
+    """Dropout, in training, of what attention and perceptron add to their rows: GPT-2 has it, Llama has not."""
+    if not share:
+        return
+
+    def drop(module: nn.Module, inputs: Any, added: Tensor) -> Tensor:
+        return F.dropout(added, share, module.training)
+
+    for name, module in body.named_modules():
+        if name.endswith((".o_proj", ".down_proj")):
+            module.register_forward_hook(drop)
 
 
 def load_pretrained(config: BackboneConfig, with_head: bool = False) -> Backbone:

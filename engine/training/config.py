@@ -31,7 +31,8 @@ class BackboneConfig(Config):
     num_layers: int = 2
     num_heads: int = 2
     intermediate_size: int = 256
-    dropout: float = 0.1
+    dropout: float = 0.1  # of attention weights
+    residual_dropout: float = 0.0  # of what each block adds to a row; of a small one from scratch
     lora_rank: int = 8
     lora_alpha: int = 32
     lora_dropout: float = 0.1
@@ -44,13 +45,15 @@ class BackboneConfig(Config):
         check(self.vocab_size >= 260, f"backbone.vocab_size: {self.vocab_size} can't hold all bytes; at least 260")
         width = f"backbone.hidden_size {self.hidden_size} must be an even multiple of num_heads {self.num_heads}"
         check(self.hidden_size % (2 * self.num_heads) == 0, width)
-        for name in ("dropout", "lora_dropout"):
+        for name in ("dropout", "residual_dropout", "lora_dropout"):
             check(0 <= getattr(self, name) < 1, f"backbone.{name} must be within 0..1, is {getattr(self, name)}")
         check(self.warmup_epochs >= 0, f"backbone.warmup_epochs can't be negative, is {self.warmup_epochs}")
         rate = self.warmup_learning_rate
         check(rate > 0, f"backbone.warmup_learning_rate must be positive, is {rate}")
         warm = "backbone.warmup_epochs: only a decoder from scratch is warmed up; leave it out beside backbone.source"
         check(self.source is None or not self.warmup_epochs, warm)
+        residual = "backbone.residual_dropout is of a decoder from scratch; beside backbone.source use lora_dropout"
+        check(self.source is None or not self.residual_dropout, residual)
 
 
 @dataclass(frozen=True)

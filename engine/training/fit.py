@@ -24,7 +24,14 @@ from speeder_engine.models.follower_table import FollowerTable
 from speeder_engine.models.prior import ConstantPrior, LivePrior, Prior
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.title_text import TitleText, answer_text
-from speeder_engine.training.backbone import embedding_scale, end_ids, instruction_ids, make_backbone, question_ids
+from speeder_engine.training.backbone import (
+    drop_residuals,
+    embedding_scale,
+    end_ids,
+    instruction_ids,
+    make_backbone,
+    question_ids,
+)
 from speeder_engine.training.batches import TrainingBatches
 from speeder_engine.training.census import warn_of_gaps
 from speeder_engine.training.config import TrainingConfig
@@ -214,6 +221,7 @@ def _trainer(
     config = replace(config, stages=tuple(replace(stage, modalities=left) for stage, left in kept if left))
     if config.checkpoint_layers:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    drop_residuals(model.backbone, config.backbone.residual_dropout)
     tuned = ("collaborative",) if config.collaborative.tune else ()
     table = TokenTable(model.compressor, checkpoint.features, config.modality_dropout, tuned)
     if processes.size > 1:

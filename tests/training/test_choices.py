@@ -45,6 +45,7 @@ CHOICES = {
     "followers, sampled softmax": {"followers": FollowersConfig(window=2), "sampled_items": 12},
     "tuned": {"collaborative": CollaborativeConfig(tune=True)},
     "averaged": {"averaging": 0.9},
+    "residual dropout": {"backbone": replace(BASE.backbone, residual_dropout=0.1)},
     "all at once": {"stages": (Stage("all", ("text", "collaborative"), 2, 5e-3),)},
 }
 pytestmark = pytest.mark.filterwarnings("ignore::speeder_engine.errors.SpeederWarning")

@@ -1,0 +1,54 @@
+"""Dropout of what blocks add to their rows, which Llama has not of its own."""
+
+import pytest
+import torch
+
+from speeder_engine.errors import ConfigError
+from speeder_engine.training.backbone import drop_residuals, small_llama
+from speeder_engine.training.config import BackboneConfig
+
+CONFIG = BackboneConfig(vocab_size=260, hidden_size=32, num_heads=2, intermediate_size=48, dropout=0.0)
+
+
+def outputs(body, rows):
+    with torch.no_grad():
+        return body(inputs_embeds=rows).last_hidden_state
+
+
+def bodies(share):
+    torch.manual_seed(0)
+    plain = small_llama(CONFIG, 260)
+    dropping = small_llama(CONFIG, 260)
+    dropping.load_state_dict(plain.state_dict())
+    drop_residuals(dropping, share)
+    return plain.train(), dropping.train(), torch.randn(3, 7, 32)
+
+
+def test_rows_alone_are_left_where_everything_added_is_dropped():
+    _, dropping, rows = bodies(1.0)
+    with torch.no_grad():
+        assert torch.equal(outputs(dropping, rows), dropping.norm(rows))
+
+
+def test_answers_are_not_touched():
+    plain, dropping, rows = bodies(0.5)
+    assert not torch.equal(outputs(plain, rows), outputs(dropping, rows))
+    assert torch.equal(outputs(plain.eval(), rows), outputs(dropping.eval(), rows))
+
+
+def test_what_is_added_keeps_its_mean():
+    """Of one block's attention: its perceptron adds nothing, and the last norm's scale is taken out."""
+    plain, dropping, rows = bodies(0.3)
+    for body in (plain, dropping):
+        body.layers = body.layers[:1]
+        body.norm = torch.nn.Identity()
+        torch.nn.init.zeros_(body.layers[0].mlp.down_proj.weight)
+        body.layers[0].self_attn.o_proj.weight.data.mul_(50)
+    found = torch.stack([outputs(dropping, rows) for _ in range(3000)]).mean(0)
+    assert (found - rows).abs().max() > 0.5  # something is added
+    torch.testing.assert_close(found - rows, outputs(plain, rows) - rows, rtol=0.1, atol=0.05)
+
+
+def test_a_pretrained_backbone_has_adapters_for_it():
+    with pytest.raises(ConfigError, match="residual_dropout is of a decoder from scratch; .* use lora_dropout"):
+        BackboneConfig(source="somewhere", residual_dropout=0.1)
