@@ -50,5 +50,5 @@ def test_what_is_added_keeps_its_mean():
 
 
 def test_a_pretrained_backbone_has_adapters_for_it():
-    with pytest.raises(ConfigError, match="residual_dropout is of a decoder from scratch; .* use lora_dropout"):
+    with pytest.raises(ConfigError, match=r"residual_dropout is of a decoder from scratch; .* use lora_dropout"):
         BackboneConfig(source="somewhere", residual_dropout=0.1)
