@@ -4,16 +4,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from speeder_engine.artifact import read_artifact
 from speeder_engine.config import EngineConfig, ModelConfig, parse_bytes
+from speeder_engine.kv_blocks import KVBlocks
 from speeder_engine.parts import WEIGHTS_FILE
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KV_DTYPES = {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
 class EngineSummary:
-    """Sizes in bytes; `memory` by dtype is weights and item tokens, the KV budget on top."""
+    """Sizes in bytes; `memory` by dtype is weights and item tokens, the KV budget on top.
+
+    Keys and values by what they are held in: a dtype, or int8 and fp8 with their scales (`EngineConfig.kv`).
+    """
 
     path: str
     revision: str
@@ -46,9 +53,10 @@ def inspect_engine(path: Path) -> EngineSummary:
     # directories are written in fp32; four bytes an element, headers aside
     num_parameters = artifact.file(WEIGHTS_FILE).stat().st_size // 4
     elements = num_parameters + num_items * decoder.hidden_size
-    position = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
+    per_position = {name: KVBlocks.position_bytes(decoder, dtype) for name, dtype in KV_DTYPES.items()}
     block_size = EngineConfig().block_size
-    per_user = -(-prompt.window // block_size) * block_size * position
+    positions = -(-prompt.window // block_size) * block_size
+    per_user = {name: positions * size for name, size in per_position.items()}
     return EngineSummary(
         path=str(path),
         revision=str(artifact.manifest["revision"]),
@@ -63,8 +71,8 @@ def inspect_engine(path: Path) -> EngineSummary:
         num_parameters=num_parameters,
         disk_bytes=artifact.total_size,
         files={name: int(entry["size"]) for name, entry in artifact.manifest["files"].items()},
-        kv_bytes_per_position={name: position * size for name, size in DTYPE_BYTES.items()},
-        kv_bytes_per_user={name: per_user * size for name, size in DTYPE_BYTES.items()},
-        memory={name: elements * size for name, size in DTYPE_BYTES.items()},
-        users_per_gib={name: parse_bytes("1GiB") // (per_user * size) for name, size in DTYPE_BYTES.items()},
+        kv_bytes_per_position=per_position,
+        kv_bytes_per_user=per_user,
+        memory={name: elements * dtype.itemsize for name, dtype in DTYPES.items()},
+        users_per_gib={name: parse_bytes("1GiB") // size for name, size in per_user.items()},
     )

@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from speeder_engine.catalogue import Catalogue
-from speeder_engine.inspection import DTYPE_BYTES, EngineSummary
+from speeder_engine.inspection import DTYPES, EngineSummary
 from speeder_engine.request import Ranking
 
 
@@ -30,10 +30,10 @@ def summary_table(summary: EngineSummary) -> Table:
     table.add_row("heads", ", ".join(summary.heads))
     table.add_row("on disk", f"{readable_bytes(summary.disk_bytes)} in {len(summary.files) + 1} files")
     table.add_section()
-    for name in DTYPE_BYTES:
-        memory, user = readable_bytes(summary.memory[name]), readable_bytes(summary.kv_bytes_per_user[name])
-        users = f"{summary.users_per_gib[name]:,} users"
-        table.add_row(f"memory, {name}", f"{memory} weights and tokens + KV: {user} a user, {users} a GiB")
+    for name in summary.users_per_gib:
+        held = f"{readable_bytes(summary.memory[name])} weights and tokens + " if name in DTYPES else ""
+        user, users = readable_bytes(summary.kv_bytes_per_user[name]), f"{summary.users_per_gib[name]:,} users"
+        table.add_row(f"memory, {name}" if held else f"KV alone, {name}", f"{held}KV: {user} a user, {users} a GiB")
     return table
 
 

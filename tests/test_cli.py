@@ -88,10 +88,14 @@ def test_inspect(engine_dir):
     assert summary["window"] == 12
     # keys and values of 3 layers, 2 heads of 8, in blocks of 16 positions, at 4 bytes
     assert summary["kv_bytes_per_user"]["float32"] == 2 * 3 * 2 * 8 * 16 * 4
+    # a byte an element, and a scale of 4 bytes for every 8 of them
+    assert summary["kv_bytes_per_user"]["int8"] == summary["kv_bytes_per_user"]["fp8"] == 2 * 3 * 2 * (8 + 4) * 16
+    assert summary["users_per_gib"]["int8"] == 2**30 // summary["kv_bytes_per_user"]["int8"]
     assert summary["memory"]["bfloat16"] * 2 == summary["memory"]["float32"]
     table = speeder("inspect", engine_dir)
     assert table.returncode == 0
     assert summary["revision"] in table.stdout
+    assert all(name in table.stdout for name in ("memory, bfloat16", "KV alone, fp8"))
 
 
 @pytest.mark.parametrize(
