@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from speeder_engine.triton_kernels.language import interpreted, next_power_of_2, runs_triton, tl, triton
+from speeder_engine.triton_kernels.language import interpreted, next_power_of_2, on, runs_triton, tl, triton
 from speeder_engine.triton_kernels.specimen import Specimen
 
 MAX_MODALITIES = 4
@@ -55,7 +55,8 @@ def modality_experts(
     Returns tokens [I, d] and gates [I, M], zero where all modalities are missing.
     """
     if features[0].dtype in KERNEL_DTYPES and runs_triton(*features, present, share, *_tensors(mixture)):
-        return launch_modality_experts(features, present, mixture, share)
+        with on(present.device):
+            return launch_modality_experts(features, present, mixture, share)
     return modality_experts_ref(features, present, mixture, share)
 
 

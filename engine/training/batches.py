@@ -5,6 +5,7 @@ Everything random comes out of one generator per epoch, so that a resumed run dr
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -40,7 +41,7 @@ class TrainingBatch:
     def __len__(self) -> int:
         return self.rows.shape[0]
 
-    @property
+    @cached_property
     def trained(self) -> Tensor:
         """bool [B, L + 1]: which targets are."""
         return self.targets != PAD
