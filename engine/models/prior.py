@@ -39,8 +39,14 @@ class LivePrior:
     def at(self, times: Tensor, items: Tensor | None = None) -> Tensor:
         hours = torch.searchsorted(self.hours, torch.div(times, REFRESH, rounding_mode="floor"))
         hours = hours.clamp_max(len(self.hours) - 1)
-        found = self.features[hours] if items is None else self.features[hours.unsqueeze(1), items]
-        return found.to(self.weights.dtype) @ self.weights
+        if items is not None:
+            return self._weighed(self.features[hours.unsqueeze(1), items])
+        # a user's events often share an hour: its counts are read and weighed once
+        distinct, places = hours.unique(return_inverse=True)
+        return self._weighed(self.features[distinct])[places]
+
+    def _weighed(self, features: Tensor) -> Tensor:
+        return features.to(self.weights.dtype) @ self.weights
 
 
 class ExactPrior:
