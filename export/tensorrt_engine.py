@@ -10,8 +10,8 @@ from speeder_engine.artifact import Artifact, read_artifact
 from speeder_engine.catalogue import ItemTable
 from speeder_engine.config import ModelConfig
 from speeder_engine.errors import ArtifactError, ConfigError, InvalidRequest
+from speeder_engine.export.graph_engine import GraphEngine
 from speeder_engine.export.onnx_config import OnnxConfig
-from speeder_engine.export.onnx_engine import GraphEngine
 from speeder_engine.export.plan_builder import make_logger
 from speeder_engine.export.plan_config import PLANS, PlanConfig
 from speeder_engine.export.plan_session import PlanRuntime, PlanSession

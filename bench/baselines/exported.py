@@ -14,7 +14,8 @@ from workload import BenchUser
 
 from speeder_engine.errors import SpeederError
 from speeder_engine.export import OnnxEngine
-from speeder_engine.export.onnx_engine import GraphEngine, OnnxFiles
+from speeder_engine.export.graph_engine import GraphEngine
+from speeder_engine.export.onnx_engine import OnnxFiles
 
 Array = NDArray[Any]
 KV_BUDGET = "1GiB"

@@ -42,7 +42,7 @@ class LivePrior:
         if items is not None:
             return self._weighed(self.features[hours.unsqueeze(1), items])
         # a user's events often share an hour: its counts are read and weighed once
-        distinct, places = hours.unique(return_inverse=True)
+        distinct, places = torch.unique(hours, return_inverse=True)
         return self._weighed(self.features[distinct])[places]
 
     def _weighed(self, features: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from reference import make_tiny
 
 from speeder_engine import Engine, EngineConfig
 from speeder_engine.export import OnnxConfig
+from speeder_engine.export.graph_engine import pad
 from speeder_engine.export.graph_spec import graph_specs
-from speeder_engine.export.onnx_engine import pad
 from speeder_engine.export.static_graph import ExtendGraph, RecommendGraph, ScoreGraph, StaticModel
 from speeder_engine.models.families import FAMILIES
 
