@@ -69,7 +69,7 @@ def turned_by_borders(rows, weight):
 
 
 def rounding(rows, weight, bias, kind):
-    """[R, O]: what fp32 may lose, in any order of summing (Higham 2002, 3.5): n u |x| |w| for a product of n terms.
+    """[R, O]: what fp32 loses but for unlikely chance (Higham and Mary 2019): a few sqrt(n) u |x| |w| of n terms.
 
     Sums of whole numbers are exact; they are scaled, and a bias is added.
     """
@@ -77,7 +77,7 @@ def rounding(rows, weight, bias, kind):
         (whole_rows, row_scale), (whole_weight, weight_scale) = quantized(rows), quantized(weight)
         terms, roundings = ((whole_rows @ whole_weight.T) * row_scale * weight_scale.T).abs(), 8
     else:
-        terms, roundings = rows.double().abs() @ weight.double().abs().T, rows.shape[1] + 2
+        terms, roundings = rows.double().abs() @ weight.double().abs().T, 3 * rows.shape[1] ** 0.5 + 2
     return roundings * 2.0**-24 * (terms if bias is None else terms + bias.double().abs())
 
 
