@@ -188,9 +188,9 @@ def quiet() -> Iterator[None]:
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
     """p50, p95 and p99 in milliseconds, and of how many."""
-    ordered = sorted(seconds)
-    at = {f"p{p}_ms": ordered[min(len(ordered) - 1, len(ordered) * p // 100)] * 1e3 for p in (50, 95, 99)}
-    return {**at, "count": len(ordered)}
+    timing = Timing(dict(enumerate(seconds)))
+    at = {"p50_ms": timing.p50, "p95_ms": timing.p95, "p99_ms": timing.p99}
+    return {name: each * 1e3 for name, each in at.items()} | {"count": timing.count}
 
 
 @dataclass(frozen=True)

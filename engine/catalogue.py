@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speeder_engine.errors import ArtifactError, CatalogueFull, ConfigError, DataError, UnknownItem, name_some, shown
+from speeder_engine.errors import (
+    ArtifactError,
+    CatalogueFull,
+    ConfigError,
+    DataError,
+    InvalidRequest,
+    UnknownItem,
+    name_some,
+    shown,
+)
+from speeder_engine.request import item_ids, true_or_false
 from speeder_engine.triton_kernels.top_scores_two_stage import CoarseTable
 
 ITEMS_FILE = "items.parquet"
@@ -260,20 +270,24 @@ class Catalogue:
         self.num_rows = len(self._ids)
         self._changes += 1
 
-    def remove(self, item_ids: Sequence[str]) -> None:
+    def remove(self, ids: Sequence[str]) -> None:
         """Tombstones: never recommended again, still readable in old histories. Raises UnknownItem, nothing changed."""
-        rows = self.rows(item_ids, "remove")
+        ids = item_ids(ids, "remove")
+        rows = self.rows(ids, "remove")
         _assign(self.available, dict.fromkeys(rows.tolist(), False))
-        self._removed.update(item_ids)
+        self._removed.update(ids)
         self._changes += 1
 
-    def set_available(self, item_ids: Sequence[str], available: bool) -> None:
+    def set_available(self, ids: Sequence[str], available: bool) -> None:
         """Raises UnknownItem for unknown and removed ids, nothing changed."""
-        self._check_live(item_ids, "set_available")
-        _assign(self.available, dict.fromkeys(self.rows(item_ids, "set_available").tolist(), available))
+        ids, available = item_ids(ids, "set_available"), true_or_false("available", available)
+        self._check_live(ids, "set_available")
+        _assign(self.available, dict.fromkeys(self.rows(ids, "set_available").tolist(), available))
 
     def set_prior(self, priors: Mapping[str, float]) -> None:
         """Raises UnknownItem for unknown and removed ids, DataError for a prior that is not finite; nothing changed."""
+        if not isinstance(priors, Mapping):
+            raise InvalidRequest(f"set_prior: expected a mapping of item ids to numbers, got {type(priors).__name__}")
         self._check_live(priors, "set_prior")
         for item_id, prior in priors.items():
             _check_prior(item_id, float("nan") if prior is None else prior)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,14 +21,15 @@ from speeder_engine.item import Item
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.parts import EngineParts
 from speeder_engine.query import Query
+from speeder_engine.recommends import Recommends
 from speeder_engine.request import (
     Generation,
-    Head,
-    OnUnknown,
     Ranking,
     Request,
+    all_of,
     check_user,
     item_ids,
+    requests_of,
     true_or_false,
     whole_number,
 )
@@ -38,10 +38,8 @@ from speeder_engine.serving import EngineStats, Serving
 from speeder_engine.session import Session
 from speeder_engine.worker import Worker
 
-T = TypeVar("T")
 
-
-class Engine:
+class Engine(Recommends):
     """Serves one engine directory. `Engine.load` makes one; every method may be called from several threads.
 
     A context manager: `close` forgets sessions and gives the memory back.
@@ -131,46 +129,12 @@ class Engine:
         """Twelve hex digits that name the weights and tokens the directory was exported with."""
         return self._now().parts.revision
 
-    def recommend(
-        self,
-        history: Sequence[str],
-        k: int = 10,
-        *,
-        user_id: str | None = None,
-        candidates: Sequence[str] | None = None,
-        head: Head | None = None,
-        exclude_seen: bool = True,
-        allow: Sequence[str] | None = None,
-        deny: Sequence[str] | None = None,
-        history_offset: int = 0,
-        times: Sequence[float] | None = None,
-        on_unknown: OnUnknown = "error",
-    ) -> Ranking:
-        """The k best next items after `history` (item ids, oldest first); `Request` describes every argument.
-
-        Raises UnknownItem or InvalidRequest before anything is computed.
-        """
-        request = Request(
-            history,
-            k,
-            user_id=user_id,
-            candidates=candidates,
-            head=head,
-            exclude_seen=exclude_seen,
-            allow=allow,
-            deny=deny,
-            history_offset=history_offset,
-            times=times,
-            on_unknown=on_unknown,
-        )
-        return self.recommend_many([request])[0]
-
     def recommend_many(self, requests: Iterable[Request]) -> list[Ranking]:
         """Answers in the order of the requests, in as few steps as the row budget allows.
 
         All requests are checked before the first is computed; all are answered by the same revision.
         """
-        asked = _requests(requests, "recommend_many")
+        asked = requests_of(requests, "recommend_many")
         serving = self._now()
         rankings: list[Ranking] = []
         for queries in serving.steps([serving.resolve(request) for request in asked]):
@@ -205,7 +169,7 @@ class Engine:
         answered; of several such items the first of the catalogue is meant. Sessions are used and extended.
         Here to compare with: `recommend(head="title")` scores candidates' titles in one pass and is always valid.
         """
-        asked, max_tokens = _requests(requests, "generate"), whole_number("max_tokens", max_tokens, 1)
+        asked, max_tokens = requests_of(requests, "generate"), whole_number("max_tokens", max_tokens, 1)
         serving = self._now()
         if not serving.parts.config.heads.title:
             raise InvalidRequest("generate: this model was trained without a title head; use recommend")
@@ -244,7 +208,7 @@ class Engine:
 
     def _retrieving(self, requests: Iterable[Request], where: str) -> tuple[Serving, Iterator[Sequence[Query]]]:
         """Steps of these requests without their candidates."""
-        asked = [replace(request, candidates=None, head=None) for request in _requests(requests, where)]
+        asked = [replace(request, candidates=None, head=None) for request in requests_of(requests, where)]
         serving = self._now()
         if not serving.parts.config.heads.retrieve:
             raise InvalidRequest(f"{where}: this model was trained without a retrieve head; use recommend")
@@ -323,7 +287,7 @@ class Engine:
         Encoders and compressor run before, beside other requests. An item whose token changes gets a new version: no
         session reads keys of the old one. Raises DataError that names the item, or CatalogueFull; nothing is changed.
         """
-        given = _all(items, Item, "upsert", "[Item(item_id, text=...)]")
+        given = all_of(items, Item, "upsert", "[Item(item_id, text=...)]")
         serving = self._now()
         update = ItemUpdate(
             item_ids=tuple(item.item_id for item in given),
@@ -341,19 +305,16 @@ class Engine:
     def remove(self, ids: Sequence[str]) -> None:
         """Items that are never recommended again, but still read in old histories. Raises UnknownItem, none removed."""
         with self._change() as catalogue:
-            catalogue.remove(item_ids(ids, "remove"))
+            catalogue.remove(ids)
 
     def set_available(self, ids: Sequence[str], available: bool = True) -> None:
         """Whether these items may be recommended. Raises UnknownItem, none changed."""
-        available = true_or_false("available", available)
         with self._change() as catalogue:
-            catalogue.set_available(item_ids(ids, "set_available"), available)
+            catalogue.set_available(ids, available)
 
     def set_prior(self, priors: Mapping[str, float]) -> None:
         """Priors by item id, for those named; they are added to scores at once and touch no session. Raises UnknownItem
         or DataError, none changed."""
-        if not isinstance(priors, Mapping):
-            raise InvalidRequest(f"set_prior: expected a mapping of item ids to numbers, got {type(priors).__name__}")
         with self._change() as catalogue:
             catalogue.set_prior(priors)
 
@@ -399,7 +360,7 @@ class Engine:
                 yield serving.catalogue
 
     def _enqueue(self, request: Request, timeout_ms: float | None) -> Waiting:
-        [asked] = _requests([request], "submit")
+        [asked] = requests_of([request], "submit")
         serving = self._now()
         waiting = self._scheduler.put(serving.resolve(asked), serving, timeout_ms)
         self._worker.start()
@@ -431,20 +392,3 @@ def _path(path: object, where: str) -> Path:
         return Path(path)  # type: ignore[arg-type]
     except TypeError:
         raise ConfigError(f"{where}: expected the path of an engine directory, got {path!r}") from None
-
-
-def _requests(requests: Iterable[Request], where: str) -> list[Request]:
-    return _all(requests, Request, where, "[Request(history)]")
-
-
-def _all(values: Iterable[T], kind: type[T], where: str, example: str) -> list[T]:
-    """The values as a list, or InvalidRequest where they are not all of this kind."""
-    if isinstance(values, kind) or not isinstance(values, Iterable):
-        got = type(values).__name__
-        raise InvalidRequest(f"{where}: expected a list of {kind.__name__}s, got {got}; write {example}")
-    listed = list(values)
-    strange = [value for value in listed if not isinstance(value, kind)]
-    if strange:
-        got = type(strange[0]).__name__
-        raise InvalidRequest(f"{where}: expected {kind.__name__}s, got {got}; write {example}")
-    return listed

@@ -2,9 +2,9 @@
 
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from speeder_engine.errors import InvalidRequest, name_some, shown
 
 Head = Literal["retrieve", "rank", "title"]
 OnUnknown = Literal["error", "skip"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,24 @@ class Generation:
     text: str
     item_id: str | None
     valid: bool
+
+
+def requests_of(values: Iterable[Request], where: str) -> list[Request]:
+    """The requests as a list; InvalidRequest for what isn't one."""
+    return all_of(values, Request, where, "[Request(history)]")
+
+
+def all_of(values: Iterable[T], kind: type[T], where: str, example: str) -> list[T]:
+    """The values as a list, or InvalidRequest where they are not all of this kind."""
+    if isinstance(values, kind) or not isinstance(values, Iterable):
+        got = type(values).__name__
+        raise InvalidRequest(f"{where}: expected a list of {kind.__name__}s, got {got}; write {example}")
+    listed = list(values)
+    strange = [value for value in listed if not isinstance(value, kind)]
+    if strange:
+        got = type(strange[0]).__name__
+        raise InvalidRequest(f"{where}: expected {kind.__name__}s, got {got}; write {example}")
+    return listed
 
 
 def item_ids(value: object, where: str) -> tuple[str, ...]:

@@ -17,7 +17,8 @@ from speeder_engine.export.onnx_session import Array
 from speeder_engine.export.user_cache import UserCache, UserState
 from speeder_engine.prompt import PromptLayout
 from speeder_engine.query import Query, Rows, resolve
-from speeder_engine.request import Head, OnUnknown, Ranking, Request, check_user
+from speeder_engine.recommends import Recommends
+from speeder_engine.request import Ranking, Request, check_user, requests_of
 
 MAX_BATCH = 64
 NOTHING = np.full(1, -1, np.int64)
@@ -52,7 +53,7 @@ class Runner(Protocol):
     def shape(self, value: Any) -> tuple[int, ...]: ...
 
 
-class GraphEngine:
+class GraphEngine(Recommends):
     """Exported graphs with the face of `Engine`; every method may be called from several threads.
 
     Requests with a user id go through `extend`, one by one, with keys and values kept: what is new is computed, or the
@@ -79,6 +80,7 @@ class GraphEngine:
         self.rows_computed = 0
 
     def __enter__(self) -> Self:
+        self._check_open()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -96,42 +98,12 @@ class GraphEngine:
         """That of the engine directory it was exported from."""
         return self.files.revision
 
-    def recommend(
-        self,
-        history: Sequence[str],
-        k: int = 10,
-        *,
-        user_id: str | None = None,
-        candidates: Sequence[str] | None = None,
-        head: Head | None = None,
-        exclude_seen: bool = True,
-        allow: Sequence[str] | None = None,
-        deny: Sequence[str] | None = None,
-        history_offset: int = 0,
-        times: Sequence[float] | None = None,
-        on_unknown: OnUnknown = "error",
-    ) -> Ranking:
-        """As `Engine.recommend`, with the same errors."""
-        request = Request(
-            history,
-            k,
-            user_id=user_id,
-            candidates=candidates,
-            head=head,
-            exclude_seen=exclude_seen,
-            allow=allow,
-            deny=deny,
-            history_offset=history_offset,
-            times=times,
-            on_unknown=on_unknown,
-        )
-        return self.recommend_many([request])[0]
-
     def recommend_many(self, requests: Iterable[Request]) -> list[Ranking]:
         """Answers in the order of the requests. All are checked before the first is computed."""
+        asked = requests_of(requests, "recommend_many")
         with self._lock:
             self._check_open()
-            queries = [self._resolve(request) for request in requests]
+            queries = [self._resolve(request) for request in asked]
             answers: dict[int, Ranking] = {}
             for places, answer in self._parts(queries):
                 answers |= zip(places, answer([queries[place] for place in places]), strict=True)
@@ -141,16 +113,19 @@ class GraphEngine:
         """Forgets a user's keys and values; true if there were any."""
         check_user(user_id)
         with self._lock:
+            self._check_open()
             return self._users.close(user_id)
 
     def set_available(self, ids: Sequence[str], available: bool = True) -> None:
         """Whether these items may be recommended. Raises UnknownItem, none changed."""
         with self._lock:
+            self._check_open()
             self.catalogue.set_available(ids, available)
 
     def set_prior(self, priors: Mapping[str, float]) -> None:
         """Priors by item id, for those named. Raises UnknownItem or DataError, none changed."""
         with self._lock:
+            self._check_open()
             self.catalogue.set_prior(priors)
 
     def compress(self, features: Mapping[str, Array]) -> NDArray[np.float32]:

@@ -5,7 +5,15 @@ import threading
 import numpy as np
 import pytest
 
-from speeder_engine import ArtifactError, ConfigError, EngineClosed, InvalidRequest, MissingDependency, Request
+from speeder_engine import (
+    ArtifactError,
+    ConfigError,
+    EngineClosed,
+    InvalidRequest,
+    MissingDependency,
+    Request,
+    SpeederError,
+)
 from speeder_engine.export import OnnxConfig, OnnxEngine
 from speeder_engine.export.onnx_engine import OnnxFiles
 from speeder_engine.export.onnx_session import check_provider, load_runtime
@@ -176,6 +184,32 @@ def test_bad_requests_are_refused_as_by_the_engine(standard, bad):
     assert onnx.rows_computed == before
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda engine: engine.recommend_many("0001"),
+        lambda engine: engine.recommend_many(Request([])),
+        lambda engine: engine.recommend_many([["0001"]]),
+        lambda engine: engine.set_available("0001", False),
+        lambda engine: engine.set_available(["0001"], "no"),
+        lambda engine: engine.set_available(["0001", "nope"], False),
+        lambda engine: engine.set_prior(["0001"]),
+        lambda engine: engine.set_prior({"0001": 1.0, "nope": 1.0}),
+        lambda engine: engine.set_prior({"0001": 1.0, "0002": float("nan")}),
+        lambda engine: engine.close_session(7),
+    ],
+)
+def test_bad_calls_are_refused_as_by_the_engine(standard, call):
+    onnx, engine = OnnxEngine.load(standard.path), standard.engine()
+    before = onnx.recommend(["0003"])
+    with pytest.raises(SpeederError) as theirs:
+        call(engine)
+    with pytest.raises(type(theirs.value)) as ours:
+        call(onnx)
+    assert str(ours.value) == str(theirs.value)
+    assert onnx.recommend(["0003"]) == before
+
+
 def test_unknown_items_can_be_skipped(standard):
     with standard.engine() as engine, OnnxEngine.load(standard.path) as onnx:
         given = {"history": ["0001", "nope"], "on_unknown": "skip"}
@@ -203,8 +237,18 @@ def test_threads_get_their_own_answers(ort):
 def test_a_closed_engine_says_so(compress):
     with OnnxEngine.load(compress.path) as onnx:
         pass
-    with pytest.raises(EngineClosed):
-        onnx.recommend([])
+    for call in (
+        lambda: onnx.recommend([]),
+        lambda: onnx.recommend_many([]),
+        lambda: onnx.set_available(["0001"], False),
+        lambda: onnx.set_prior({"0001": 1.0}),
+        lambda: onnx.close_session("u"),
+        lambda: onnx.compress({"text": np.zeros((1, 8))}),
+        onnx.__enter__,
+    ):
+        with pytest.raises(EngineClosed):
+            call()
+    onnx.close()
 
 
 def test_users_are_forgotten_by_bytes_and_by_content():
