@@ -1,5 +1,8 @@
-"""Exports of small random models, each made once: tracing a graph takes seconds."""
+"""Exports of small random models, each made once for all workers: tracing a graph takes seconds."""
 
+import fcntl
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +21,10 @@ class Exported:
     tiny: Tiny
     engine_dir: Path
     path: Path
-    manifest: dict
+
+    @property
+    def manifest(self) -> dict:
+        return json.loads((self.path / "export.json").read_text())
 
     def engine(self) -> Engine:
         """The judge: float32, no sessions."""
@@ -26,24 +32,35 @@ class Exported:
 
 
 def make(folder: Path, config: OnnxConfig, **shape) -> Exported:
+    """The worker that asks first exports, others wait for it: what is there is whole, and nobody changes it."""
     tiny = make_tiny(num_layers=2, **shape)
-    tiny.parts().save(folder / "engine")
-    return Exported(
-        tiny, folder / "engine", folder / "onnx", export_onnx(folder / "engine", folder / "onnx", config, 40)
-    )
+    engine, out = folder / "engine", folder / "onnx"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            tiny.parts().save(engine)
+            export_onnx(engine, out, config, 40)
+    return Exported(tiny, engine, out)
 
 
 @pytest.fixture(scope="session")
-def standard(tmp_path_factory) -> Exported:
-    return make(tmp_path_factory.mktemp("standard"), OnnxConfig("standard"), family="qwen2")
+def exports(tmp_path_factory) -> Path:
+    """A folder of this run, the same for all its workers."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session")
-def ort(tmp_path_factory) -> Exported:
-    return make(tmp_path_factory.mktemp("ort"), OnnxConfig("ort"), family="qwen3", calendar=CALENDAR)
+def standard(exports) -> Exported:
+    return make(exports / "standard", OnnxConfig("standard"), family="qwen2")
 
 
 @pytest.fixture(scope="session")
-def compress(tmp_path_factory) -> Exported:
+def ort(exports) -> Exported:
+    return make(exports / "ort", OnnxConfig("ort"), family="qwen3", calendar=CALENDAR)
+
+
+@pytest.fixture(scope="session")
+def compress(exports) -> Exported:
     """The one graph that is traced in a second; of a model without groups of queries."""
-    return make(tmp_path_factory.mktemp("compress"), OnnxConfig(graphs=("compress",)), kv_heads=6)
+    return make(exports / "compress", OnnxConfig(graphs=("compress",)), kv_heads=6)

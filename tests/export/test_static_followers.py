@@ -16,7 +16,7 @@ CONFIG = FollowersConfig(window=3, last=5, keep=4)
 
 @pytest.fixture(scope="module")
 def tiny():
-    return make_tiny(num_layers=2, followers=CONFIG)
+    return make_tiny(num_layers=1, followers=CONFIG)
 
 
 @pytest.mark.parametrize("reduces", [True, False])
@@ -39,7 +39,7 @@ def test_exports_answer_as_the_engine_does(tiny, tmp_path, flavour):
     # compared with the engine for 40 users and every graph before it is published
     manifest = export_onnx(tmp_path / "engine", tmp_path / "onnx", OnnxConfig(flavour), 40)
     assert "last_rows" in {each["name"] for each in manifest["graphs"]["extend"]["inputs"]}
-    plain = make_tiny(num_layers=2)
+    plain = make_tiny(num_layers=1)
     rng = np.random.default_rng(1)
     config = EngineConfig(dtype="float32", kv_budget="0")
     with OnnxEngine.load(tmp_path / "onnx") as exported, Engine(tiny.parts(), config) as engine:

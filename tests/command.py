@@ -1,0 +1,58 @@
+"""The `speeder` command as its user meets it, inside this process: a second import of torch takes seconds."""
+
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from speeder_engine.cli import main
+
+
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def error(self) -> str:
+        """The one line that a failure says; AssertionError where it is none, or more."""
+        lines = [line for line in self.stderr.splitlines() if line.strip()]
+        assert self.returncode == 1, f"ended with {self.returncode}: {self.stderr}"
+        assert len(lines) == 1 and lines[0].startswith("error: "), self.stderr
+        return lines[0]
+
+
+def speeder(*arguments: object) -> Done:
+    """What `speeder ARGUMENTS` prints and how it ends."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, _own_process():
+        patch.setattr(sys, "argv", ["speeder", *map(str, arguments)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+                code = 0
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def _own_process() -> Iterator[None]:
+    """Log and warnings as in a new process, and as they were here afterwards."""
+    root, ours = logging.getLogger(), logging.getLogger("speeder_engine")
+    handlers, levels = root.handlers, (root.level, ours.level)
+    root.handlers = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            yield
+    finally:
+        root.handlers = handlers
+        root.setLevel(levels[0])
+        ours.setLevel(levels[1])
