@@ -70,7 +70,8 @@ class CacheSize:
         block_bytes = KVBlocks.position_bytes(decoder, kv_dtype) * config.block_size + kept
         per_sequence = -(-layout.config.window // config.block_size)
         budget = _whole_blocks(config.kv_budget, "kv_budget", block_bytes)
-        quota = _whole_blocks(config.user_quota or "0", "user_quota", block_bytes)
+        # no session is longer than a window
+        quota = min(_whole_blocks(config.user_quota or "0", "user_quota", block_bytes), per_sequence)
         if 0 < budget < per_sequence:
             # a session that can't fit as a whole would drive out all others and then leave itself
             quota = min(quota or budget, budget)

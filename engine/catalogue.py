@@ -323,7 +323,7 @@ def _grown(rows: Tensor, capacity: int) -> Tensor:
     """[n, ...] -> a new [capacity, ...], zero behind. Raises ConfigError where there is no room for it."""
     try:
         grown = rows.new_zeros(capacity, *rows.shape[1:])
-    except (RuntimeError, MemoryError):
+    except (RuntimeError, MemoryError, TypeError):  # the last: more than 64 bits count
         num_bytes = capacity * rows[:1].numel() * rows.element_size()
         raise ConfigError(
             f"catalogue_capacity: {capacity:,} items would take {num_bytes:,} bytes and more, which {rows.device} can't"

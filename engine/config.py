@@ -15,8 +15,10 @@ from speeder_engine.errors import ConfigError
 MODALITIES = ("text", "image", "collaborative")
 MIXINGS = ("experts", "mean", "concat")
 POSITIONS = ("added", "token", "none")
-MAX_TITLE_TOKENS = 64  # of a generated answer
+MAX_TITLE_TOKENS = 64  # of a generated answer, unless more are asked for
+MOST_ANSWER_IDS = 128  # of a longer title the beginning counts
 MOST_INT32 = 2**31 - 1
+MOST_BYTES = 2**60
 EXACT_LEN_ENDS = "attention window slides or its rotary frequencies change (sliding_window, rope_type)"
 
 
@@ -249,7 +251,7 @@ class ModelConfig(Config):
 
     def _check_length(self) -> None:
         instruction, window = len(self.prompt.instruction_ids), self.prompt.window * self.prompt.rows_per_item
-        tail = len(self.prompt.question_ids) + MAX_TITLE_TOKENS if self.heads.title else 1
+        tail = len(self.prompt.question_ids) + MOST_ANSWER_IDS if self.heads.title else 1
         longest = instruction + window + tail
         parts = f"instruction {instruction}, window {window}, {'question and title' if tail > 1 else 'a candidate'}"
         prompt = f"ModelConfig: prompts of {longest} positions ({parts})"
@@ -267,10 +269,15 @@ def parse_bytes(size: str | int, where: str = "kv_budget") -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     if not found or found[2].lower() not in _UNITS:
         raise ConfigError(f'{where}: {size!r} is no size; write for example "512MiB", "2GiB" or "0"')
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+    num_bytes = float(found[1]) * _UNITS[found[2].lower()]
+    if num_bytes > MOST_BYTES:
+        raise ConfigError(f'{where}: {size!r} is more than any memory; write for example "512MiB" or "2GiB"')
+    return int(num_bytes)
 
 
 EIGHT_BITS = ("auto", "int8", "fp8")  # what weights, keys and values may be held in; "auto": as they are computed
+MOST_WAIT_MS = 3_600_000
+MOST_ROWS = 65_536
 ROW_TILE = 16  # rows of a pass are padded to it
 # steps of 16 where a pass is bound by launches and weights, then by a third or a half: at most a third is padding
 ROW_BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -322,11 +329,12 @@ class EngineConfig(Config):
             check(value in EIGHT_BITS, f"EngineConfig.{name}: {value!r}; choose 'auto', 'int8' or 'fp8'")
         searches = f"EngineConfig.search: {self.search!r}; choose 'exact' or 'two_stage'"
         check(self.search in ("exact", "two_stage"), searches)
-        tiles = all(size > 0 and size % ROW_TILE == 0 for size in self.row_buckets)
+        tiles = all(0 < size <= MOST_ROWS and size % ROW_TILE == 0 for size in self.row_buckets)
         rising = list(self.row_buckets) == sorted(set(self.row_buckets)) and len(self.row_buckets) > 0
-        wanted = f"rising multiples of {ROW_TILE}, at least one"
+        wanted = f"rising multiples of {ROW_TILE} up to {MOST_ROWS}, at least one"
         check(tiles and rising, f"EngineConfig.row_buckets must be {wanted}, are {list(self.row_buckets)}")
-        check(self.batch_wait_ms >= 0, f"EngineConfig.batch_wait_ms can't be negative, is {self.batch_wait_ms}")
+        wait = f"EngineConfig.batch_wait_ms must be within 0..{MOST_WAIT_MS} (an hour), is {self.batch_wait_ms}"
+        check(0 <= self.batch_wait_ms <= MOST_WAIT_MS, wait)
 
     def capacity_for(self, num_items: int) -> int:
         """How many items the catalogue has room for. Raises ConfigError if not even those it begins with."""

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from speeder_engine.config import CompressorConfig
 from speeder_engine.encoders.base import Encoder, Input
-from speeder_engine.errors import DataError, SpeederWarning, name_some
+from speeder_engine.errors import DataError, SpeederWarning, name_some, shown
 from speeder_engine.item import Item
 from speeder_engine.models.compressor import make_compressor
+from speeder_engine.progress import no_bars
 
 EMBEDDED_AT_ONCE = 8192
 
@@ -46,7 +47,7 @@ class ItemEmbedder:
 
     def tokens(self, items: Sequence[Item]) -> Tensor:
         """[n, d], zero for items without features. Raises DataError that names the item; nothing is half-made."""
-        with self._lock:
+        with self._lock, no_bars():
             parts = [self._tokens(items[at : at + EMBEDDED_AT_ONCE]) for at in range(0, len(items), EMBEDDED_AT_ONCE)]
         return torch.cat(parts) if parts else torch.zeros(0, self.compressor.config.hidden_size, device=self.device)
 
@@ -119,5 +120,7 @@ def _raw(item: Item, modality: str) -> Input:
         return item.image if modality == "image" else None  # type: ignore[return-value]
     try:
         return Path(item.image).read_bytes()
-    except OSError as error:
-        raise DataError(f"item {item.item_id!r}: image {item.image}: {error.strerror}; give a readable file") from None
+    except (OSError, ValueError) as error:  # ValueError: no path of any system
+        reason = getattr(error, "strerror", None)
+        named = f"{item.image}: {reason}" if reason else f"{shown(str(item.image))} is no path of a file"
+        raise DataError(f"item {item.item_id!r}: image {named}; give a readable file") from None

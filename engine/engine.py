@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import math
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speeder_engine.catalogue import Catalogue, ItemUpdate
-from speeder_engine.config import MAX_TITLE_TOKENS, EngineConfig
+from speeder_engine.config import MAX_TITLE_TOKENS, MOST_ANSWER_IDS, EngineConfig
 from speeder_engine.device import pick_device, pick_dtype
 from speeder_engine.errors import ConfigError, DataError, EngineClosed, InvalidRequest, shown
 from speeder_engine.item import Item
@@ -35,7 +36,7 @@ from speeder_engine.request import (
 )
 from speeder_engine.scheduler import Scheduler, Waiting, deadline_error
 from speeder_engine.serving import EngineStats, Serving
-from speeder_engine.session import Session
+from speeder_engine.session import History, Session
 from speeder_engine.worker import Worker
 
 
@@ -51,12 +52,13 @@ class Engine(Recommends):
         self._dtype = pick_dtype(self.config.dtype, self.device)
         self._serving: Serving | None = Serving(parts, self.config, self.device, self._dtype)
         self._is_warm = False
-        self._sessions: dict[str, Session] = {}
+        self._histories: dict[str, History] = {}  # of sessions, until they are closed
         self._scheduler = Scheduler(self.config)
         self._worker = Worker(self._scheduler, _serving_of(weakref.ref(self)))
         self._changing = threading.RLock()  # one upsert, reload or close at a time
+        self._process = os.getpid()
         # an engine that nobody holds any more lets its worker end
-        weakref.finalize(self, self._scheduler.close)
+        weakref.finalize(self, _close_queue, self._scheduler, self._process)
 
     @classmethod
     def load(
@@ -107,10 +109,12 @@ class Engine(Recommends):
     def close(self) -> None:
         """Ends what waits with EngineClosed and gives the memory back; every later call raises EngineClosed. A second
         `close` is harmless. A step that is running ends as it would have."""
+        if self._process != os.getpid():
+            return  # a fork copies no thread, and locks as they stood: nothing here is this process's to end
         self._worker.stop()
         with self._changing:
             self._serving = None
-            self._sessions.clear()
+            self._histories.clear()
 
     @property
     def catalogue(self) -> Catalogue:
@@ -152,6 +156,7 @@ class Engine(Recommends):
         timeout_ms = None if timeout_ms is None else _milliseconds(timeout_ms)
         waiting = self._enqueue(request, timeout_ms)
         answer = asyncio.wrap_future(waiting.future)
+        answer.add_done_callback(_look_at)  # whoever is cancelled asks no more, and asyncio would complain
         try:
             return await asyncio.wait_for(asyncio.shield(answer), None if timeout_ms is None else timeout_ms / 1e3)
         except TimeoutError:
@@ -170,6 +175,8 @@ class Engine(Recommends):
         Here to compare with: `recommend(head="title")` scores candidates' titles in one pass and is always valid.
         """
         asked, max_tokens = requests_of(requests, "generate"), whole_number("max_tokens", max_tokens, 1)
+        if max_tokens > MOST_ANSWER_IDS:
+            raise InvalidRequest(f"max_tokens: {max_tokens} are more than any title's {MOST_ANSWER_IDS}; ask for fewer")
         serving = self._now()
         if not serving.parts.config.heads.title:
             raise InvalidRequest("generate: this model was trained without a title head; use recommend")
@@ -196,8 +203,8 @@ class Engine(Recommends):
 
     def scores(self, requests: Iterable[Request], ids: Sequence[str]) -> NDArray[np.float32]:
         """[B, n]: what the retrieve head gives each of these items, prior and followers in it, whether or not it may be
-        answered. The whole catalogue's scores are many: for the best of them ask `recommend`. InvalidRequest where
-        there is no retrieve head."""
+        answered; `recommend`'s up to rounding. The whole catalogue's scores are many: for the best of them ask
+        `recommend`. InvalidRequest where there is no retrieve head."""
         serving, parts = self._retrieving(requests, "scores")
         rows = serving.catalogue.rows(item_ids(ids, "scores"), "scores")
         scores = [np.zeros((0, len(rows)), np.float32)]
@@ -228,11 +235,12 @@ class Engine(Recommends):
             return serving.ranking(query, serving.scorer.similar(query))
 
     def session(self, user_id: str) -> Session:
-        """The user's history as this engine holds it, empty at first; the same object for the same user."""
+        """The user's history as this engine holds it until `close_session`, empty at first; all sessions of a user are
+        one. For millions of users send histories with requests instead: keys and values are found by `user_id`."""
         self._now()
         check_user(user_id)
         # one atomic call and no lock: a reload takes seconds
-        return self._sessions.setdefault(user_id, Session(self, user_id))
+        return Session(self, user_id, self._histories.setdefault(user_id, History()))
 
     def warm(
         self,
@@ -248,6 +256,7 @@ class Engine(Recommends):
         pin: evict this session only when there are none but pinned ones; see `pin_session`.
         """
         check_user(user_id)
+        pin = true_or_false("pin", pin)
         request = Request(history, user_id=user_id, times=times, history_offset=history_offset)
         serving = self._now()
         query = serving.resolve(request, "retrieve")
@@ -270,7 +279,7 @@ class Engine(Recommends):
         """Forgets a user's history, keys and values; true if there were any."""
         check_user(user_id)
         serving = self._now()
-        held = self._sessions.pop(user_id, None)
+        held = self._histories.pop(user_id, None)
         return bool(serving.cache.manager.close(user_id)) or held is not None
 
     def check_items(self, ids: Sequence[str], where: str, timed: bool = False) -> None:
@@ -347,6 +356,11 @@ class Engine(Recommends):
         serving = self._serving
         if serving is None:
             raise EngineClosed("the engine is closed; load another with Engine.load")
+        if self._process != os.getpid():
+            raise EngineClosed(
+                "the engine belongs to the process that this one was forked from, and its threads stayed there; "
+                "load an engine in each process"
+            )
         return serving
 
     @contextmanager
@@ -375,6 +389,16 @@ def _serving_of(engine: "weakref.ref[Engine]") -> Callable[[], Serving | None]:
         return held._serving if held is not None else None
 
     return current
+
+
+def _close_queue(scheduler: Scheduler, process: int) -> None:
+    if process == os.getpid():
+        scheduler.close()
+
+
+def _look_at(answer: "asyncio.Future[Ranking]") -> None:
+    if not answer.cancelled():
+        answer.exception()
 
 
 def _milliseconds(timeout_ms: object) -> float:

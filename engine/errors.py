@@ -23,8 +23,11 @@ class UnknownItem(InvalidRequest):
     """Item ids that are not in the catalogue: `ids` names them all, the message the first few."""
 
     def __init__(self, ids: Iterable[str], where: str) -> None:
-        self.ids = tuple(ids)
+        self.ids, self.where = tuple(ids), where
         super().__init__(f"{where}: unknown item {name_some(self.ids)}; pass ids that are in engine.catalogue")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.ids, self.where)  # what it was made with, so that another process can make it
 
 
 class ArtifactError(SpeederError):
@@ -59,7 +62,11 @@ class MissingDependency(SpeederError, ImportError):
     """An optional package is needed: the message names the extra that brings it."""
 
     def __init__(self, package: str, extra: str, what: str) -> None:
+        self._made_with = package, extra, what
         super().__init__(f"{what} needs the package {package}: pip install 'speeder-engine[{extra}]'")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), self._made_with
 
 
 class SpeederWarning(UserWarning):
@@ -68,12 +75,15 @@ class SpeederWarning(UserWarning):
 
 def shown(value: object, longest: int = 100) -> str:
     """A stranger's `repr` for a message: in one line, and no longer than that."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        text = f"{type(value).__name__} of thousands of digits"
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def name_some(ids: Iterable[str], limit: int = 5) -> str:
     """`'a', 'b', 'c' (and 7 more)`: ids for a message."""
-    named = [repr(item_id) for item_id in ids]
+    named = list(ids)
     rest = len(named) - limit
-    return ", ".join(named[:limit]) + (f" (and {rest} more)" if rest > 0 else "")
+    return ", ".join(map(shown, named[:limit])) + (f" (and {rest} more)" if rest > 0 else "")

@@ -13,7 +13,7 @@ from speeder_engine.errors import DataError, shown
 Vector = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Item:
     """One item for `Engine.upsert`. Its token is made of `text`, `image` and `vectors`, and of nothing else.
 
@@ -60,12 +60,25 @@ class Item:
         if modality not in MODALITIES:
             raise DataError(f"item {self.item_id!r}: unknown modality {modality!r}; known are {', '.join(MODALITIES)}")
         try:
-            vector = np.asarray(self.vectors[modality], np.float32)
-        except (TypeError, ValueError, RuntimeError):  # the last: a tensor with a gradient
-            raise DataError(f"item {self.item_id!r}: the {modality} vector holds something but numbers") from None
+            given = np.asarray(self.vectors[modality])
+            vector = given.astype(np.float32) if not np.iscomplexobj(given) else None
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor with a gradient
+            vector = None
+        if vector is None:
+            raise DataError(f"item {self.item_id!r}: the {modality} vector holds something but numbers")
         if vector.ndim != 1 or not np.isfinite(vector).all():
             raise DataError(f"item {self.item_id!r}: the {modality} vector must be one row of finite numbers")
         return vector
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Item) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self.item_id)
+
+    def _values(self) -> tuple[object, ...]:
+        vectors = {name: np.asarray(vector).tobytes() for name, vector in self.vectors.items()}
+        return self.item_id, self.title, self.text, self.image, vectors, self.available, self.prior
 
     @property
     def has_features(self) -> bool:

@@ -105,7 +105,7 @@ def zeros(what: str, *shape: int, **options: Any) -> Tensor:
     """ConfigError, naming `what`, where there is no room."""
     try:
         return torch.zeros(*shape, **options)
-    except (RuntimeError, MemoryError):
+    except (RuntimeError, MemoryError, TypeError):  # the last: more than 64 bits count
         num_bytes = prod(shape) * options["dtype"].itemsize
         where = options.get("device", "the host")
         raise ConfigError(f"{what} would take {num_bytes:,} bytes, which {where} can't give; lower it") from None

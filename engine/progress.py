@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from rich.console import Console
@@ -10,10 +11,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 console = Console(stderr=True)
+_silent: ContextVar[bool] = ContextVar("silent", default=False)
 
 
 def enabled() -> bool:
-    return os.environ.get("SPEEDER_PROGRESS", "1") != "0"
+    return os.environ.get("SPEEDER_PROGRESS", "1") != "0" and not _silent.get()
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """For what runs inside a service: nobody watches."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
 
 
 @contextmanager

@@ -9,6 +9,10 @@ from speeder_engine.request import Head, OnUnknown, Ranking, Request
 class Recommends(ABC):
     """What answers many requests answers one."""
 
+    def __reduce__(self) -> str:
+        name = type(self).__name__
+        raise TypeError(f"{name}: can't be pickled or copied, it holds threads and memory; load one in each process")
+
     @abstractmethod
     def recommend_many(self, requests: Iterable[Request]) -> list[Ranking]:
         """Answers in the order of the requests, all of which are checked before the first is computed."""

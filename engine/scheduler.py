@@ -43,6 +43,11 @@ class Waiting:
         if not self.future.done() and (self.future.running() or self.future.set_running_or_notify_cancel()):
             self.future.set_exception(error)
 
+    def ripe_at(self, batch_wait_ms: float) -> float:
+        """When it has waited long enough for company: before its deadline in any case."""
+        wait_ms = batch_wait_ms if self.timeout_ms is None else min(batch_wait_ms, self.timeout_ms / 2)
+        return self.arrived + wait_ms / 1e3
+
     def is_gone(self) -> bool:
         """True if it was cancelled, or if its deadline has passed: then it fails with DeadlineExceeded."""
         if self.timeout_ms is not None and time.monotonic() >= self.arrived + self.timeout_ms / 1e3:
@@ -60,7 +65,7 @@ class Scheduler:
         self._closed = False
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return sum(not each.future.done() for each in self._waiting)
 
     def put(self, query: Query, owner: object, timeout_ms: float | None = None) -> Waiting:
         """Raises QueueFull at once where no more may wait, EngineClosed after `close`."""
@@ -80,14 +85,15 @@ class Scheduler:
         return waiting
 
     def wait(self) -> bool:
-        """Until there is something to take: at once where a step's worth is waiting, else when the oldest request has
-        waited `batch_wait_ms` for company. False when closed."""
+        """Until there is something to take: at once where a step's worth is waiting, else when some request has waited
+        `batch_wait_ms` (or half of its own time, if that is less) for company. False when closed."""
         with self._changed:
             while not self._closed:
+                self._waiting = [each for each in self._waiting if not each.future.done()]  # nobody's company
                 if not self._waiting:
                     self._changed.wait()
                     continue
-                left = self._waiting[0].arrived + self.config.batch_wait_ms / 1e3 - time.monotonic()
+                left = min(each.ripe_at(self.config.batch_wait_ms) for each in self._waiting) - time.monotonic()
                 if left <= 0 or len(self._waiting) >= self.config.max_batch_users or self._is_full():
                     return True
                 self._changed.wait(left)

@@ -175,12 +175,12 @@ class HeadScorer:
         return scores.masked_fill(~self.catalogue.available[rows], float("-inf"))
 
     def _products(self, vectors: Tensor, users: Tensor, rows: Tensor) -> Tensor:
-        # summed per candidate: its score must not depend on which others were named
-        return (vectors[users] * self.catalogue.tokens[rows]).sum(dim=-1)
+        # summed per candidate: its score must not depend on which others were named; in fp32, as a search does
+        return (vectors[users].float() * self.catalogue.tokens[rows].float()).sum(dim=-1)
 
     def _weighed(self, scores: Tensor, rows: Tensor, head: RankHead | RetrieveHead) -> Tensor:
         """With the prior; -inf for what is unavailable."""
-        scores = scores.float() + head.beta.float() * self.catalogue.prior[rows].float()
+        scores = scores + head.beta.float() * self.catalogue.prior[rows].float()
         return scores.masked_fill(~self.catalogue.available[rows], float("-inf"))
 
 

@@ -41,6 +41,7 @@ from speeder_engine.triton_kernels.linear_w8 import Kind
 
 Floats = NDArray[np.float32]
 WARM_K, WARM_CANDIDATES = 10, 20
+SCORED_AT_ONCE = 16_384  # items
 
 
 @dataclass(frozen=True)
@@ -192,13 +193,18 @@ class Serving:
 
     def retrieve_scores(self, queries: Sequence[Query], rows: Rows) -> Floats:
         """[B, n] of these rows of the catalogue, one step."""
-        vectors, chosen = self.user_vectors(queries), torch.from_numpy(rows.astype(np.int64)).to(self.device)
-        prior = float(self.model.retrieve.beta) * to_numpy(self.catalogue.prior[chosen])
-        scores = vectors @ to_numpy(self.catalogue.tokens[chosen]).T + prior
+        # one precision above, rounded away again: a score must not depend on who and what else is asked for
+        vectors, beta = self.user_vectors(queries).astype(np.float64), float(self.model.retrieve.beta)
+        scores = np.empty((len(queries), len(rows)), np.float32)
+        for start in range(0, len(rows), SCORED_AT_ONCE):
+            part = slice(start, start + SCORED_AT_ONCE)
+            chosen = torch.from_numpy(rows[part].astype(np.int64)).to(self.device)
+            tokens, prior = (to_numpy(each[chosen]) for each in (self.catalogue.tokens, self.catalogue.prior))
+            scores[:, part] = vectors @ tokens.astype(np.float64).T + beta * prior
         for line, query in zip(scores, queries, strict=True):
             if query.following is not None:
                 line += query.following.of(rows)
-        return scores.astype(np.float32)
+        return scores
 
     def item_vectors(self, ids: Sequence[str]) -> Floats:
         rows = torch.from_numpy(self.catalogue.rows(ids, "item_vectors").astype(np.int64))

@@ -20,27 +20,34 @@ class Serves(Protocol):
     def close_session(self, user_id: str) -> bool: ...
 
 
+class History:
+    """What a session holds: item ids and, where they were given, times. It knows no engine, which holds it."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self.times: list[float] = []
+        self.lock = threading.Lock()
+
+
 class Session:
     """`append` what a user takes, `recommend` what comes next. Safe to use from several threads.
 
     It holds item ids; keys and values are the engine's, which may forget them: then they are computed again.
     """
 
-    def __init__(self, engine: Serves, user_id: str) -> None:
+    def __init__(self, engine: Serves, user_id: str, history: History) -> None:
         self.user_id = user_id
         self._engine = engine
-        self._ids: list[str] = []
-        self._times: list[float] = []
-        self._lock = threading.Lock()
+        self._held = history
 
     @property
     def history(self) -> tuple[str, ...]:
         """Item ids, oldest first."""
-        with self._lock:
-            return tuple(self._ids)
+        with self._held.lock:
+            return tuple(self._held.ids)
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._held.ids)
 
     def append(self, *ids: str, times: Sequence[float] | None = None) -> "Session":
         """Adds interactions, oldest first; returns the session. Raises UnknownItem or InvalidRequest, nothing added.
@@ -48,18 +55,18 @@ class Session:
         times: Unix seconds of each, for models that were trained with them: then with every append, or never.
         """
         items, seconds = self._checked(ids, times, "append")
-        with self._lock:
-            if items and self._ids and bool(seconds) != bool(self._times):
+        with self._held.lock:
+            if items and self._held.ids and bool(seconds) != bool(self._held.times):
                 raise InvalidRequest("append: give times with every append of a session, or with none")
-            self._ids.extend(items)
-            self._times.extend(seconds)
+            self._held.ids.extend(items)
+            self._held.times.extend(seconds)
         return self
 
     def replace(self, history: Sequence[str], times: Sequence[float] | None = None) -> "Session":
         """Puts another history in place: a correction, a deletion. Raises as `append`, the old one kept."""
         items, seconds = self._checked(item_ids(history, "history"), times, "replace")
-        with self._lock:
-            self._ids, self._times = list(items), list(seconds)
+        with self._held.lock:
+            self._held.ids, self._held.times = list(items), list(seconds)
         return self
 
     def _checked(
@@ -73,14 +80,14 @@ class Session:
 
     def recommend(self, k: int = 10, **options: Any) -> Ranking:
         """As `Engine.recommend` of this history; `options` are `Request`'s but `user_id` and `times`."""
-        with self._lock:
-            history, times = tuple(self._ids), tuple(self._times) or None
+        with self._held.lock:
+            history, times = tuple(self._held.ids), tuple(self._held.times) or None
         return self._engine.recommend_many([Request(history, k, user_id=self.user_id, times=times, **options)])[0]
 
     def warm(self) -> int:
         """Computes what is not cached yet, ahead of the next request; returns the rows that took."""
-        with self._lock:
-            history, times = tuple(self._ids), tuple(self._times) or None
+        with self._held.lock:
+            history, times = tuple(self._held.ids), tuple(self._held.times) or None
         return self._engine.warm(self.user_id, history, times=times)
 
     def close(self) -> bool:

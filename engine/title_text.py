@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from speeder_engine.config import MOST_ANSWER_IDS
 from speeder_engine.errors import ConfigError
-
-MOST_ANSWER_IDS = 128  # of a longer title the beginning counts
 
 
 def answer_text(title: str) -> str:

@@ -1,6 +1,8 @@
 """Worker: the thread that turns what waits in the queue into steps."""
 
+import atexit
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 
@@ -8,6 +10,18 @@ from speeder_engine.scheduler import Scheduler, Waiting
 from speeder_engine.serving import Serving
 
 log = logging.getLogger("speeder_engine")
+_running: dict[threading.Thread, Scheduler] = {}  # of all engines of this process
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that is still in native code when the interpreter goes takes the process down with it."""
+    for thread, scheduler in list(_running.items()):
+        scheduler.close()
+        thread.join()
+
+
+os.register_at_fork(after_in_child=_running.clear)
 
 
 class Worker:
@@ -26,7 +40,7 @@ class Worker:
             with self._starting:
                 if self._thread is None:
                     arguments = (self._scheduler, self._serving)
-                    self._thread = threading.Thread(target=_work, args=arguments, name="speeder-engine", daemon=True)
+                    self._thread = threading.Thread(target=_run, args=arguments, name="speeder-engine", daemon=True)
                     self._thread.start()
 
     def stop(self) -> None:
@@ -36,19 +50,26 @@ class Worker:
             self._thread.join()
 
 
+def _run(scheduler: Scheduler, current: Callable[[], Serving | None]) -> None:
+    _running[threading.current_thread()] = scheduler
+    try:
+        _work(scheduler, current)
+    except Exception:
+        # nothing a request does gets here; a bug must not leave everybody waiting for good
+        log.exception("the engine's worker failed and stops")
+        scheduler.close()
+    finally:
+        _running.pop(threading.current_thread(), None)
+
+
 def _work(scheduler: Scheduler, current: Callable[[], Serving | None]) -> None:
     while scheduler.wait():
         serving = current()
         if serving is None:
             return
-        try:
-            with serving.lock:
-                if current() is serving:  # it may have been replaced while its last step ran
-                    answer(serving, scheduler.take(_refresher(serving), serving.num_rows))
-        except Exception:
-            # nothing a request does gets here; a bug must not leave everybody waiting for good
-            log.exception("the engine's worker failed and stops")
-            scheduler.close()
+        with serving.lock:
+            if current() is serving:  # it may have been replaced while its last step ran
+                answer(serving, scheduler.take(_refresher(serving), serving.num_rows))
         del serving
 
 

@@ -11,7 +11,7 @@ from speeder_engine.config import CompressorConfig
 from speeder_engine.engine import Engine
 from speeder_engine.errors import ExportError
 from speeder_engine.export.onnx_engine import OnnxEngine
-from speeder_engine.models.compressor import Compressor
+from speeder_engine.models.compressor import make_compressor
 from speeder_engine.progress import track
 from speeder_engine.request import Ranking, Request
 
@@ -143,7 +143,7 @@ def _compress_parity(reference: Engine, exported: OnnxEngine, count: int, rng: n
 def _compressed(
     config: CompressorConfig, weights: dict[str, torch.Tensor], features: dict[str, NDArray[np.float32]]
 ) -> NDArray[np.float64]:
-    compressor = Compressor(config).double()
+    compressor = make_compressor(config).double()
     compressor.load_state_dict(weights)
     present = np.stack([np.isfinite(values).all(axis=1) for values in features.values()], axis=1)
     with torch.inference_mode():

@@ -103,12 +103,14 @@ def graph_files(parts: EngineParts, config: PlanConfig, folder: Path) -> Iterato
     place.mkdir()
     onnx = config.graph_config
     graphs: dict[Path, GraphSpec] = {}
+    is_float8 = False
     with WeightsFile(place) as weights:
         for spec in graph_specs(parts, onnx):
             model = getattr(spec.module, "model", None)
-            # the graphs share one model: the first changes it for all
-            if config.dtype == "float8" and isinstance(model, StaticModel) and not graphs:
+            # the graphs share one model: the first that reads it changes it for all
+            if config.dtype == "float8" and isinstance(model, StaticModel) and not is_float8:
                 use_float8(model)
+                is_float8 = True
             graphs[write_graph(spec, onnx.opset, weights)] = spec
     yield graphs
     shutil.rmtree(place)

@@ -56,6 +56,7 @@ def make_tiny(
     num_layers=3,
     kv_heads=2,
     followers=None,
+    mixing="experts",
 ) -> Tiny:
     torch.manual_seed(seed)
     table = None
@@ -73,7 +74,7 @@ def make_tiny(
         intermediate_size=80,
     )
     backbone = AutoModel.from_config(shape).eval()
-    compressor = CompressorConfig({"text": 8, "image": 5}, 48, scale=scale)
+    compressor = CompressorConfig({"text": 8, "image": 5}, 48, scale=scale, mixing=mixing)
     prompt = PromptConfig("instruction", tuple(range(1, instruction_len + 1)), window, step, calendar=calendar)
     counted = None if table is None else table.config
     model = Recommender(ModelConfig(decoder_config(shape), compressor, prompt, followers=counted), backbone).eval()

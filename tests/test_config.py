@@ -74,6 +74,22 @@ def test_no_sizes(size):
         EngineConfig(kv_budget=size)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kv_budget": "9" * 400}, "kv_budget: .* is more than any memory"),
+        ({"host_budget": str(10**30)}, "host_budget: .* is more than any memory"),
+        ({"batch_wait_ms": float("inf")}, r"batch_wait_ms must be within 0..3600000 \(an hour\), is inf"),
+        ({"batch_wait_ms": float("nan")}, "batch_wait_ms must be within"),
+        ({"batch_wait_ms": -1.0}, "batch_wait_ms must be within"),
+        ({"row_buckets": (16, 10**10)}, "row_buckets must be rising multiples of 16 up to 65536"),
+    ],
+)
+def test_nonsense_for_an_engine_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**settings)
+
+
 def test_the_window_must_hold_something():
     with pytest.raises(ConfigError, match="window must be at least 1"):
         PromptConfig("x", (1,), window=0)

@@ -1,5 +1,7 @@
 """The engine against plain transformers, and its invariants: bitwise on the CPU, in fp32 and bf16."""
 
+import copy
+import pickle
 import re
 import threading
 from dataclasses import replace
@@ -359,6 +361,41 @@ def test_vectors_and_similar_items(tiny, engine):
     assert list(engine.similar_items("0007", 4).items) == tiny.ids(cosine.topk(4).indices)
     with pytest.raises(UnknownItem):
         engine.similar_items("nope")
+
+
+@pytest.mark.parametrize("cpu_path", ["auto", "torch"])
+def test_one_item_has_one_score_whoever_asks(tiny, cpu_path):
+    """In bf16 too: a search, named candidates and `scores` sum in fp32, only in different order."""
+    engine = Engine(tiny.parts(), EngineConfig(dtype="bfloat16", kv_budget="0", cpu_path=cpu_path))
+    rng = np.random.default_rng(0)
+    requests = [Request(tiny.ids(rng.integers(0, 120, 6)), 20, exclude_seen=False) for _ in range(20)]
+    every, ids = engine.scores(requests, tiny.item_ids), tiny.item_ids
+    for request, found, scores in zip(requests, engine.recommend_many(requests), every, strict=True):
+        expected = [scores[ids.index(item)] for item in found.items]
+        np.testing.assert_allclose(found.scores, expected, rtol=1e-5, atol=1e-6)
+        named = engine.recommend(request.history, 20, candidates=found.items, head="retrieve")
+        assert dict(named) == pytest.approx(dict(zip(found.items, expected, strict=True)), rel=1e-5, abs=1e-6)
+
+
+def test_candidates_are_told_apart_in_bf16(tiny):
+    engine = Engine(tiny.parts(), EngineConfig(dtype="bfloat16", kv_budget="0"))
+    engine.set_prior(dict.fromkeys(tiny.item_ids, 0.0))
+    for start in range(0, 100, 20):
+        scores = engine.recommend(tiny.ids(range(6)), 20, candidates=tiny.item_ids[start : start + 20]).scores
+        assert len(set(scores)) == 20
+
+
+def test_scores_do_not_depend_on_who_and_what_else_is_asked_for(tiny, engine):
+    requests = [Request(tiny.ids(range(i, i + 4))) for i in range(10)]
+    every = engine.scores(requests, tiny.item_ids)
+    np.testing.assert_array_equal(every, np.concatenate([engine.scores([each], tiny.item_ids) for each in requests]))
+    np.testing.assert_array_equal(every[:, 5:12], engine.scores(requests, tiny.item_ids[5:12]))
+
+
+def test_engines_are_not_copied(engine):
+    for copying in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="load one in each process"):
+            copying(engine)
 
 
 def test_the_catalogue_from_outside(tiny, engine):

@@ -2,6 +2,9 @@
 
 import asyncio
 import gc
+import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -324,6 +327,100 @@ def test_an_engine_nobody_holds_is_freed_with_its_worker(tiny):
     assert ref() is None
     thread.join(timeout=30)
     assert not thread.is_alive()
+
+
+def test_a_warmed_up_engine_with_sessions_is_freed_too(tiny):
+    """What the garbage collector no longer looks at must not need it."""
+    engine = made(tiny)
+    engine.warm_up()
+    try:
+        engine.session("ada").append("0001").recommend()
+        ref = weakref.ref(engine)
+        del engine
+        assert ref() is None
+    finally:
+        gc.unfreeze()
+
+
+LEAVES = """
+import asyncio, sys
+sys.path.insert(0, sys.argv[1])
+from reference import make_tiny
+from speeder_engine import Engine, EngineConfig, Request
+
+tiny = make_tiny()
+engine = Engine(tiny.parts(), EngineConfig(dtype="float32"))
+
+async def main():
+    for _ in range(50):
+        asyncio.ensure_future(engine.submit(Request(tiny.ids(range(100)), candidates=tiny.ids(range(100)))))
+    await asyncio.sleep(0.02)
+
+asyncio.run(main())
+"""
+
+
+def test_a_process_that_ends_while_a_step_runs_ends_well(root):
+    command = [sys.executable, "-c", LEAVES, str(root / "tests")]
+    for _ in range(3):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_is_told_to_load_its_own(tiny):
+    engine = made(tiny)
+    asyncio.run(engine.submit(Request(["0001"])))
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for call in (lambda: engine.recommend(["0001"]), lambda: asyncio.run(engine.submit(Request(["0001"])))):
+                with pytest.raises(EngineClosed, match="forked from"):
+                    call()
+            engine.close()
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(writing)
+    os.close(reading)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(engine.recommend(["0001"])) == 10
+
+
+@pytest.mark.parametrize("waits", [{}, {"timeout_ms": 60_000}])
+def test_waiting_for_company_costs_nobody_a_deadline(tiny, waits):
+    async def ask(engine):
+        with_deadline = engine.submit(Request(["0001"]), timeout_ms=400)
+        return await asyncio.gather(engine.submit(Request(["0002"]), **waits), with_deadline)
+
+    with made(tiny, batch_wait_ms=60_000.0) as engine:
+        assert [len(answer) for answer in asyncio.run(ask(engine))] == [10, 10]
+        assert engine.stats().steps == 1
+
+
+def test_the_cancelled_are_nobodys_company(tiny):
+    async def ask(engine):
+        tasks = [asyncio.ensure_future(engine.submit(Request(["0001"]))) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        assert engine.stats().num_waiting == 3
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert engine.stats().num_waiting == 0
+
+    with made(tiny, batch_wait_ms=60_000.0, max_batch_users=4) as engine:
+        asyncio.run(ask(engine))
+
+
+def test_a_worker_that_fails_leaves_nobody_waiting(tiny, monkeypatch, caplog):
+    engine = made(tiny)
+    monkeypatch.setattr(engine._scheduler, "wait", lambda: 1 / 0)
+    with pytest.raises(EngineClosed):
+        asyncio.run(engine.submit(Request(["0001"])))
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_many_loops_and_threads_at_once(tiny):

@@ -10,14 +10,14 @@ from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 from speeder_engine import ArtifactError, ConfigError, Engine, EngineConfig, Generation, InvalidRequest, Request
-from speeder_engine.config import HeadsConfig, ModelConfig
+from speeder_engine.config import MOST_ANSWER_IDS, HeadsConfig, ModelConfig
 from speeder_engine.export.onnx_config import OnnxConfig
 from speeder_engine.export.static_graph import StaticModel
 from speeder_engine.inspection import inspect_engine
 from speeder_engine.models.vocabulary import Vocabulary
 from speeder_engine.parts import EngineParts
 from speeder_engine.title import TitleTrie
-from speeder_engine.title_text import MOST_ANSWER_IDS, TitleText, answer_text
+from speeder_engine.title_text import TitleText, answer_text
 
 ODD = [10, 11, 12, 13, 14, 15]  # nested, equal, empty, two lines
 

@@ -25,6 +25,7 @@ MAX_K = 256  # more does not fit into registers
 BLOCK_USERS = 16
 MERGED_KEYS = 2048  # of one program that merges lists
 PROGRAMS = 1024  # enough to fill any GPU several times
+WIDENED_AT_ONCE = 65_536  # rows of a table, to fp32
 ROW_TILE = 16  # rows of a matrix product on the CPU: a row's arithmetic must not depend on how many stand beside it
 
 
@@ -98,11 +99,11 @@ def top_scores_ref(
     vectors: Tensor, table: Tensor, prior: Tensor, answerable: Answerable, k: int, scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     num_users = vectors.shape[0]
-    padded = F.pad(vectors, (0, 0, 0, -num_users % ROW_TILE))
-    if scales is None:
-        scores = (padded @ table.T)[:num_users].float()
-    else:
-        scores = (padded.float() @ table.float().T)[:num_users] * scales
+    # summed in fp32, as the kernel does: in bf16 many of the best would be equals
+    padded = F.pad(vectors, (0, 0, 0, -num_users % ROW_TILE)).float()
+    scores = torch.cat([padded @ part.float().T for part in table.split(WIDENED_AT_ONCE)], dim=1)[:num_users]
+    if scales is not None:
+        scores *= scales
     scores += prior.float()
     return stable_top(answerable.hide(scores), min(k, scores.shape[1]))
 

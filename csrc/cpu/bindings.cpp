@@ -1,5 +1,5 @@
 // The Python face of the CPU path: the only file here that knows Python. Tensors come as addresses, since numpy has no
-// bf16; engine/native.py checks their types, shapes and layout, and keeps them alive during a call.
+// bf16; engine/native/ checks their types, shapes and layout, and keeps them alive during a call.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <sys/mman.h>

@@ -112,8 +112,8 @@ void Attending::build(const Pass& pass, const std::int64_t* rows, int count, con
 
 void Decoder::Scratch::reserve(const Shape& shape, int num_rows, int threads_now, int keys, int path) {
     if (num_rows > capacity) {
-        capacity = (num_rows + 63) / 64 * 64;
-        const auto rows = static_cast<std::size_t>(capacity);
+        const int grown = (num_rows + 63) / 64 * 64;
+        const auto rows = static_cast<std::size_t>(grown);
         std::size_t used = 0;
         const auto take = [&](std::size_t bytes) {
             const std::size_t at = used;
@@ -138,6 +138,7 @@ void Decoder::Scratch::reserve(const Shape& shape, int num_rows, int threads_now
             take(floats), take(floats), take(floats), take(floats),
             take(kv_size / 2 * bytes_of(shape.cache)), take(kv_size / 2 * bytes_of(shape.cache))};
         memory = Buffer(used);
+        capacity = grown;  // not before there is room for it
         std::byte* base = memory.data();
         const auto number = [&](int i) { return reinterpret_cast<float*>(base + at[i]); };
         sum = number(0), sum_read = number(1), q = number(2), kv = number(3), x = number(4);
@@ -150,14 +151,15 @@ void Decoder::Scratch::reserve(const Shape& shape, int num_rows, int threads_now
         own_keys = base + at[15], own_values = base + at[16];
     }
     if (threads_now > threads || keys > max_keys || path > max_path) {
-        threads = std::max(threads, threads_now);
-        max_keys = std::max(max_keys, keys + 64), max_path = std::max(max_path, path);
+        const int more_threads = std::max(threads, threads_now);
+        const int more_keys = std::max(max_keys, keys + 64), longer = std::max(max_path, path);
         const std::size_t attention =
-            attention_work(shape.heads / shape.kv_heads, shape.head_dim, max_keys, max_path) * sizeof(float);
+            attention_work(shape.heads / shape.kv_heads, shape.head_dim, more_keys, longer) * sizeof(float);
         const std::size_t products = static_cast<std::size_t>(kRowsAtOnce) * kPanel * 4;
         const std::size_t last = static_cast<std::size_t>(padded(shape.hidden)) * sizeof(float);
-        work_stride = (std::max({attention, products, last}) + 4095) / 4096 * 4096;
-        work = Buffer(work_stride * static_cast<std::size_t>(threads));
+        const std::size_t stride = (std::max({attention, products, last}) + 4095) / 4096 * 4096;
+        work = Buffer(stride * static_cast<std::size_t>(more_threads));
+        work_stride = stride, threads = more_threads, max_keys = more_keys, max_path = longer;
     }
 }
 

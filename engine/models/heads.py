@@ -41,5 +41,7 @@ class RankHead(nn.Module):
 
     def forward(self, hidden: Tensor, retrieved: Tensor) -> Tensor:
         """hidden [..., d] of the candidates, retrieved [...]: their retrieve scores without the prior -> [...]."""
-        # a sum over d, not a matmul: a candidate's arithmetic must not depend on how many stand beside it
-        return (hidden * self.weight).sum(dim=-1) + self.bias + self.alpha * retrieved
+        # a sum over d, not a matmul: a candidate's arithmetic must not depend on how many stand beside it; in fp32, as
+        # the catalogue is searched, or rounding would make equals of candidates
+        own = (hidden.float() * self.weight.float()).sum(dim=-1)
+        return own + self.bias.float() + self.alpha.float() * retrieved.float()

@@ -1,6 +1,7 @@
 """float8 layers: what they compute in torch, and that the exported graph computes the same."""
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -11,7 +12,9 @@ from speeder_engine.export.float8 import LARGEST, Float8Linear, use_float8
 from speeder_engine.export.graph_spec import graph_specs
 from speeder_engine.export.onnx_config import OnnxConfig
 from speeder_engine.export.onnx_file import WeightsFile, write_graph
+from speeder_engine.export.plan_config import PlanConfig
 from speeder_engine.export.static_graph import StaticModel
+from speeder_engine.export.to_tensorrt import graph_files
 
 
 @pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
@@ -33,6 +36,15 @@ def test_inputs_beyond_the_scale_are_cut_off_and_zeros_stay():
     linear.weight.data.zero_()
     assert torch.isfinite(Float8Linear(linear, 0.0)(torch.ones(1, 4))).all()
     assert LARGEST == 448
+
+
+@pytest.mark.parametrize("graphs", [("compress", "recommend"), ("recommend", "compress")])
+def test_the_order_of_the_graphs_does_not_matter(tmp_path, graphs):
+    config = PlanConfig(dtype="float8", chips=(89,), graphs=graphs)
+    with graph_files(small_parts(num_layers=1), config, tmp_path) as files:
+        [path] = [path for path, spec in files.items() if spec.name == "recommend"]
+        operators = {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= operators
 
 
 def test_the_exported_graph_computes_the_same(tmp_path):

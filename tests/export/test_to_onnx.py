@@ -10,12 +10,14 @@ import onnx
 import pytest
 import torch
 from command import speeder
+from reference import make_tiny
 
 from speeder_engine import ArtifactError, ConfigError, ExportError, MissingDependency, Ranking
 from speeder_engine.export import OnnxConfig, OnnxEngine, export_onnx, to_onnx
 from speeder_engine.export.graph_spec import GraphSpec
 from speeder_engine.export.onnx_file import WeightsFile, write_graph
 from speeder_engine.export.parity import Parity, measure, ranking_error
+from speeder_engine.parts import EngineParts
 
 FEW = OnnxConfig(graphs=("compress",))
 
@@ -23,7 +25,7 @@ FEW = OnnxConfig(graphs=("compress",))
 def test_the_manifest_says_what_was_exported(standard, ort):
     for exported, flavour in ((standard, "standard"), (ort, "ort")):
         manifest = exported.manifest
-        assert manifest["engine_revision"] == exported.engine().revision or exported.engine().revision == "unsaved"
+        assert manifest["engine_revision"] == EngineParts.load(exported.engine_dir).revision
         assert manifest["export"] == {
             "flavour": flavour,
             "dtype": "float32",
@@ -104,6 +106,13 @@ def test_half_precision(request, tmp_path, dtype, source):
     else:
         assert parity["max_error"] < 5e-3 and parity["bound"] == 5e-3
         assert len(OnnxEngine.load(out).recommend(["0001"], k=3)) == 3
+
+
+@pytest.mark.parametrize("mixing", ["mean", "concat"])
+def test_every_mixing_is_compared(tmp_path, mixing):
+    make_tiny(num_layers=1, mixing=mixing).parts().save(tmp_path / "engine")
+    manifest = export_onnx(tmp_path / "engine", tmp_path / "onnx", FEW, 40)
+    assert manifest["graphs"]["compress"]["parity"]["max_error"] < 1e-5
 
 
 def test_a_package_that_is_missing_is_named_with_its_extra(compress, tmp_path, monkeypatch):
