@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from speeder_engine.catalogue import Catalogue, ItemUpdate
@@ -344,6 +345,18 @@ class Engine(Recommends):
         if self._is_warm:
             self._freeze()
         return parts.revision
+
+    def save(self, path: str | Path) -> str:
+        """Writes an engine directory with the catalogue as it stands, upserts, priors and availability in it; returns
+        its revision. It is whole or not there at all (ArtifactError); this engine goes on serving what it serves.
+
+        Removed items are saved as not available, since old histories still read them.
+        """
+        serving, out = self._now(), _path(path, "save")
+        with serving.lock:
+            served = serving.catalogue.to(torch.device("cpu"), serving.catalogue.tokens.dtype)
+        serving.parts.with_catalogue(served).save(out)
+        return EngineParts.load(out).revision
 
     def stats(self) -> EngineStats:
         return self._now().stats(num_waiting=len(self._scheduler))

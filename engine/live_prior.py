@@ -3,7 +3,7 @@
 f_s(i, t) = log(1 + sum over events e of item i before t of 2^(-(t - t_e) / half_life_s))
 prior(i, t) = sum_s w_s f_s(i, t)
 
-Counts move while a model serves: `LivePopularity.prior(now)` goes into `Engine.set_prior`, no cache is touched.
+Counts move while a model serves: `engine.set_prior(dict(zip(item_ids, popularity.prior(now))))`, no cache is touched.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class LivePopularity:
         return found
 
     def prior(self, moment: int) -> Floats:
-        """float32 [num_items]: what `Engine.set_prior` takes at Unix second `moment`."""
+        """float32 [num_items] at Unix second `moment`, by row: with item ids as keys, what `Engine.set_prior` takes."""
         if not self.config.weights:
             raise ConfigError("live prior: its weights are learned in training; take the config of an engine directory")
         weighed: Floats = self.features(np.array([moment]))[0] @ np.asarray(self.config.weights, np.float32)

@@ -8,8 +8,9 @@ compressor.safetensors     with encoders/ and tokenizer/: so that new items can 
 """
 
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,29 @@ class EngineParts:
     def save(self, out: Path) -> None:
         """Writes the engine directory beside `out` and renames it there; raises ArtifactError if `out` is another's."""
         write_artifact(out, self._fill)
+
+    def with_catalogue(self, served: Catalogue) -> "EngineParts":
+        """The same model, as it was read from its directory, over the catalogue as it is served now. What has not
+        changed keeps the directory's precision. Raises ArtifactError where the directory is another by now."""
+        if self.artifact is None:
+            return replace(self, catalogue=served)
+        path, revision = self.artifact.path, self.revision
+        read = EngineParts.load(path)
+        if read.revision != revision:
+            raise ArtifactError(f"{path}: holds revision {read.revision}, this engine was loaded from {revision}")
+        tokens, known = served.tokens[: served.num_rows].cpu(), read.catalogue.num_rows
+        kept = read.catalogue.tokens[:known]
+        same = (kept.to(tokens.dtype) == tokens[:known]).all(dim=1, keepdim=True)
+        wide = tokens.to(kept.dtype)
+        wide[:known] = torch.where(same, kept, wide[:known])
+        return replace(read, catalogue=Catalogue(served.table(), wide), write_more=read._copy_more)
+
+    def _copy_more(self, folder: Path) -> None:
+        assert self.artifact is not None
+        for name in self.artifact.names:
+            if name.startswith(("encoders/", "tokenizer/")):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.artifact.file(name), folder / name)
 
     def _fill(self, folder: Path) -> dict[str, Any]:
         if self.model.decoder.weight_kind is not None:

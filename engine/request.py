@@ -19,12 +19,13 @@ T = TypeVar("T")
 class Request:
     """One question. Checked when made; whether the ids exist is the catalogue's to say.
 
-    history: item ids, oldest first; may be empty. user_id: names a session, whose keys and values are reused as far as
-    they were computed from this very history. candidates: rank these (even if seen) instead of the whole catalogue.
-    head: "retrieve" without candidates, "rank" with, unless said otherwise ("title": the likelihood of the candidates'
-    titles). exclude_seen: the history is not
-    recommended again. allow, deny: only these, none of these. history_offset: how many older interactions the caller
-    left out. on_unknown: "error", or "skip" ids that are not in the catalogue (the ranking lists them).
+    history: item ids, oldest first; may be empty. k: how many items at most. user_id: names a session, whose keys and
+    values are reused as far as they were computed from this very history. candidates: rank these (even if seen) instead
+    of the whole catalogue. head: "retrieve" without candidates, "rank" with, unless said otherwise ("title": the
+    likelihood of the candidates' titles). exclude_seen: the history is not recommended again. allow, deny: only these,
+    none of these. history_offset: how many older interactions the caller left out. times: Unix seconds of the history,
+    one each, for a model that was trained with them (a calendar). on_unknown: "error", or "skip" ids that are not in
+    the catalogue (the ranking lists them).
     """
 
     history: Sequence[str]

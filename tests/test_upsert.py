@@ -10,6 +10,7 @@ from PIL import Image
 from reference import make_tiny, reference_scores
 
 from speeder_engine import (
+    ArtifactError,
     CatalogueFull,
     DataError,
     Engine,
@@ -322,3 +323,39 @@ def test_a_hundred_thousand_upserts_beside_requests_and_no_wrong_answer(tiny):
     assert min(counts) > 10
     assert engine.catalogue.versions[:100].min() >= 900
     engine.check_integrity()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_was_changed_at_run_time_can_be_saved(tiny, tmp_path, dtype):
+    tiny.parts().save(tmp_path / "old")
+    first = Engine.load(tmp_path / "old", dtype=dtype)
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(3, 8)).tolist()
+    first.upsert([Item(name, title="A new one", vectors={"text": v}) for name, v in zip("xyz", vectors, strict=True)])
+    first.upsert([Item("0003", vectors={"text": vectors[0]})])
+    first.set_prior({"0001": 3.0, "x": 2.0})
+    first.remove(["y"])
+    revision = first.save(tmp_path / "new")
+    second = Engine.load(tmp_path / "new", dtype=dtype)
+    assert second.revision == revision != first.revision
+    for history in ([], ["0001", "x", "0003"], ["y", "z"]):
+        assert second.recommend(history, k=130) == first.recommend(history, k=130)
+        assert second.recommend(history, candidates=["z", "0003"]) == first.recommend(history, candidates=["z", "0003"])
+    assert second.catalogue.title("z") == "A new one"
+    # what has not changed is not rounded to what this engine computes in
+    kept = Engine.load(tmp_path / "new", dtype="float32").item_vectors(["0001"])
+    np.testing.assert_array_equal(kept, Engine.load(tmp_path / "old", dtype="float32").item_vectors(["0001"]))
+
+
+def test_a_directory_that_was_replaced_is_not_saved_from(tiny, tmp_path):
+    tiny.parts().save(tmp_path / "engine")
+    engine = Engine.load(tmp_path / "engine", dtype="float32")
+    make_tiny(window=12, step=4, seed=1).parts().save(tmp_path / "engine")
+    with pytest.raises(ArtifactError, match="this engine was loaded from"):
+        engine.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    # an engine without a directory has its parts in memory
+    built = made(tiny)
+    built.upsert([Item("x", vectors={"text": [0.5] * 8})])
+    built.save(tmp_path / "out")
+    assert "x" in Engine.load(tmp_path / "out").catalogue
