@@ -33,6 +33,23 @@ Column = Annotated[
 Device = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"speeder-engine {version('speeder-engine')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def demo(
     data: Annotated[Path | None, typer.Option(help="A data folder; without it a small catalogue is made.")] = None,
@@ -297,7 +314,13 @@ def recommend(
     source: Annotated[Path | None, typer.Option("--input", help="Parquet file with a column `history`.")] = None,
     target: Annotated[Path | None, typer.Option("--output", help="Parquet file to write.")] = None,
     skip_unknown: Annotated[bool, typer.Option(help="Skip unknown ids instead of refusing.")] = False,
+    times: Annotated[
+        list[str] | None,
+        typer.Option("--times", help="Unix seconds of the history, for models that read them."),
+    ] = None,
     device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help='"auto", "float32", "bfloat16" or "float16".')] = "auto",
+    weights: Annotated[str, typer.Option(help='"auto", "int8" or "fp8": a byte each.')] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Recommend for one history, or for a Parquet file of histories in batches."""
@@ -305,10 +328,10 @@ def recommend(
 
     if (source is None) != (target is None):
         raise ConfigError("recommend: --input and --output go together")
-    if source is not None and (history or candidates or head):
-        raise ConfigError("recommend: --input takes neither --history nor --candidates nor --head")
+    if source is not None and (history or candidates or head or times):
+        raise ConfigError("recommend: --input takes neither --history nor --times nor --candidates nor --head")
     # one-off answers need no session cache
-    loaded = Engine.load(engine, device=device, kv_budget="0")
+    loaded = Engine.load(engine, device=device, dtype=dtype, kv_budget="0", weights=weights)
     on_unknown = "skip" if skip_unknown else "error"
     if source is not None and target is not None:
         from speeder_engine.bulk import recommend_file
@@ -321,6 +344,7 @@ def recommend(
         k,
         candidates=_ids(candidates) if candidates else None,
         head=head,  # type: ignore[arg-type]
+        times=_seconds(times) if times else None,
         on_unknown=on_unknown,  # type: ignore[arg-type]
     )
     if as_json:
@@ -357,6 +381,14 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
         return tuple(int(number) for number in text.split(",")) if text else ()
     except ValueError:
         raise ConfigError(f"{name}: expected whole numbers between commas, got {text!r}") from None
+
+
+def _seconds(values: list[str]) -> list[float]:
+    """`--times 1700000000,1700000500` -> its numbers."""
+    try:
+        return [float(second) for value in values for second in value.split(",")]
+    except ValueError:
+        raise ConfigError(f"--times: expected Unix seconds between commas, got {','.join(values)!r}") from None
 
 
 def _ids(values: list[str] | None) -> list[str]:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ from interrupts import take_interrupts
 from reference import make_tiny, make_titled
 
 from speeder_engine import Engine
+from speeder_engine.config import CalendarConfig
 from speeder_engine.synthetic import write_synthetic_dataset
 
 
@@ -46,6 +48,24 @@ def test_recommend_one_history(engine_dir):
     assert answer["scores"] == pytest.approx(expected.scores)
     for_people = speeder("recommend", engine_dir, "--history", "0001", "-k", 2, "--candidates", "0005,0006").stdout
     assert "Title 0005" in for_people and "Title 0006" in for_people
+
+
+def test_the_version_is_the_packages():
+    done = speeder("--version")
+    assert (done.returncode, done.stdout) == (0, f"speeder-engine {version('speeder-engine')}\n")
+
+
+def test_recommend_with_times_and_in_few_bits(tmp_path):
+    calendar = CalendarConfig(first_second=0, bucket_seconds=1000, num_buckets=5)
+    make_tiny(calendar=calendar).parts().save(tmp_path / "engine")
+    few = ["--dtype", "bfloat16", "--weights", "int8"]
+    done = speeder("recommend", tmp_path / "engine", "--history", "0001,0002", "--times", "10,4500", *few, "--json")
+    assert done.returncode == 0, done.stderr
+    engine = Engine.load(tmp_path / "engine", dtype="bfloat16", weights="int8", kv_budget="0")
+    expected = engine.recommend(["0001", "0002"], times=[10, 4500])
+    assert json.loads(done.stdout)["scores"] == list(expected.scores) != list(engine.recommend(["0001", "0002"]).scores)
+    wrong = speeder("recommend", tmp_path / "engine", "--history", "0001", "--times", "noon")
+    assert "--times: expected Unix seconds between commas, got 'noon'" in wrong.error
 
 
 def test_recommend_by_titles(tmp_path):
