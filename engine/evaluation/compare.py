@@ -1,6 +1,6 @@
 """Systems side by side on one data folder: checkpoints, engine directories and baselines, by name."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -58,17 +58,13 @@ def compare(
     split = leave_one_out(load_dataset(data, columns=columns, min_interactions=min_interactions))
     asked: Part = "test" if part == "test" else "validation"
     queries = split.queries(asked)
-    lists = draw_candidates(split.dataset, queries)
-    if candidates is not None:
+    if candidates is None:
+        lists = draw_candidates(split.dataset, queries)
+    else:
         lists = frozen_candidates(candidates, split.dataset, queries)
-    reports = [evaluate(scorer, queries, lists) for scorer in scorers(systems, split, asked, head)]
+    # a scorer goes before the next is made: only one model is in memory at a time
+    reports = [evaluate(make_scorer(system, split, asked, head), queries, lists) for system in systems]
     return Comparison.of(reports, [GROUPINGS[name](split, queries) for name in by], against)
-
-
-def scorers(systems: Sequence[str], split: Split, part: Part, head: str | None = None) -> Iterator[Scorer]:
-    """Loaded or fitted one after another, so that only one model is in memory at a time."""
-    for system in systems:
-        yield _scorer(system, split, part, head)
 
 
 def print_comparison(comparison: Comparison) -> None:
@@ -85,7 +81,8 @@ def _check_system(system: str, head: str | None) -> None:
         raise ConfigError(f"{system}: head {head!r} takes an engine directory, {instead}")
 
 
-def _scorer(system: str, split: Split, part: Part, head: str | None) -> Scorer:
+def make_scorer(system: str, split: Split, part: Part, head: str | None = None) -> Scorer:
+    """Loaded, or fitted."""
     dataset, path = split.dataset, Path(system)
     if system in BASELINES:
         return BASELINES[system](split)

@@ -31,6 +31,9 @@ from speeder_engine.training.follower_counts import follower_table
 # what the weights were made for
 SHAPE = (
     "instruction",
+    "question",
+    "text_encoder",
+    "image_encoder",
     "window",
     "window_step",
     "backbone",

@@ -170,6 +170,11 @@ def test_another_model_is_refused(old, tmp_path):
     split = counting(GROWN, 60, days=200)
     with pytest.raises(ConfigError, match="--start-from: the checkpoint was made with another window; keep its"):
         train(split, replace(recipe_to_continue(checkpoint), window=12), tmp_path / "new", start_from=folder)
+    for change in ({"question": "Next:"}, {"text_encoder": "fitted"}, {"image_encoder": "fitted"}):
+        with pytest.raises(
+            ConfigError, match=f"--start-from: the checkpoint was made with another {next(iter(change))}"
+        ):
+            train(split, replace(recipe_to_continue(checkpoint), **change), tmp_path / "new", start_from=folder)
     wide = {"text": Features(np.ones((GROWN, 40), np.float32), np.ones(GROWN, bool))}
     wider = replace(split, dataset=replace(split.dataset, items=replace(split.dataset.items, vectors=wide)))
     with pytest.raises(ConfigError, match="vectors of 40 numbers, the checkpoint's have 32"):

@@ -17,7 +17,7 @@ from speeder_engine.config import HeadsConfig
 from speeder_engine.data.candidates import draw_candidates
 from speeder_engine.data.splits import leave_one_out
 from speeder_engine.errors import ConfigError, SpeederWarning
-from speeder_engine.evaluation.compare import compare, scorers
+from speeder_engine.evaluation.compare import compare
 from speeder_engine.evaluation.engine_scorer import EngineScorer
 from speeder_engine.evaluation.generation_scorer import GenerationScorer
 from speeder_engine.evaluation.model_scorer import ModelScorer
@@ -104,11 +104,11 @@ def test_all_heads_learn_the_rule(split, trained, head):
 def test_a_checkpoint_answers_by_the_head_that_is_asked_for(split, trained, head):
     queries = split.queries("test").slice(0, 40)
     lists = draw_candidates(split.dataset, queries, num_negatives=NEGATIVES).rows
-    (checkpoint,) = scorers([str(trained / "c")], split, "test", head)
+    checkpoint = make_scorer(str(trained / "c"), split, "test", head)
     engine = EngineScorer(Engine.load(trained / "e", dtype="float32", kv_budget="0"), split.dataset.item_ids, head=head)
     found = checkpoint.candidate_scores(queries, lists)
     np.testing.assert_allclose(found, engine.candidate_scores(queries, lists), atol=1e-3)
-    (other,) = scorers([str(trained / "c")], split, "test", "rank" if head == "retrieve" else "retrieve")
+    other = make_scorer(str(trained / "c"), split, "test", "rank" if head == "retrieve" else "retrieve")
     assert not np.allclose(found, other.candidate_scores(queries, lists), atol=1e-1)
 
 
@@ -166,7 +166,7 @@ def test_a_model_of_titles_alone(split, tmp_path):
         metrics = evaluated(EngineScorer(engine, split.dataset.item_ids), split)
     assert metrics["vhr@1"] > 0.25  # by chance 1 in 10
     assert metrics["hr@10"] == metrics["coverage@10"] == 0
-    (checkpoint,) = scorers([str(tmp_path / "c")], split, "test")
+    checkpoint = make_scorer(str(tmp_path / "c"), split, "test")
     queries = split.queries("test").slice(0, 5)
     assert np.isneginf(checkpoint.scores(queries)).all()
     with pytest.raises(ConfigError, match="was trained for titles alone; export an engine"):
