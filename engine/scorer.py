@@ -17,7 +17,13 @@ from speeder_engine.native.search import search_catalogue
 from speeder_engine.query import Query, Rows
 from speeder_engine.title_scorer import title_scores
 from speeder_engine.transfer import Transfer
-from speeder_engine.triton_kernels.top_scores import MAX_K, Answerable, RowLists, stable_top
+from speeder_engine.triton_kernels.top_scores import (
+    MAX_K,
+    WIDENED_AT_ONCE,
+    Answerable,
+    RowLists,
+    stable_top,
+)
 from speeder_engine.triton_kernels.top_scores_two_stage import top_scores_two_stage
 
 Scored = tuple[Rows, list[float]]  # rows, best first, and their scores
@@ -97,9 +103,12 @@ class HeadScorer:
     @torch.inference_mode()
     def similar(self, query: Query) -> Scored:
         """The items nearest by cosine to the one item of the query's history."""
-        tokens = F.normalize(self.catalogue.tokens.float(), dim=1)
+        tokens = self.catalogue.tokens
+        wanted = F.normalize(tokens[int(query.window[0])].float(), dim=0)
+        # a part at a time: a whole copy in fp32 may not fit
+        cosines = [F.normalize(part.float(), dim=1) @ wanted for part in tokens.split(WIDENED_AT_ONCE)]
         answerable = Answerable.build(self.catalogue.available, [query.excluded], [query.allowed])
-        scores = answerable.hide((tokens @ tokens[int(query.window[0])])[None])
+        scores = answerable.hide(torch.cat(cosines)[None])
         values, rows = stable_top(scores, min(query.request.k, scores.shape[1]))
         return _cut(query, values[0].cpu().numpy(), rows[0].cpu().numpy())
 

@@ -17,7 +17,7 @@ from speeder_engine.config import HeadsConfig
 from speeder_engine.data.candidates import draw_candidates
 from speeder_engine.data.splits import leave_one_out
 from speeder_engine.errors import ConfigError, SpeederWarning
-from speeder_engine.evaluation.compare import compare
+from speeder_engine.evaluation.compare import compare, make_scorer
 from speeder_engine.evaluation.engine_scorer import EngineScorer
 from speeder_engine.evaluation.generation_scorer import GenerationScorer
 from speeder_engine.evaluation.model_scorer import ModelScorer
