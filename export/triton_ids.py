@@ -1,8 +1,9 @@
 """A model of Triton's Python backend: item ids <-> rows. It is copied into repositories as it stands and imports
 nothing but numpy and what Triton brings.
 
-role "encode"  history, candidates, excluded (strings; "" is padding), times -> rows, padded so that requests can be
-               stacked, and how many
+role "encode"  history, candidates, excluded (strings; "" is padding, wherever it stands), times (of the history's
+               shape; what stands beside padding is not read) -> rows, padded so that requests can be stacked, and how
+               many
 role "decode"  rows and scores -> item ids, best first; "" where there is none
 """
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 Rows = NDArray[np.int64]
 NARROWEST = 8  # of padded rows; then powers of two, so that few shapes occur and requests share batches
 IDS_FILE = "item_ids.json"
+LISTS = ("history", "candidates", "excluded")
 
 
 class TritonPythonModel:
@@ -44,30 +46,33 @@ class TritonPythonModel:
 
     def _encode(self, request: Any) -> dict[str, NDArray[Any]]:
         """Arrays [B, n]; every user's window, and what may not be answered."""
-        histories = self._read(request, "history")
+        found = {name: pb_utils.get_input_tensor_by_name(request, name) for name in (*LISTS, "times")}
+        inputs = {name: tensor.as_numpy() for name, tensor in found.items() if tensor is not None}
+        _check_shapes(inputs)
+        rows = {name: self._look_up(name, inputs[name]) for name in LISTS if name in inputs}
+        histories = rows["history"]
         windows = [self._window(history) for history in histories]
         answer: dict[str, NDArray[Any]] = {
             "history_rows": self._pad("history", windows, 0),
-            "lengths": np.array([[len(rows)] for rows in windows], dtype=np.int64),
+            "lengths": np.array([[len(window)] for window in windows], dtype=np.int64),
         }
         if "calendar" in self.settings:
-            answer["buckets"] = self._buckets(request, histories, windows)
-        excluded = self._read(request, "excluded")
-        # a session knows itself what the user has taken
-        seen = [[]] * len(excluded) if self.settings["session"] else histories
-        if excluded:
-            closed = [list(dict.fromkeys([*deny, *taken])) for deny, taken in zip(excluded, seen, strict=True)]
+            answer["buckets"] = self._buckets(inputs, windows)
+        if "excluded" in rows:
+            # a session knows itself what the user has taken
+            seen = [[]] * len(histories) if self.settings["session"] else histories
+            closed = [list(dict.fromkeys([*deny, *taken])) for deny, taken in zip(rows["excluded"], seen, strict=True)]
             answer["excluded_rows"] = self._pad("excluded", closed, -1)
-        if candidates := self._read(request, "candidates"):
-            answer["candidate_rows"] = self._pad("candidates", candidates, -1)
+        if "candidates" in rows:
+            answer["candidate_rows"] = self._pad("candidates", rows["candidates"], -1)
         return answer
 
-    def _read(self, request: Any, name: str) -> list[list[int]]:
-        """Rows of every user in the request; empty where the model has no such input."""
-        tensor = pb_utils.get_input_tensor_by_name(request, name)
-        if tensor is None:
-            return []
-        ids = [[value.decode() for value in row if value] for row in tensor.as_numpy()]
+    def _look_up(self, name: str, strings: NDArray[Any]) -> list[list[int]]:
+        """Rows of every user in the request."""
+        try:
+            ids = [[value.decode() for value in row if value] for row in strings]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}: {error.object[:50]!r} is no UTF-8; send ids as they were exported") from None
         unknown = list(dict.fromkeys(item_id for row in ids for item_id in row if item_id not in self.rows))
         if unknown:
             more = f" (and {len(unknown) - 5} more)" if len(unknown) > 5 else ""
@@ -87,13 +92,15 @@ class TritonPythonModel:
             )
         return history[start:]
 
-    def _buckets(self, request: Any, histories: list[list[int]], windows: list[list[int]]) -> Rows:
+    def _buckets(self, inputs: dict[str, NDArray[Any]], windows: list[list[int]]) -> Rows:
         """Calendar buckets of the windows; 0 is a time that is not known."""
         calendar = self.settings["calendar"]
-        times = pb_utils.get_input_tensor_by_name(request, "times").as_numpy()
         buckets = []
-        for row, history, window in zip(times, histories, windows, strict=True):
-            own = row[len(history) - len(window) : len(history)]
+        for ids, times, window in zip(inputs["history"], inputs["times"], windows, strict=True):
+            own = times[ids != b""]
+            if not np.isfinite(own).all():
+                raise ValueError("times: they must be finite; send 0 where one is not known")
+            own = own[len(own) - len(window) :]
             passed = (own - calendar["first_second"]) // calendar["bucket_seconds"]
             found = np.clip(passed, 0, calendar["num_buckets"] - 1).astype(np.int64) + 1
             buckets.append(np.where(own == 0, 0, found).tolist())
@@ -134,6 +141,18 @@ class TritonPythonModel:
             )
         if total and not new:
             raise ValueError("session: nothing new in the history; send at least one item, or start the sequence again")
+
+
+def _check_shapes(inputs: dict[str, NDArray[Any]]) -> None:
+    """Every user has a row of every input, and every place of a history its time."""
+    shape = inputs["history"].shape
+    for name, array in inputs.items():
+        if len(array) != shape[0]:
+            raise ValueError(f"{name}: {len(array)} rows for {shape[0]} of the history; send one for every user")
+    if "times" in inputs and inputs["times"].shape != shape:
+        got = "x".join(map(str, inputs["times"].shape))
+        wanted = "x".join(map(str, shape))
+        raise ValueError(f"times: {got} for a history of {wanted}; send one for each place, padding too (0: not known)")
 
 
 def _array(request: Any, name: str) -> NDArray[Any]:

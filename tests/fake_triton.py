@@ -143,19 +143,22 @@ class FakeTriton:
             self.states[config.name, control["sequence"]] = kept
 
     def _python(self, name):
-        path = self.repository / name / "1" / "model.py"
-        spec = importlib.util.spec_from_file_location(f"model_of_{name}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["triton_python_backend_utils"] = python_backend_utils()
-        try:
-            spec.loader.exec_module(module)
-        finally:
-            del sys.modules["triton_python_backend_utils"]
-        model = module.TritonPythonModel()
         config = json_format.MessageToDict(self.configs[name], preserving_proto_field_name=True)
-        folder = str(self.repository / name)
-        model.initialize({"model_config": json.dumps(config), "model_repository": folder, "model_version": "1"})
-        return model
+        return load_step(self.repository / name, config)
+
+
+def load_step(folder, config):
+    """A Python model out of its folder in a repository."""
+    spec = importlib.util.spec_from_file_location(f"model_of_{folder.name}", folder / "1" / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["triton_python_backend_utils"] = python_backend_utils()
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules["triton_python_backend_utils"]
+    model = module.TritonPythonModel()
+    model.initialize({"model_config": json.dumps(config), "model_repository": str(folder), "model_version": "1"})
+    return model
 
 
 def check_tensors(declared, tensors, max_batch):

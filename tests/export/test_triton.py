@@ -1,18 +1,21 @@
 """Triton repositories: configs against Triton's own schema and against the graphs, answers against the engine."""
 
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import onnx
 import pytest
 from fake_tensorrt import FakeBuilder, FakeEngine, small_parts
-from fake_triton import FakeTriton, Refused, Tensor, ids, named, read_config
+from fake_triton import FakeTriton, Refused, Tensor, ids, load_step, named, read_config
 from tritonclient.grpc import model_config_pb2 as schema
 
 from speeder_engine import Engine
 from speeder_engine.artifact import read_artifact
+from speeder_engine.config import CalendarConfig
 from speeder_engine.errors import ArtifactError, ConfigError
 from speeder_engine.export import triton_server
 from speeder_engine.export.triton_config import SERVED, TRITON, TritonConfig, render
@@ -229,6 +232,79 @@ def test_one_bad_request_is_no_others(server, engine):
     bad, good = model.execute(given)
     assert bad.error.message.startswith("history: unknown item '?'")
     assert good.error is None
+
+
+CALENDAR = CalendarConfig(first_second=0, bucket_seconds=100, num_buckets=5)
+UNKNOWN, NAN, INF = 0, float("nan"), float("inf")
+
+
+@pytest.fixture
+def step(tmp_path):
+    """The first step of a model that reads times, with a window of 4: a call gives its answer, or raises Refused."""
+    folder = tmp_path / "score_encode"
+    (folder / "1").mkdir(parents=True)
+    shutil.copyfile(triton_server.IDS_MODEL, folder / "1" / "model.py")
+    (folder / "1" / "item_ids.json").write_text(json.dumps(["a", "b", "c"]))
+    settings = {"role": "encode", "session": False, "window": 4, "window_step": 2, "calendar": CALENDAR.to_json()}
+    settings["most"] = dict.fromkeys(("history", "candidates", "excluded"), 4)
+    model = load_step(folder, {"parameters": {"settings": {"string_value": json.dumps(settings)}}})
+
+    def encode(**inputs):
+        [response] = model.execute([{name: Tensor(name, array) for name, array in inputs.items()}])
+        if response.error is not None:
+            raise Refused(response.error.message)
+        return {tensor.name: tensor.array for tensor in response.tensors}
+
+    return encode
+
+
+@pytest.mark.parametrize(
+    ("history", "times"),
+    [
+        (["a", "b"], [150, 250]),
+        (["a", "b", ""], [150, 250, UNKNOWN]),
+        (["a", "b", ""], [150, 250, NAN]),
+        (["", "a", "b"], [UNKNOWN, 150, 250]),
+        (["", "a", "", "b"], [INF, 150, 9e9, 250]),
+        (["a", "b", "c"], [150, UNKNOWN, -250]),
+        (["a", "b", "c"], [1e300, -1e300, 250.9]),
+        (["a", "b", "c", "a", "b", "c"], [1, 101, 201, 301, 401, 501]),
+        (["", "a", "b", "c", "a", "b", "c"], [UNKNOWN, 1, 101, 201, 301, 401, 501]),
+        ([""], [NAN]),
+        ([], []),
+    ],
+)
+def test_times_stand_beside_their_items_wherever_padding_is(step, history, times):
+    strings = np.array([[each.encode() for each in history]], dtype=object).reshape(1, len(history))
+    answer = step(history=strings, times=np.array([times], np.float64))
+    known = [(item, time) for item, time in zip(history, times, strict=True) if item]
+    known = known[2:] if len(known) > 4 else known
+    buckets = [int(CALENDAR.buckets([time])[0]) if time else 0 for _, time in known]
+    assert answer["lengths"].tolist() == [[len(known)]]
+    assert answer["history_rows"][0, : len(known)].tolist() == ["abc".index(item) for item, _ in known]
+    assert answer["buckets"][0].tolist() == buckets + [0] * (4 - len(known))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"times": [[NAN, 250]]}, "times: they must be finite; send 0 where one is not known"),
+        ({"times": [[150, INF]]}, "times: they must be finite"),
+        ({"times": [[-INF, 250]]}, "times: they must be finite"),
+        ({"history": ids(["a"] * 6), "times": [[NAN, *[1] * 5]]}, "times: they must be finite"),  # before the window
+        ({"times": [[150]]}, "times: 1x1 for a history of 1x2; send one for each place, padding too"),
+        ({"times": [[150, 250, 0]]}, "times: 1x3 for a history of 1x2"),
+        ({"times": [[]]}, "times: 1x0 for a history of 1x2"),
+        ({"times": [[1, 2], [3, 4]]}, "times: 2 rows for 1 of the history; send one for every user"),
+        ({"candidates": ids(["a"], ["b"])}, "candidates: 2 rows for 1 of the history"),
+        ({"excluded": ids(["a"], [])}, "excluded: 2 rows for 1 of the history"),
+        ({"history": np.array([[b"a", b"\xff"]], object)}, r"history: b'\\xff' is no UTF-8; send ids as they were"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(step, inputs, message):
+    given = {"history": ids(["a", "b"]), "times": [[150, 250]], **inputs}
+    with pytest.raises(Refused, match=message):
+        step(**given | {"times": np.array(given["times"], np.float64)})
 
 
 def test_text_is_escaped():
