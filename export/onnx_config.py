@@ -7,6 +7,7 @@ items.parquet        item id <-> row, titles, availability, prior
 instruction.safetensors   `ort` alone: what a new user's buffers of keys and values begin with
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,10 +44,7 @@ class OnnxConfig(Config):
     def __post_init__(self) -> None:
         check(self.flavour in OPSETS, f"flavour: {self.flavour!r} is not one of {', '.join(OPSETS)}")
         check(self.dtype in DTYPES, f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
-        strange = [name for name in self.graphs if name not in GRAPHS]
-        check(not strange, f"graphs: {strange} are not known; choose of {', '.join(GRAPHS)}")
-        check(len(self.graphs) > 0, f"graphs: none named; choose of {', '.join(GRAPHS)}")
-        check(len(set(self.graphs)) == len(self.graphs), "graphs: one is named twice; name each once")
+        check_chosen("graphs", self.graphs, GRAPHS)
         possible = OPSETS[self.flavour][self.dtype]
         if self.opset == 0:
             object.__setattr__(self, "opset", possible[0])
@@ -60,3 +58,14 @@ class OnnxConfig(Config):
     @property
     def has_attention_operator(self) -> bool:
         return self.opset >= 23
+
+
+def check_chosen(
+    name: str, chosen: Sequence[str | int], known: Sequence[str | int], why: str = "are not known"
+) -> None:
+    """Raises ConfigError unless `chosen` names some of what is known, each once; why: the others can't be."""
+    choice = f"choose of {', '.join(map(str, known))}"
+    check(len(chosen) > 0, f"{name}: none named; {choice}")
+    strange = [each for each in chosen if each not in known]
+    check(not strange, f"{name}: {strange} {why}; {choice}")
+    check(len(set(chosen)) == len(chosen), f"{name}: one is named twice; name each once")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from speeder_engine.artifact import Kind
 from speeder_engine.config import Config, ModelConfig, check
-from speeder_engine.export.onnx_config import GRAPHS, OnnxConfig
+from speeder_engine.export.onnx_config import GRAPHS, OnnxConfig, check_chosen
 
 PLANS = Kind("speeder-tensorrt", 1, "export.json", "TensorRT export", "`speeder export tensorrt ENGINE OUT`")
 RUNTIMES = ("rtx", "tensorrt")
@@ -43,8 +43,7 @@ class PlanConfig(Config):
     def __post_init__(self) -> None:
         check(self.runtime in RUNTIMES, f"runtime: {self.runtime!r} is not one of {', '.join(RUNTIMES)}")
         check(self.dtype in DTYPES, f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
-        strange = [name for name in self.graphs if name not in GRAPHS]
-        check(not strange and len(self.graphs) > 0, f"graphs: {list(self.graphs)}; choose of {', '.join(GRAPHS)}")
+        check_chosen("graphs", self.graphs, GRAPHS)
         self._check_chips()
         for name in ("batch", "history", "candidates", "excluded", "k"):
             chosen = getattr(self, name)
@@ -58,9 +57,7 @@ class PlanConfig(Config):
         if self.runtime == "tensorrt":
             check(not self.chips, "chips: tensorrt builds for the GPU that is there; leave them out or use runtime rtx")
             return
-        check(len(self.chips) > 0, f"chips: none named; choose of {', '.join(map(str, CHIPS))}")
-        strange = [chip for chip in self.chips if chip not in CHIPS]
-        check(not strange, f"chips: {strange} can't be built for ahead; choose of {', '.join(map(str, CHIPS))}")
+        check_chosen("chips", self.chips, CHIPS, "can't be built for ahead")
         small = [chip for chip in self.chips if chip < FLOAT8_FROM] if self.dtype == "float8" else []
         check(not small, f"chips: {small} multiply no float8; it begins with {FLOAT8_FROM}")
 

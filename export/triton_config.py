@@ -8,6 +8,7 @@ from typing import Any
 from speeder_engine.artifact import Kind
 from speeder_engine.config import Config, check
 from speeder_engine.export.graph_spec import GraphSpec
+from speeder_engine.export.onnx_config import check_chosen
 from speeder_engine.export.plan_config import MOST_K, PlanConfig, Range
 
 TRITON = Kind("speeder-triton", 1, "export.json", "Triton model repository", "`speeder export triton ENGINE OUT`")
@@ -52,8 +53,7 @@ class TritonConfig(Config):
 
     def __post_init__(self) -> None:
         check(self.backend in BACKENDS, f"backend: {self.backend!r} is not one of {', '.join(BACKENDS)}")
-        strange = [name for name in self.graphs if name not in SERVED]
-        check(not strange and len(self.graphs) > 0, f"graphs: {list(self.graphs)}; choose of {', '.join(SERVED)}")
+        check_chosen("graphs", self.graphs, SERVED)
         runs = self.backend == "tensorrt" or self.dtype not in ("bfloat16", "float8")
         check(runs, f"dtype: Triton's ONNX Runtime knows no {self.dtype}; choose float16, or backend tensorrt")
         found = self.backend != "tensorrt" or self.k <= MOST_K

@@ -80,7 +80,7 @@ def test_graphs_share_their_weights(standard):
         ({"dtype": "int8"}, "dtype: 'int8'"),
         ({"graphs": ("score", "train")}, r"graphs: \['train'\] are not known"),
         ({"graphs": ()}, "graphs: none named"),
-        ({"graphs": ("score", "score")}, "named twice"),
+        ({"graphs": ("score", "score")}, "graphs: one is named twice; name each once"),
         ({"opset": 23}, "opset: 23 is not one of 18, 20 for standard float32"),
         ({"dtype": "bfloat16", "opset": 18}, "opset: 18 is not one of 23, 24 for standard bfloat16"),
         ({"flavour": "ort", "opset": 11}, "opset: 11 is not one of"),

@@ -321,6 +321,8 @@ def test_text_is_escaped():
         ({"dtype": "bfloat16"}, "knows no bfloat16"),
         ({"dtype": "float8"}, "knows no float8"),
         ({"graphs": ("extend",)}, "choose of recommend, score, session"),
+        ({"graphs": ()}, "graphs: none named; choose of recommend, score, session"),
+        ({"graphs": ("recommend", "recommend")}, "graphs: one is named twice; name each once"),
         ({"batch": (8, 4)}, "batch: expected TYPICAL,MOST"),
         ({"k": 4000, "backend": "tensorrt"}, "k: TensorRT finds at most 3840"),
         ({"k": 0}, "k: must be positive"),
