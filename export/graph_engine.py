@@ -2,16 +2,17 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from speeder_engine.catalogue import Catalogue, ItemTable
-from speeder_engine.config import ModelConfig, check, parse_bytes
+from speeder_engine.config import ModelConfig, parse_bytes
 from speeder_engine.errors import EngineClosed, InvalidRequest
 from speeder_engine.export.graph_spec import cache_names
+from speeder_engine.export.item_features import read_features
 from speeder_engine.export.onnx_config import OnnxConfig
 from speeder_engine.export.onnx_session import Array
 from speeder_engine.export.user_cache import UserCache, UserState
@@ -86,6 +87,10 @@ class GraphEngine(Recommends):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        name = type(self).__name__
+        raise TypeError(f"{name}: can't be pickled or copied; call {name}.load in every process that needs one")
+
     def close(self) -> None:
         """Gives the memory back; every later call raises EngineClosed."""
         with self._lock:
@@ -129,16 +134,12 @@ class GraphEngine(Recommends):
             self.catalogue.set_prior(priors)
 
     def compress(self, features: Mapping[str, Array]) -> NDArray[np.float32]:
-        """New items' features, modality -> [n, width], as item tokens [n, d]; a row of NaN is a missing modality."""
-        widths = self.files.model.compressor.modalities
-        check(set(features) <= set(widths) and len(features) > 0, f"compress: give features of {', '.join(widths)}")
-        count = len(next(iter(features.values())))
-        arrays = {name: np.asarray(features.get(name, np.full((count, widths[name]), np.nan))) for name in widths}
-        for name, array in arrays.items():
-            wanted = (count, widths[name])
-            check(array.shape == wanted, f"compress: {name} has the shape {array.shape}, expected {wanted}")
-        present = np.stack([np.isfinite(array).all(axis=1) for array in arrays.values()], axis=1)
-        inputs = {name: np.nan_to_num(array.astype(np.float32)) for name, array in arrays.items()}
+        """New items' features, modality -> [n, width], as item tokens [n, d].
+
+        A row of NaN is a missing modality; an item without any has the token that an export gives to such items.
+        Raises DataError for what is no features of this model.
+        """
+        inputs, present = read_features(features, self.files.model.compressor.modalities)
         with self._lock:
             found, _ = self._session("compress").run({"present": present, **inputs}, ["tokens"])
         return found["tokens"]
@@ -247,7 +248,12 @@ class GraphEngine(Recommends):
         )
 
     def _search_inputs(self, queries: Sequence[Query], excluded: Array) -> dict[str, Array]:
-        return {"excluded": excluded, "k": np.array([max(query.request.k for query in queries)]), **self._changes()}
+        depth = max(self._depth(query.request) for query in queries)
+        return {"excluded": excluded, "k": np.array([depth]), **self._changes()}
+
+    def _depth(self, request: Request) -> int:
+        """How many items to look for: k may be any whole number, the graph's is an int64."""
+        return min(request.k, self.catalogue.num_rows)
 
     def _changes(self) -> dict[str, Array]:
         return {"available": self.catalogue.available.numpy(), "prior": self.catalogue.prior.numpy()}

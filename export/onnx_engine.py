@@ -10,10 +10,13 @@ from speeder_engine.artifact import read_artifact
 from speeder_engine.catalogue import ItemTable
 from speeder_engine.config import ModelConfig
 from speeder_engine.errors import ArtifactError, ConfigError
+from speeder_engine.export.engine_settings import read_path, read_whole
 from speeder_engine.export.graph_engine import GraphEngine
 from speeder_engine.export.onnx_check import check_graph
 from speeder_engine.export.onnx_config import INSTRUCTION_FILE, ONNX, OnnxConfig
 from speeder_engine.export.onnx_session import GraphSession
+
+MOST_THREADS = 1024  # of one run; more are a slip
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class OnnxEngine(GraphEngine):
     """An ONNX export under ONNX Runtime. `OnnxEngine.load` makes one."""
 
     def __init__(self, files: OnnxFiles, provider: str = "cpu", kv_budget: str = "1GiB", threads: int = 0) -> None:
-        config = files.config
+        config, threads = files.config, read_whole("threads", threads, MOST_THREADS)
         if provider == "tensorrt" and config.flavour == "ort":
             raise ConfigError("provider: TensorRT knows no GroupQueryAttention; export with --flavour standard")
         if provider == "cpu" and config.dtype == "bfloat16":
@@ -66,7 +69,7 @@ class OnnxEngine(GraphEngine):
         run on the CPU; 0: all. Raises ArtifactError for a path that is no whole export, MissingDependency where the
         runtime lacks, ConfigError where it would run elsewhere than asked.
         """
-        return cls(OnnxFiles.load(Path(path)), provider, kv_budget, threads)
+        return cls(OnnxFiles.load(read_path(path, "OnnxEngine.load")), provider, kv_budget, threads)
 
     @property
     def _in_place(self) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speeder_engine.config import check
-from speeder_engine.errors import ArtifactError, ConfigError, MissingDependency
+from speeder_engine.errors import ArtifactError, ConfigError, MissingDependency, shown
 
 Array = NDArray[Any]
 # by the names that callers use; what TensorRT can't take runs on CUDA
@@ -18,7 +18,8 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "te
 
 def load_runtime(provider: str) -> Any:
     """The package onnxruntime, or MissingDependency that names the extra with this provider."""
-    check(provider in PROVIDERS, f"provider: {provider!r} is not one of {', '.join(PROVIDERS)}")
+    known = isinstance(provider, str) and provider in PROVIDERS
+    check(known, f"provider: {shown(provider)} is not one of {', '.join(PROVIDERS)}")
     extra = "ort" if provider == "cpu" else "ort-gpu"
     what = f"provider {provider!r}"
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]

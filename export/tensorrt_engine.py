@@ -8,8 +8,9 @@ import torch
 
 from speeder_engine.artifact import Artifact, read_artifact
 from speeder_engine.catalogue import ItemTable
-from speeder_engine.config import ModelConfig
+from speeder_engine.config import MOST_INT32, ModelConfig
 from speeder_engine.errors import ArtifactError, ConfigError, InvalidRequest
+from speeder_engine.export.engine_settings import read_path, read_whole
 from speeder_engine.export.graph_engine import GraphEngine
 from speeder_engine.export.onnx_config import OnnxConfig
 from speeder_engine.export.plan_builder import make_logger
@@ -90,7 +91,8 @@ class TensorRTEngine(GraphEngine):
         Raises ArtifactError for a path that is no whole export or was built with another TensorRT, ConfigError without
         a GPU or with one that there is no plan for, MissingDependency.
         """
-        files = PlanFiles.load(Path(path))
+        device = read_whole("device", device, MOST_INT32)
+        files = PlanFiles.load(read_path(path, "TensorRTEngine.load"))
         chip = find_chip("TensorRTEngine", device)
         files.check_tool()
         return cls(files, open_runtime(files.plans.runtime, device), chip, kv_budget)
@@ -99,7 +101,7 @@ class TensorRTEngine(GraphEngine):
         """Refuses what no profile takes before anything is computed."""
         query = super()._resolve(request)
         counts = {
-            "k": request.k,
+            "k": self._depth(request),
             "excluded": len(self._closed_rows(query)),
             "candidates": len(request.candidates or ()),
         }

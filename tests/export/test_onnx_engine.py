@@ -1,13 +1,17 @@
 """Exports under ONNX Runtime against the engine they were made from."""
 
+import copy
+import pickle
 import threading
 
 import numpy as np
 import pytest
+import torch
 
 from speeder_engine import (
     ArtifactError,
     ConfigError,
+    DataError,
     EngineClosed,
     InvalidRequest,
     MissingDependency,
@@ -152,10 +156,92 @@ def test_compress_makes_the_engines_tokens(compress):
     expected = engine.item_vectors([str(i) for i in made])
     np.testing.assert_allclose(tokens[made], expected, atol=1e-6)
     assert np.isfinite(tokens).all() and tokens.shape == (7, 48)
-    with pytest.raises(ConfigError, match="text has the shape"):
-        onnx.compress({"text": np.zeros((2, 3))})
     with pytest.raises(InvalidRequest, match="no graph 'recommend'; export it with --graphs recommend"):
         onnx.recommend([])
+
+
+def test_an_item_without_any_modality_has_the_exports_token(compress):
+    """Whether it is all NaN or said of one modality alone."""
+    onnx = OnnxEngine.load(compress.path)
+    nothing = np.full((2, 8), np.nan)
+    for features in ({"text": nothing}, {"text": nothing.tolist()}, {"image": nothing[:, :5], "text": nothing}):
+        tokens = onnx.compress(features)
+        assert np.isfinite(tokens).all() and (tokens[0] == tokens[1]).all()
+    assert onnx.compress({"text": np.zeros((0, 8))}).shape == (0, 48)
+    large = {"text": np.linspace(-1e17, 1e17, 8)[None]}
+    small = {name: values / 1e17 for name, values in large.items()}
+    np.testing.assert_allclose(onnx.compress(large), onnx.compress(small), atol=1e-4)
+    assert (onnx.compress({"text": [[1] * 8]}) == onnx.compress({"text": np.ones((1, 8), np.float16)})).all()
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (None, r"expected arrays by modality \(text, image\), got None"),
+        ([1.0], r"expected arrays by modality \(text, image\), got \[1\.0\]"),
+        ({}, r"got features of \[\]; give some of text, image"),
+        ({"sound": np.zeros((1, 8))}, r"got features of \['sound'\]; give some of text, image"),
+        ({7: np.zeros((1, 8)), "text": np.zeros((1, 8))}, r"got features of \[7, 'text'\]"),
+        ({"text": np.zeros((2, 3))}, r"text has the shape \(2, 3\), expected \[n, 8\]"),
+        ({"text": np.zeros(8)}, r"text has the shape \(8,\)"),
+        ({"text": 3}, r"text has the shape \(\)"),
+        ({"text": []}, r"text has the shape \(0,\)"),
+        ({"text": np.zeros((2, 8)), "image": np.zeros((3, 5))}, "image has 3 rows, text 2; give one for each item"),
+        ({"text": "words"}, r"text holds something but numbers; give an array \[n, 8\]"),
+        ({"text": [["1"] * 8]}, "text holds something but numbers"),
+        ({"text": None}, "text holds something but numbers"),
+        ({"text": [[1], [1, 2]]}, "text holds something but numbers"),
+        ({"text": np.full((1, 8), None)}, "text holds something but numbers"),
+        ({"text": [[10**400] * 8]}, "text holds something but numbers"),
+        ({"text": np.zeros((1, 8), bool)}, "text holds something but numbers"),
+        ({"text": np.zeros((1, 8), complex)}, "text holds something but numbers"),
+        ({"text": torch.zeros(1, 8, requires_grad=True)}, "text holds something but numbers"),
+        ({"text": [[0.0] * 8, [np.nan, *[1.0] * 7]]}, "text, row 1: NaN, infinity or beyond 1e\\+17; make it smaller"),
+        ({"text": np.full((1, 8), np.inf)}, "text, row 0: NaN, infinity or beyond"),
+        ({"text": np.full((1, 8), 1e300)}, "text, row 0: NaN, infinity or beyond"),
+        ({"text": [[3e38, -3e38, *[0.0] * 6]]}, "text, row 0: NaN, infinity or beyond"),
+        ({"text": np.full((1, 8), -(2**63))}, "text, row 0: NaN, infinity or beyond"),
+    ],
+)
+def test_what_is_no_features_is_refused(compress, features, message):
+    with pytest.raises(DataError, match=f"compress: {message}") as caught:
+        OnnxEngine.load(compress.path).compress(features)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("k", [120, 121, 2**31, 2**62, 2**63, 10**30])
+@pytest.mark.parametrize("more", [{}, {"user_id": "a"}, {"candidates": ["0001", "0002"]}])
+def test_k_may_be_any_whole_number(both, k, more):
+    engine, onnx = both
+    assert_same(engine.recommend(["0003"], k, **more), onnx.recommend(["0003"], k, **more))
+
+
+@pytest.mark.parametrize("save", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_an_engine_is_not_pickled_and_says_what_to_do(compress, save):
+    message = "OnnxEngine: can't be pickled or copied; call OnnxEngine.load in every process"
+    with pytest.raises(TypeError, match=message):
+        save(OnnxEngine.load(compress.path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": None}, "OnnxEngine.load: expected the path of an export, got None"),
+        ({"path": 7}, "OnnxEngine.load: expected the path of an export, got 7"),
+        ({"provider": []}, r"provider: \[\] is not one of cpu, cuda, tensorrt"),
+        ({"provider": None}, "provider: None is not one of"),
+        ({"threads": "2"}, "threads: expected a whole number within 0..1024, got '2'"),
+        ({"threads": -1}, "threads: expected a whole number within 0..1024, got -1"),
+        ({"threads": 10**30}, "threads: expected a whole number"),
+        ({"threads": 1.0}, "threads: expected a whole number"),
+        ({"threads": True}, "threads: expected a whole number"),
+        ({"threads": None}, "threads: expected a whole number"),
+        ({"kv_budget": None}, "kv_budget: None is no size"),
+    ],
+)
+def test_what_an_engine_cannot_be_loaded_with(compress, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        OnnxEngine.load(**{"path": compress.path, **settings})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -132,6 +133,25 @@ def test_a_returning_user_costs_new_rows_alone(plans, engine):
     assert plans.close_session("ada") and not plans.close_session("ada")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": None}, "TensorRTEngine.load: expected the path of an export, got None"),
+        ({"device": "0"}, "device: expected a whole number within 0..2147483647, got '0'"),
+        ({"device": -1}, "device: expected a whole number"),
+        ({"device": 2**63}, "device: expected a whole number"),
+    ],
+)
+def test_what_an_engine_cannot_be_loaded_with(exported, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        TensorRTEngine.load(**{"path": exported, **settings})
+
+
+def test_an_engine_is_not_pickled_and_says_what_to_do(plans):
+    with pytest.raises(TypeError, match=r"TensorRTEngine: can't be pickled or copied; call TensorRTEngine\.load in"):
+        pickle.dumps(plans)
+
+
 def test_large_batches_are_cut_to_the_profile(plans, engine):
     ids = list(engine.catalogue.item_ids)
     from speeder_engine import Request
@@ -155,6 +175,7 @@ def test_changes_at_run_time_reach_the_plan(plans, engine):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"k": 10**30}, "k: 120 are more than the 50 these plans take; export with --k 10,120"),
         ({"k": 51}, "k: 51 are more than the 50 these plans take; export with --k 10,51"),
         ({"candidates": slice(0, 101)}, "candidates: 101 are more than the 100"),
         ({"allow": slice(0, 5)}, "excluded: 117 are more than the 40"),
