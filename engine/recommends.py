@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
 from speeder_engine.request import Head, OnUnknown, Ranking, Request
 
@@ -9,9 +10,9 @@ from speeder_engine.request import Head, OnUnknown, Ranking, Request
 class Recommends(ABC):
     """What answers many requests answers one."""
 
-    def __reduce__(self) -> str:
+    def __reduce__(self) -> NoReturn:
         name = type(self).__name__
-        raise TypeError(f"{name}: can't be pickled or copied, it holds threads and memory; load one in each process")
+        raise TypeError(f"{name}: can't be pickled or copied; call {name}.load in every process that needs one")
 
     @abstractmethod
     def recommend_many(self, requests: Iterable[Request]) -> list[Ranking]:

@@ -106,7 +106,8 @@ class HeadScorer:
         tokens = self.catalogue.tokens
         wanted = F.normalize(tokens[int(query.window[0])].float(), dim=0)
         # a part at a time: a whole copy in fp32 may not fit
-        cosines = [F.normalize(part.float(), dim=1) @ wanted for part in tokens.split(WIDENED_AT_ONCE)]
+        parts = torch.split(tokens, WIDENED_AT_ONCE)
+        cosines = [F.normalize(part.float(), dim=1) @ wanted for part in parts]
         answerable = Answerable.build(self.catalogue.available, [query.excluded], [query.allowed])
         scores = answerable.hide(torch.cat(cosines)[None])
         values, rows = stable_top(scores, min(query.request.k, scores.shape[1]))

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -86,10 +86,6 @@ class GraphEngine(Recommends):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __reduce__(self) -> NoReturn:
-        name = type(self).__name__
-        raise TypeError(f"{name}: can't be pickled or copied; call {name}.load in every process that needs one")
 
     def close(self) -> None:
         """Gives the memory back; every later call raises EngineClosed."""
