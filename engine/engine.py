@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from speeder_engine.catalogue import Catalogue, ItemUpdate
 from speeder_engine.config import MAX_TITLE_TOKENS, MOST_ANSWER_IDS, EngineConfig
 from speeder_engine.device import pick_device, pick_dtype
-from speeder_engine.errors import ConfigError, DataError, EngineClosed, InvalidRequest, shown
+from speeder_engine.errors import ConfigError, DataError, DeadlineExceeded, EngineClosed, InvalidRequest, shown
 from speeder_engine.item import Item
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.parts import EngineParts
@@ -156,16 +156,10 @@ class Engine(Recommends):
         """
         timeout_ms = None if timeout_ms is None else _milliseconds(timeout_ms)
         waiting = self._enqueue(request, timeout_ms)
-        answer = asyncio.wrap_future(waiting.future)
-        answer.add_done_callback(_look_at)  # whoever is cancelled asks no more, and asyncio would complain
         try:
-            return await asyncio.wait_for(asyncio.shield(answer), None if timeout_ms is None else timeout_ms / 1e3)
-        except TimeoutError:
-            if timeout_ms is not None and waiting.future.cancel():
-                raise deadline_error(timeout_ms) from None
-            return await answer  # its step has begun
-        except asyncio.CancelledError:
-            waiting.future.cancel()
+            return await _answer(waiting, timeout_ms)
+        except DeadlineExceeded:
+            self._scheduler.count_expired()
             raise
 
     def generate(self, requests: Iterable[Request], max_tokens: int = MAX_TITLE_TOKENS) -> list[Generation]:
@@ -359,7 +353,8 @@ class Engine(Recommends):
         return EngineParts.load(out).revision
 
     def stats(self) -> EngineStats:
-        return self._now().stats(num_waiting=len(self._scheduler))
+        queue = self._scheduler
+        return self._now().stats(len(queue), queue.num_refused, queue.num_expired)
 
     def check_integrity(self) -> None:
         """Raises if the cache's books disagree; for tests and debugging."""
@@ -402,6 +397,21 @@ def _serving_of(engine: "weakref.ref[Engine]") -> Callable[[], Serving | None]:
         return held._serving if held is not None else None
 
     return current
+
+
+async def _answer(waiting: Waiting, timeout_ms: float | None) -> Ranking:
+    """Of a request in the queue. Raises DeadlineExceeded where its step has not begun in time."""
+    answer = asyncio.wrap_future(waiting.future)
+    answer.add_done_callback(_look_at)  # whoever is cancelled asks no more, and asyncio would complain
+    try:
+        return await asyncio.wait_for(asyncio.shield(answer), None if timeout_ms is None else timeout_ms / 1e3)
+    except TimeoutError:
+        if timeout_ms is not None and waiting.future.cancel():
+            raise deadline_error(timeout_ms) from None
+        return await answer  # its step has begun
+    except asyncio.CancelledError:
+        waiting.future.cancel()
+        raise
 
 
 def _close_queue(scheduler: Scheduler, process: int) -> None:

@@ -63,6 +63,8 @@ class Scheduler:
         self._waiting: list[Waiting] = []
         self._changed = threading.Condition()
         self._closed = False
+        self.num_refused = 0
+        self.num_expired = 0
 
     def __len__(self) -> int:
         return sum(not each.future.done() for each in self._waiting)
@@ -76,6 +78,7 @@ class Scheduler:
             if len(self._waiting) >= self.config.max_waiting:
                 self._waiting = [each for each in self._waiting if not each.is_gone()]
             if len(self._waiting) >= self.config.max_waiting:
+                self.num_refused += 1
                 raise QueueFull(
                     f"submit: {len(self._waiting)} requests are waiting, max_waiting is {self.config.max_waiting}; "
                     "try again later, or send the user elsewhere"
@@ -137,6 +140,10 @@ class Scheduler:
                 yield waiting
             if user is not None:
                 users.add(user)
+
+    def count_expired(self) -> None:
+        with self._changed:
+            self.num_expired += 1
 
     def close(self) -> None:
         """Whoever waits gets EngineClosed; `wait` ends. A second time is harmless."""

@@ -63,6 +63,8 @@ class EngineStats:
     blocks_restored: int  # from there
     blocks_copied: int  # of corrected pasts
     num_waiting: int  # submitted requests
+    num_refused: int  # with QueueFull, and
+    num_expired: int  # with DeadlineExceeded, both since the engine was made
     graphs_captured: int  # at warm-up, and never after
     graph_replays: int  # steps whose pass was one of them
     eager_steps: int  # steps whose pass was not; those without a row to compute are neither
@@ -255,7 +257,7 @@ class Serving:
         rows = named[self.scorer.may_answer(query, named)].tolist()
         return Generation(text, self.catalogue.ids(rows)[0] if rows else None, bool(rows))
 
-    def stats(self, num_waiting: int) -> EngineStats:
+    def stats(self, num_waiting: int, num_refused: int, num_expired: int) -> EngineStats:
         counts, size = self.cache.manager.stats(), self.cache.size
         return EngineStats(
             requests=self.num_requests,
@@ -273,6 +275,8 @@ class Serving:
             blocks_restored=counts["restores"],
             blocks_copied=counts["copies"],
             num_waiting=num_waiting,
+            num_refused=num_refused,
+            num_expired=num_expired,
             graphs_captured=self.graphs.captured,
             graph_replays=self.graphs.replays,
             eager_steps=self.eager_steps,

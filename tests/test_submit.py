@@ -139,6 +139,7 @@ def test_a_full_queue_refuses_at_once_and_loses_nothing(tiny):
         assert answers[0] == answers[2] == engine.recommend(["0001"])
         assert answers[3] == engine.recommend(["0002"])
         assert engine.stats().requests == 3 + 2
+        assert engine.stats().num_refused == 1
 
 
 def test_a_deadline_that_passes_while_waiting_is_an_error_of_its_own(tiny):
@@ -156,6 +157,7 @@ def test_a_deadline_that_passes_while_waiting_is_an_error_of_its_own(tiny):
 
         assert asyncio.run(ask()) == engine.recommend(["0002"])
         assert engine.stats().requests == 2
+        assert engine.stats().num_expired == 1
 
 
 def test_the_worker_drops_what_expired_before_it_came_to_it(tiny):
