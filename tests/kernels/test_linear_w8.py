@@ -104,9 +104,10 @@ def test_the_error_of_a_layer(kind, bound):
         assert (found - exact).norm() / exact.norm() < bound
 
 
-@pytest.mark.parametrize("compute", [linear_w8_ref, launch_linear_w8])
+@pytest.mark.parametrize("name", ["linear_w8_ref", "launch_linear_w8"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_loud_neighbour_changes_nothing(compute, kind):
+def test_a_loud_neighbour_changes_nothing(name, kind):
+    compute = globals()[name]  # looked up here: on_cuda.py replaces what the module holds when a test begins
     x, weight, bias = make_case(6, 64, 24, kind)
     before = compute(x, weight, bias, False, True)
     x[1] *= 1000
