@@ -124,15 +124,17 @@ class Serving:
         some = self.catalogue.item_ids[: min(len(self.catalogue), WARM_CANDIDATES)]
         trained = self.parts.config.heads
         heads: list[Head] = [head for head in ("retrieve", "rank") if head in trained.names]
-        requests = [Request([], candidates=some, head=head) for head in heads if some]
+        steps = [[Request([], candidates=some, head=head)] for head in heads if some]
         if trained.retrieve:
-            requests.insert(0, Request([], WARM_K))
+            alone = Request([], WARM_K)
+            # a search for many is cut otherwise than one for few, one with an allow list is another kernel
+            steps = [[alone], [alone] * self.config.max_batch_users, [Request([], WARM_K, allow=some)], *steps]
         counted = self.num_requests, self.num_steps, self.eager_steps, self.runner.rows_computed, self.graphs.replays
         again = self.scorer.searched_again
-        for request in requests:
-            self.step([self.resolve(request)])
+        for requests in steps:
+            self.step([self.resolve(request) for request in requests])
         if self.catalogue.coarse is not None:
-            query = self.resolve(requests[0])
+            query = self.resolve(steps[0][0])
             with self.forward([query]) as done:
                 self.scorer.search_exactly([query], [0], done.vectors)
         self.num_requests, self.num_steps, self.eager_steps, self.runner.rows_computed, self.graphs.replays = counted

@@ -12,5 +12,6 @@ Kernels import `triton` and `tl` from `language.py` and follow its rules: loads 
 (the interpreter computes nonsense in bf16), only `tl.dot` takes what is narrower; products of fp32 are asked for with
 `input_precision="ieee"`; offsets into tables and caches are int64; loops that a run-time value bounds are `while`
 loops (triton 3.6 interprets no other), whose counters begin at run-time values; integers that may be 1 are used in
-no way that a constant could not be, since Triton makes one of them. Public functions launch under `on(device)`.
+no way that a constant could not be, since Triton makes one of them; counts that differ from step to step stand in
+`do_not_specialize`, so that no request waits for a compiler. Public functions launch under `on(device)`.
 """

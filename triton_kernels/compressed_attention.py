@@ -251,7 +251,7 @@ def merge_spans(
     return acc, top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "table_width", "shared_len"])
 def _one_pass_kernel(
     q, k, v, k_cache, v_cache, k_scale, v_scale, out, sequence, local, visible, candidate, tables, shared,
     num_rows, table_width, shared_len, k_stride, v_stride, scale,
@@ -289,7 +289,7 @@ def _one_pass_kernel(
         tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "table_width", "shared_len", "num_shared"])
 def _span_kernel(
     q, k_cache, v_cache, k_scale, v_scale, partial, lse, sequence, local, visible, tables, shared,
     num_rows, table_width, shared_len, num_shared, scale,
@@ -330,7 +330,7 @@ def _span_kernel(
         tl.store(partial + at[:, None] * DIM + dim[None, :], acc / total[:, None], mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_shared", "num_spans"])
 def _merge_kernel(
     q, k, v, partial, lse, out, visible, candidate, num_rows, num_shared, num_spans, k_stride, v_stride, scale,
     NUM_KV: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_G: tl.constexpr,

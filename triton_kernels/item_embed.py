@@ -84,7 +84,7 @@ def _looked_up(tables: EmbedTables, rows: Tensor) -> Tensor:
     return (found * tables.item_scale[rows].unsqueeze(-1)).to(tables.prompts.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_items", "num_rows"])
 def _item_embed_kernel(
     items, item_scale, prompts, role, times, text, norm, item_rows, slots, buckets, candidate, tokens, out, normed,
     num_items, num_rows, size, eps, BLOCK: tl.constexpr,

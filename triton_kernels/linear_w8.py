@@ -143,7 +143,7 @@ def linear_options(num_rows: int, element_size: int) -> dict[str, int]:
     return {"BLOCK_ROWS": 128, "BLOCK_OUT": 64, "BLOCK_SIZE": 64, "num_warps": 8, "num_stages": 3}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _linear_w8_kernel(
     x, x_scales, weight, scales, bias, out, num_rows, width,
     SIZE: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr,

@@ -152,7 +152,7 @@ def expert_options(element_size: int) -> dict[str, int]:
     return {"BLOCK_ITEMS": 64, "BLOCK_OUT": 64, "BLOCK_SIZE": 64, "num_warps": 4, "num_stages": 3}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset"])
 def _norm_kernel(
     features, present, weight, bias, gate, normed, logits, offset, eps,
     WIDTH: tl.constexpr, WIDTHS: tl.constexpr, INDEX: tl.constexpr, MODALITIES: tl.constexpr, BLOCK: tl.constexpr,
@@ -179,7 +179,7 @@ def _normed(row, weight, bias, eps, column, valid, SIZE: tl.constexpr):
     return centred * deviation * scale + tl.load(bias + column, mask=valid, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_items"])
 def _up_kernel(
     normed, weight, bias, hidden, num_items, WIDTH: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_ITEMS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -192,7 +192,7 @@ def _up_kernel(
     tl.store(places, found.to(hidden.dtype.element_ty), mask=real[:, None] & made[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_items"])
 def _down_kernel(
     hidden, weight, bias, logits, present, shares, gate_bias, mixed, num_items, temperature,
     SIZE: tl.constexpr, INDEX: tl.constexpr, MODALITIES: tl.constexpr, WIDE: tl.constexpr,

@@ -158,7 +158,7 @@ def turn_key(
         store_heads(v_cache, v_scale, slot, first, second, head, half, inside, HEADS, DIM, LARGEST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_read", "num_mapped"])
 def _qk_norm_rope_store_kernel(
     q, k, v, cos, sin, k_cache, v_cache, k_scale, v_scale, slot_mapping, norm_q, norm_k, rows, q_out, k_out,
     num_read, num_mapped, q_stride, k_stride, v_stride, eps,

@@ -17,7 +17,8 @@ class Specimen:
     """One compilation. `arguments` names every argument of the kernel, in any order: a string is the type of a run-time
     argument (`"*bf16"`, `"i32"`, `"fp32"`), all else the value of a constexpr.
 
-    Pointers are 16-byte aligned, as torch's are; so are integers whose type ends in `:16`.
+    Pointers are 16-byte aligned, as torch's are; so are integers whose type ends in `:16`. All other integers differ
+    from launch to launch, and the kernel names them in `do_not_specialize`.
     """
 
     label: str  # of the shape: "7B bf16"

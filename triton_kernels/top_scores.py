@@ -128,8 +128,9 @@ def launch_top_scores(
     (num_users, size), num_items = vectors.shape, table.shape[0]
     length = min(k, num_items)
     _check(vectors, table, answerable, scales)
-    options = partial_options(length, num_items, num_users, table.element_size())
-    num_lists = triton.cdiv(num_items, options["TILES"] * options["BLOCK_ITEMS"])
+    options = partial_options(length, table.element_size())
+    tiles = tiles_of_program(num_items, num_users, options["BLOCK_ITEMS"])
+    num_lists = triton.cdiv(num_items, tiles * options["BLOCK_ITEMS"])
     lists = torch.empty(num_users, num_lists, options["K"], dtype=torch.int64, device=vectors.device)
     scores = torch.empty(num_users, length, dtype=torch.float32, device=vectors.device)
     rows = torch.empty(num_users, length, dtype=torch.int64, device=vectors.device)
@@ -140,7 +141,7 @@ def launch_top_scores(
     _partial_top_kernel[(num_lists * triton.cdiv(num_users, BLOCK_USERS),)](
         vectors, table, scales, prior.float().contiguous(), answerable.available,
         excluded.rows, excluded.starts, named.rows, named.starts, limited, lists,
-        num_users, num_items, num_lists,
+        num_users, num_items, num_lists, tiles,
         SIZE=size, SCALED=scales is not None, LIMITED=limited is not None, WIDE=interpreted(vectors), **options,
     )  # fmt: skip
     merge_lists(lists, scores, rows)
@@ -161,23 +162,28 @@ def _check(vectors: Tensor, table: Tensor, answerable: Answerable, scales: Tenso
     assert (answerable.allowed is None) == (answerable.limited is None)
 
 
-def partial_options(length: int, num_items: int, num_users: int, element_size: int) -> dict[str, int]:
-    """Block sizes for `length` answers out of elements of so many bytes. The part of a program is as large as leaves
-    enough programs; what it reads ahead shares the registers with its keys."""
+def partial_options(length: int, element_size: int) -> dict[str, int]:
+    """Block sizes for `length` answers out of elements of so many bytes. What is read ahead shares the registers with
+    the keys."""
     assert length <= MAX_K, f"{length} answers: {MAX_K} fit into registers"
     kept = max(16, next_power_of_2(length))
     block_items = max(128, kept)
-    tiles = num_items * triton.cdiv(num_users, BLOCK_USERS) // (block_items * PROGRAMS)
     return {
         "K": kept,
         "DEPTH": kept.bit_length() - 1,
-        "TILES": min(64, next_power_of_2(tiles + 1)),
         "BLOCK_USERS": BLOCK_USERS,
         "BLOCK_ITEMS": block_items,
-        "BLOCK_SIZE": max(16, min(64, 16384 // (element_size * kept))),
+        "BLOCK_SIZE": max(16, min(64, 16384 // (max(element_size, 2) * kept))),  # int8 is widened
         "num_warps": 8,
         "num_stages": 3,
     }
+
+
+def tiles_of_program(num_items: int, num_users: int, block_items: int) -> int:
+    """The part of a program is as large as leaves enough programs. No constant of the kernel: it hangs on how many ask,
+    and they must not wait for a compiler."""
+    tiles = num_items * triton.cdiv(num_users, BLOCK_USERS) // (block_items * PROGRAMS)
+    return min(64, next_power_of_2(tiles + 1))
 
 
 def merge_lists(lists: Tensor, scores: Tensor, rows: Tensor) -> None:
@@ -196,25 +202,28 @@ def merge_lists(lists: Tensor, scores: Tensor, rows: Tensor) -> None:
 
 
 def merge_options(kept: int, num_lists: int) -> dict[str, int]:
-    lists = min(MERGED_KEYS // kept, next_power_of_2(num_lists))
+    """A few lists or as many as fit: a size for every number of them would be a compilation for every batch."""
+    most = MERGED_KEYS // kept
+    few = min(most, max(16, kept // 2))  # PROGRAMS lists leave no more behind the first round
+    lists = few if num_lists <= few else most
     return {"K": kept, "DEPTH": kept.bit_length() - 1, "LISTS": lists, "FOLDS": lists.bit_length() - 1}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_users", "num_items", "num_lists", "tiles"])
 def _partial_top_kernel(
     vectors, table, scales, prior, available, excluded, excluded_starts, allowed, allowed_starts, limited, lists,
-    num_users, num_items, num_lists,
-    SIZE: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr, BLOCK_USERS: tl.constexpr,
-    BLOCK_ITEMS: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr, LIMITED: tl.constexpr,
-    WIDE: tl.constexpr,
+    num_users, num_items, num_lists, tiles,
+    SIZE: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr, BLOCK_USERS: tl.constexpr, BLOCK_ITEMS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr, LIMITED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The K largest keys of TILES tiles of items, for a block of users."""
+    """The K largest keys of `tiles` tiles of items, for a block of users."""
     user_blocks = tl.cdiv(num_users, BLOCK_USERS)
     # programs that read the same items stand side by side, so that they meet in the L2 cache
     number = tl.program_id(0) // user_blocks
     users = (tl.program_id(0) % user_blocks) * BLOCK_USERS + tl.arange(0, BLOCK_USERS)
     real = users < num_users
-    first = number * (TILES * BLOCK_ITEMS)
+    first = number * (tiles * BLOCK_ITEMS)
+    end = first + tiles * BLOCK_ITEMS
     at, stop = _list_from(excluded, excluded_starts, users, real, first)
     if LIMITED:
         is_limited = tl.load(limited + users, mask=real, other=0) != 0
@@ -222,7 +231,7 @@ def _partial_top_kernel(
     NOTHING: tl.constexpr = -(2**63)
     best = tl.full([BLOCK_USERS, K], NOTHING, tl.int64)
     worst = tl.full([BLOCK_USERS], NOTHING, tl.int64)
-    for _ in range(TILES):
+    while first < end:
         items = first + tl.arange(0, BLOCK_ITEMS)
         inside = items < num_items
         found = _products(vectors, table, users, real, first, inside, SIZE, BLOCK_SIZE, WIDE)
@@ -298,7 +307,7 @@ def answer_keys(scores, rows):
     return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - rows).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_lists", "num_merged", "k"])
 def _merge_lists_kernel(
     lists, merged, scores, rows, num_lists, num_merged, k,
     K: tl.constexpr, DEPTH: tl.constexpr, LISTS: tl.constexpr, FOLDS: tl.constexpr, LAST: tl.constexpr,
@@ -320,12 +329,12 @@ def _merge_lists_kernel(
 
 def _partial_specimen(label: str, kind: str, size: int, k: int, element_size: int) -> Specimen:
     int8 = element_size == 1
-    options = partial_options(k, 1_000_000, 64, element_size)
+    options = partial_options(k, element_size)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     pointers = {"vectors": kind, "table": "*i8" if int8 else kind, "scales": "*fp32", "prior": "*fp32"}
     pointers |= dict.fromkeys(("available", "limited"), "*i1") | {"lists": "*i64"}
     pointers |= dict.fromkeys(("excluded", "excluded_starts", "allowed", "allowed_starts"), "*i32")
-    numbers = dict.fromkeys(("num_users", "num_items", "num_lists"), "i32")
+    numbers = dict.fromkeys(("num_users", "num_items", "num_lists", "tiles"), "i32")
     flags = {"SIZE": size, "SCALED": int8, "LIMITED": True, "WIDE": False}
     return Specimen(label, _partial_top_kernel, {**pointers, **numbers, **flags, **options}, **launch)
 

@@ -142,7 +142,7 @@ def launch_exact_top(
     return scores, best
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kept"])
 def _exact_scores_kernel(
     vectors, table, prior, found, rows, keys, kept, width,
     SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,

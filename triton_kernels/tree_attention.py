@@ -134,7 +134,7 @@ def _path(queries: Tensor, k: Tensor, v: Tensor, paths: Tensor) -> tuple[Tensor,
     return top.flatten(1, 2), total.flatten(1, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "path_len", "num_shared", "num_spans"])
 def _tree_attention_kernel(
     q, k, v, partial, lse, out, visible, paths, num_rows, path_len, num_shared, num_spans, k_stride, v_stride, scale,
     NUM_KV: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_G: tl.constexpr,

@@ -33,6 +33,12 @@ def test_a_specimen_names_its_kernels_arguments():
         assert set(specimen.arguments) == set(specimen.kernel.arg_names), specimen.name
 
 
+def test_counts_that_differ_from_launch_to_launch_compile_nothing():
+    for specimen in all_specimens():
+        counts = {name for name, kind in specimen.arguments.items() if kind in ("i32", "i64")}
+        assert set(specimen.kernel.kwargs["do_not_specialize"] or ()) == counts, specimen.name
+
+
 def test_what_is_no_kernel_is_typed(files):
     for path in files:
         for node in functions(path, False):

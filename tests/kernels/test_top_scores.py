@@ -170,6 +170,25 @@ def test_any_shape(num_users, num_items, size, k, seed):
     assert_equal(launch_top_scores(*case, k), top_scores_ref(*case, k))
 
 
+def compiled(num_users, num_items, k):
+    """The constants of all merges of a search: one compilation each."""
+    block = module.partial_options(k, 2)["BLOCK_ITEMS"]
+    num_lists = triton.cdiv(num_items, block * module.tiles_of_program(num_items, num_users, block))
+    while True:
+        lists = module.merge_options(max(16, k), num_lists)["LISTS"]
+        num_lists = triton.cdiv(num_lists, lists)
+        yield lists, num_lists == 1
+        if num_lists == 1:
+            return
+
+
+@pytest.mark.parametrize("num_items", [300, 20_000, 100_000, 3_000_000])
+@pytest.mark.parametrize("k", [16, 64, 256])
+def test_a_search_for_few_and_one_for_many_compile_all_that_any_other_needs(num_items, k):
+    warm = {*compiled(1, num_items, k), *compiled(64, num_items, k)}
+    assert {each for users in range(1, 65) for each in compiled(users, num_items, k)} <= warm
+
+
 @triton.jit
 def one_tile_kernel(vectors, table, scores, first, SIZE: tl.constexpr):
     users, items = tl.arange(0, 16), tl.arange(0, 128)
