@@ -187,8 +187,9 @@ def _products(
         if WHOLE:
             total = tl.dot(left, right, total, out_dtype=tl.int32)
         elif NATIVE:
-            # 0: sums leave the matrix unit's short accumulator after every instruction
-            total = tl.dot(left, right, total, max_num_imprecise_acc=0)
+            # 32 columns are one instruction of Hopper's: sums leave its short accumulator after each. With 0 Triton
+            # takes older instructions, which multiply fp16
+            total = tl.dot(left, right, total, max_num_imprecise_acc=32)
         else:
             DOT: tl.constexpr = tl.float32 if WIDE else tl.float16 if ROWS else x.dtype.element_ty
             left = _decoded(left) if ROWS else left
