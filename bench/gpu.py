@@ -167,6 +167,8 @@ def table(found: dict[str, Any]) -> str:
                 for cell, width, digit in zip(cells, widths, digits, strict=True)
             ]
             lines.append(f"{name:40} {' '.join(shown)}")
+        if "graph_replays" in step:
+            lines.append(f"{step['graph_replays']:,} passes from graphs, {step['eager_steps']:,} launched one by one")
         for name, row in found["transformers"].get(shape, {}).items():
             lines.append(f"{'transformers, ' + name:61} {row['p50_ms']:8.3f} {row['p95_ms']:8.3f} {row['p99_ms']:8.3f}")
     lines += ["", *(f"FAILED {name}: {why}" for name, why in found["failed"].items())]

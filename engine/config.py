@@ -280,7 +280,7 @@ MOST_WAIT_MS = 3_600_000
 MOST_ROWS = 65_536
 ROW_TILE = 16  # rows of a pass are padded to it
 # steps of 16 where a pass is bound by launches and weights, then by a third or a half: at most a third is padding
-ROW_BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+ROW_BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,9 @@ def test_buckets_and_their_reads():
     assert make_buckets((16, 32, 256, 512), 200) == [Bucket(16, 16), Bucket(32, 32), Bucket(256, 64), Bucket(256, 256)]
     assert make_buckets((16, 32), 4096) == [Bucket(16, 16), Bucket(32, 32)]
     default = make_buckets(EngineConfig().row_buckets, 4096)
-    assert len(default) == 18
+    assert len(default) == 22
+    # 64 warm users with 20 candidates each
+    assert any(bucket.rows >= 64 * 21 for bucket in default)
     assert all(bucket.rows % ROW_TILE == bucket.reads % ROW_TILE == 0 for bucket in default)
     assert default == sorted(default)
 
