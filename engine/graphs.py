@@ -5,8 +5,10 @@ are written in place and never moved. All captures share one pool of memory: one
 read before the next.
 """
 
+import gc
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -47,9 +49,24 @@ class CudaCapture:
                     run()
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # an engine that reloads captures while its worker serves: what other threads do must not end a capture
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 run()
+            graph.replay()  # sends it to the device, which the first step would wait for
         return graph.replay
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection inside: what it frees on the device in the middle of a capture would end that."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def run_again(run: Callable[[], None]) -> Callable[[], None]:
@@ -117,11 +134,12 @@ class StepGraphs:
             return
         graphs = {}
         widest = self._outcome()
-        for bucket in track(self._buckets[::-1], "capturing CUDA graphs"):
-            buffers = StepBuffers(bucket, self._model.cache, self._layout, self._transfer)
-            scores = None if widest.scores is None else widest.scores[: bucket.reads]
-            graphs[bucket] = StepGraph(buffers, self._model, Outcome(widest.vectors, scores), self._capture)
-            self.captured += 1
+        with uncollected():
+            for bucket in track(self._buckets[::-1], "capturing CUDA graphs"):
+                buffers = StepBuffers(bucket, self._model.cache, self._layout, self._transfer)
+                scores = None if widest.scores is None else widest.scores[: bucket.reads]
+                graphs[bucket] = StepGraph(buffers, self._model, Outcome(widest.vectors, scores), self._capture)
+                self.captured += 1
         self._graphs = graphs
 
     def _outcome(self) -> Outcome:

@@ -4,7 +4,9 @@ import gc
 import sys
 import tracemalloc
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ import torch
 from reference import make_tiny, make_titled
 
 from speeder_engine import ConfigError, Engine, EngineConfig, Item, Request
+from speeder_engine import serving as serving_module
 from speeder_engine.batch import ROW_TILE
 from speeder_engine.config import CalendarConfig
+from speeder_engine.graphs import CudaCapture
 from speeder_engine.step_buffers import Bucket, make_buckets
 from speeder_engine.transfer import Transfer
 
@@ -256,6 +260,50 @@ def test_graphs_are_for_gpus_unless_asked_for(tiny):
     engine = eager(tiny)
     engine.warm_up()
     assert engine.stats() == Engine(tiny.parts(), EngineConfig(**SETTINGS)).stats()
+
+
+class FakeGraph:
+    """What CudaCapture asks of torch.cuda, in the order in which it asks."""
+
+    def __init__(self):
+        self.calls = []
+
+    def patch(self, monkeypatch):
+        @contextmanager
+        def graph(graph, pool, stream, capture_error_mode="global"):
+            self.calls.append(f"begin {capture_error_mode}")
+            yield
+            self.calls.append("end")
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        nothing = {name: lambda *args: nullcontext() for name in ("device", "stream")}
+        fakes = {"Stream": lambda device: stream, "current_stream": lambda: stream, "graph_pool_handle": lambda: None}
+        fakes |= {"CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.calls.append("replay")), "graph": graph}
+        for name, fake in (nothing | fakes).items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_a_capture_minds_its_own_thread_alone_and_is_replayed_once(monkeypatch):
+    cuda = FakeGraph()
+    cuda.patch(monkeypatch)
+    replay = CudaCapture(torch.device("cuda"))(lambda: cuda.calls.append("run"))
+    assert cuda.calls == ["run", "run", "begin thread_local", "run", "end", "replay"]
+    replay()
+    assert cuda.calls[-2:] == ["replay", "replay"]
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_nothing_is_collected_while_graphs_are_captured(tiny, monkeypatch, was_enabled):
+    seen = []
+    monkeypatch.setattr(serving_module, "pick_capture", lambda *_: lambda run: seen.append(gc.isenabled()) or run)
+    try:
+        if not was_enabled:
+            gc.disable()
+        captured(tiny, row_buckets=(16, 32))
+        assert gc.isenabled() == was_enabled
+    finally:
+        gc.enable()
+    assert seen == [False, False]
 
 
 def test_the_warm_up_freezes_what_stands(tiny):
