@@ -70,7 +70,11 @@ class Transfer:
             self.arena[part].copy_(self.host[part], non_blocking=True)
             self._sent = self._used
             if self._leaving is not None:
-                self._leaving.record()
+                self._record(self._leaving)
+
+    def _record(self, event: torch.cuda.Event) -> None:
+        # `record()` alone takes the stream of the device that is current, which need not be this one
+        event.record(torch.cuda.current_stream(self.device))
 
     def fetch(self, tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
         """The tensors on the host, waited for: the step's one synchronisation. Read before the next `fetch`."""
@@ -83,7 +87,7 @@ class Transfer:
             self._answers = torch.zeros(2 * flat.shape[0], dtype=torch.uint8, pin_memory=True)
         answers = self._answers[: flat.shape[0]]
         answers.copy_(flat, non_blocking=True)
-        self._arrived.record()
+        self._record(self._arrived)
         self._arrived.synchronize()
         sizes = [tensor.numel() * tensor.itemsize for tensor in tensors]
         parts = np.split(answers.numpy(), np.cumsum(sizes)[:-1])

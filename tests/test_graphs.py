@@ -6,6 +6,7 @@ import tracemalloc
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -304,6 +305,24 @@ def test_nothing_is_collected_while_graphs_are_captured(tiny, monkeypatch, was_e
     finally:
         gc.enable()
     assert seen == [False, False]
+
+
+def test_events_stand_on_the_stream_of_their_own_device(monkeypatch):
+    transfer, stood = Transfer(torch.device("cpu"), 64), []
+    event = SimpleNamespace(record=stood.append, synchronize=lambda: None)
+    monkeypatch.setattr(transfer, "_leaving", event)
+    monkeypatch.setattr(transfer, "_arrived", event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
+    monkeypatch.setattr(torch, "zeros", partial(zeros_without_pinning, torch.zeros))
+    transfer.begin()
+    sent = transfer.put(np.arange(5))
+    transfer.send()
+    assert transfer.fetch([sent])[0].tolist() == [0, 1, 2, 3, 4]
+    assert stood == [transfer.device, transfer.device]
+
+
+def zeros_without_pinning(zeros, *size, pin_memory=False, **options):
+    return zeros(*size, **options)
 
 
 def test_the_warm_up_freezes_what_stands(tiny):
