@@ -126,6 +126,16 @@ def test_8_bits_answer_alike_in_graphs_warm_cold_packed_and_on_the_cpu(tiny, kin
 
 
 @by_kind
+def test_8_bits_of_a_bf16_engine_answer_alike(tiny, kind):
+    """As engines are run: other kernels than in fp32, in blocks of other sizes."""
+    settings, rng = {"dtype": "bfloat16", **in_8_bits(kind)}, np.random.default_rng(8)
+    graphs, eager = made(tiny, **settings), made(tiny, graphs="off", **settings)
+    wide, cold = made(tiny, **in_8_bits(kind)), made(tiny, kv_budget="0", **settings)
+    bound = BOUND["bfloat16"] + TURNED[kind]
+    assert_all_alike(tiny, rng, bound, graphs, eager, cold, wide)
+
+
+@by_kind
 def test_int8_and_fp8_weights_equal_transformers_with_the_same(kind, monkeypatch):
     """Rows as they come, so that fp32 decides."""
     monkeypatch.setattr(linear, "multiplies_fp8", lambda device: False)
