@@ -32,6 +32,7 @@ from speeder_engine.triton_kernels.top_scores_two_stage import CoarseTable
 ITEMS_FILE = "items.parquet"
 TOKENS_FILE = "item_tokens.safetensors"
 MOST_PRIOR = 1e30  # times a learned beta it is still a number of fp32
+SEARCHED_STEP = 1024  # rows
 Rows = NDArray[np.int32]
 
 
@@ -139,6 +140,12 @@ class Catalogue:
         self._removed: set[str] = set()
         self._changes = 0
         self._listed = 0, table.item_ids  # after how many changes
+
+    @property
+    def searched_rows(self) -> int:
+        """How many rows hold all items: a search leaves most of the room for new ones out. By the thousand, since a
+        matrix library may sum the last few rows in another order, and a score must not change with the next upsert."""
+        return min(self.capacity, -(-self.num_rows // SEARCHED_STEP) * SEARCHED_STEP)
 
     @property
     def item_ids(self) -> tuple[str, ...]:

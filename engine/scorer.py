@@ -143,22 +143,23 @@ class HeadScorer:
         chosen = None if [*members] == [*range(len(members))] else self.transfer.put(np.array(members))
         self.transfer.send()
         vectors = vectors[: len(members)] if chosen is None else vectors[chosen]
-        prior = self.model.retrieve.beta * self.catalogue.prior
-        deepest = max(query.request.k for query in queries)
-        tokens, coarse = self.catalogue.tokens, self.catalogue.coarse
+        num_items, deepest = self.catalogue.searched_rows, max(query.request.k for query in queries)
+        prior = self.model.retrieve.beta * self.catalogue.prior[:num_items]
+        tokens, coarse = self.catalogue.tokens[:num_items], self.catalogue.coarse
         if coarse is None or exact or deepest > TWO_STAGE_K:
             found = search_catalogue(vectors, tokens, prior, answerable, deepest, self.kernels)
             return *found, _nothing(vectors)
-        return top_scores_two_stage(vectors, tokens, prior, answerable, deepest, coarse, MAX_K)
+        return top_scores_two_stage(vectors, tokens, prior, answerable, deepest, coarse.first(num_items), MAX_K)
 
     def _answerable(self, queries: Sequence[Query]) -> Answerable:
-        """Of the whole catalogue; on the device once it is sent."""
+        """Of all items; on the device once it is sent."""
+        available = self.catalogue.available[: self.catalogue.searched_rows]
         excluded = self._lists([query.excluded for query in queries])
         limited = np.array([query.allowed is not None for query in queries])
         if not limited.any():
-            return Answerable(self.catalogue.available, excluded)
+            return Answerable(available, excluded)
         allowed = self._lists([query.excluded[:0] if query.allowed is None else query.allowed for query in queries])
-        return Answerable(self.catalogue.available, excluded, allowed, self.transfer.put(limited))
+        return Answerable(available, excluded, allowed, self.transfer.put(limited))
 
     def _lists(self, lists: Sequence[Rows]) -> RowLists:
         starts = np.zeros(len(lists) + 1, np.int32)

@@ -117,6 +117,22 @@ def test_upserts_keep_the_copy_true(tiny):
     assert pointers == [tensor.data_ptr() for tensor in (kept.values, kept.scales, coarse.worst_error)]
 
 
+@pytest.mark.parametrize("settings", [{}, {"search": "exact"}, {"search": "exact", "cpu_path": "auto"}])
+def test_a_search_leaves_the_room_for_new_items_out_and_finds_them_all(settings):
+    """Items beside the border of what is searched too; nothing changes for those that were there."""
+    nearly, vectors = make_tiny(1020, window=12, step=4), np.random.default_rng(3).normal(size=(10, 8)).tolist()
+    engine = made(nearly, catalogue_capacity=5000, **settings)
+    history = nearly.ids(range(3))
+    before = engine.recommend(history, 2000)
+    assert engine.catalogue.searched_rows == 1024
+    engine.upsert([Item(f"new {i}", vectors={"text": each}) for i, each in enumerate(vectors)])
+    after = engine.recommend(history, 2000)
+    assert engine.catalogue.searched_rows == 2048
+    assert {f"new {i}" for i in range(10)} == set(after.items) - set(before.items)
+    old = dict(after)
+    assert [(item_id, old[item_id]) for item_id in before.items] == list(before)
+
+
 def test_a_refused_upsert_leaves_the_copy_alone(tiny):
     engine = made(tiny, catalogue_capacity=NUM_ITEMS)
     coarse = engine.catalogue.coarse

@@ -9,7 +9,7 @@ score_bi <= c + e_b with e_b = |u_b| max_i |z_i - P z'_i| + rounding. So the ans
 k-th score is above c + e_b: `certain` says of which users that is known.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,11 @@ class CoarseTable:
         for rows in torch.arange(num_items, device=device).split(ROUNDED_AT_ONCE):
             made.put(rows, table[rows])
         return made
+
+    def first(self, num_items: int) -> "CoarseTable":
+        """Of the first items alone; a view."""
+        tokens = W8Weight(self.tokens.values[:num_items], self.tokens.scales[:num_items])
+        return replace(self, tokens=tokens)
 
     def put(self, rows: Tensor, table: Tensor) -> None:
         """Rows int64 [n] become those of table [n, d], in place. What bounds the distance from the items never shrinks,
