@@ -56,6 +56,11 @@ class OnnxConfig(Config):
         return DTYPES[self.dtype]
 
     @property
+    def has_instruction(self) -> bool:
+        """Whether INSTRUCTION_FILE is a part of the export."""
+        return self.flavour == "ort" and "extend" in self.graphs
+
+    @property
     def has_attention_operator(self) -> bool:
         return self.opset >= 23
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from speeder_engine.artifact import read_artifact
 from speeder_engine.catalogue import ItemTable
@@ -14,7 +16,7 @@ from speeder_engine.export.engine_settings import read_path, read_whole
 from speeder_engine.export.graph_engine import GraphEngine
 from speeder_engine.export.onnx_check import check_graph
 from speeder_engine.export.onnx_config import INSTRUCTION_FILE, ONNX, OnnxConfig
-from speeder_engine.export.onnx_session import GraphSession
+from speeder_engine.export.onnx_session import Array, GraphSession
 
 MOST_THREADS = 1024  # of one run; more are a slip
 
@@ -40,12 +42,25 @@ class OnnxFiles:
         except (ConfigError, KeyError) as error:
             raise ArtifactError(f"{path / ONNX.manifest}: settings that fit no export: {error}; {ONNX.again}") from None
         artifact.file("items.parquet")
+        if config.has_instruction:
+            artifact.file(INSTRUCTION_FILE)
         for name in config.graphs:
             check_graph(artifact.file(f"{name}.onnx"), config.flavour)
         return cls(path, config, model, ItemTable.load(path), revision)
 
     def graph(self, name: str) -> Path:
         return self.path / f"{name}.onnx"
+
+    def read_instruction(self) -> dict[str, Array]:
+        """What a new user's keys and values begin with, by the inputs' names; empty for graphs that need none. Read
+        once: while an engine runs, another export may take this one's place."""
+        if not self.config.has_instruction:
+            return {}
+        path = self.path / INSTRUCTION_FILE
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{path}: can't be read: {error}; {ONNX.again}") from error
 
 
 class OnnxEngine(GraphEngine):
@@ -57,9 +72,10 @@ class OnnxEngine(GraphEngine):
             raise ConfigError("provider: TensorRT knows no GroupQueryAttention; export with --flavour standard")
         if provider == "cpu" and config.dtype == "bfloat16":
             raise ConfigError("provider: ONNX Runtime has no bfloat16 on the CPU; export float32 or choose 'cuda'")
-        self.provider, self._folder = provider, files.path
+        self.provider = provider
         sessions = {name: GraphSession(files.graph(name), provider, threads) for name in config.graphs}
         super().__init__(files, sessions, kv_budget)
+        self._instruction = files.read_instruction() if self._has_sessions else {}
 
     @classmethod
     def load(cls, path: str | Path, provider: str = "cpu", kv_budget: str = "1GiB", threads: int = 0) -> "OnnxEngine":
@@ -77,13 +93,10 @@ class OnnxEngine(GraphEngine):
 
     def _new_buffers(self) -> list[Any]:
         """Keys and values of a whole window, behind the instruction's, on the device."""
-        from safetensors.numpy import load_file
-
-        instruction = load_file(self._folder / INSTRUCTION_FILE)
         heads, size = self._kv_shape
         session, buffers = self._session("extend"), []
         for name in self._past:
-            first = instruction[name]
+            first = self._instruction[name]
             buffer = np.zeros((1, heads, first.shape[2] + self.layout.config.window, size), first.dtype)
             buffer[:, :, : first.shape[2]] = first
             buffers.append(session.to_device(buffer))

@@ -44,7 +44,7 @@ def export_onnx(engine: Path, out: Path, config: OnnxConfig, parity_users: int =
 
     def fill(folder: Path) -> dict[str, Any]:
         written = _write_graphs(parts, config, folder)
-        if config.flavour == "ort" and "extend" in config.graphs:
+        if config.has_instruction:
             _write_instruction(parts, config, folder)
         parts.catalogue.table().save(folder)
         parity: dict[str, Parity] = {}

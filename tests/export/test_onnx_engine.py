@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+import shutil
 import threading
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from speeder_engine import (
     ArtifactError,
@@ -335,6 +337,30 @@ def test_a_closed_engine_says_so(compress):
         with pytest.raises(EngineClosed):
             call()
     onnx.close()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_an_export_may_go_or_be_replaced_while_an_engine_runs(ort, tmp_path, replaced):
+    """New users begin with the instruction of the export that was loaded."""
+    path = shutil.copytree(ort.path, tmp_path / "export")
+    onnx, items = OnnxEngine.load(path), ["0003", "0004"]
+    expected = onnx.recommend(items, user_id="early")
+    if replaced:
+        tensors = load_file(path / "instruction.safetensors")
+        save_file({name: value + 1 for name, value in tensors.items()}, path / "instruction.safetensors")
+    else:
+        shutil.rmtree(path)
+    assert onnx.recommend(items, user_id="late") == expected
+
+
+@pytest.mark.parametrize("meddle", [lambda path: path.unlink(), lambda path: path.write_bytes(b"no tensors")])
+def test_an_instruction_that_cannot_be_read(ort, tmp_path, meddle):
+    """Verified, and gone or altered before it was read."""
+    files = OnnxFiles.load(shutil.copytree(ort.path, tmp_path / "export"))
+    meddle(files.path / "instruction.safetensors")
+    with pytest.raises(ArtifactError, match=r"instruction\.safetensors: can't be read: .*; export it again") as caught:
+        OnnxEngine(files)
+    assert "\n" not in str(caught.value)
 
 
 def test_users_are_forgotten_by_bytes_and_by_content():
