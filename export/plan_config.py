@@ -8,7 +8,7 @@ items.parquet          item id <-> row, titles, availability, prior
 from dataclasses import dataclass, field
 
 from speeder_engine.artifact import Kind
-from speeder_engine.config import Config, ModelConfig, check
+from speeder_engine.config import MOST_INT32, Config, ModelConfig, check
 from speeder_engine.export.onnx_config import GRAPHS, OnnxConfig, check_chosen
 
 PLANS = Kind("speeder-tensorrt", 1, "export.json", "TensorRT export", "`speeder export tensorrt ENGINE OUT`")
@@ -49,8 +49,9 @@ class PlanConfig(Config):
             chosen = getattr(self, name)
             if name == "history" and not chosen:
                 continue
-            right = len(chosen) == 2 and 1 <= chosen[0] <= chosen[1]
-            check(right, f"{name}: expected TYPICAL,MOST with 1 <= TYPICAL <= MOST, got {','.join(map(str, chosen))}")
+            right = len(chosen) == 2 and 1 <= chosen[0] <= chosen[1] <= MOST_INT32
+            wanted = f"TYPICAL,MOST with 1 <= TYPICAL <= MOST <= {MOST_INT32}"
+            check(right, f"{name}: expected {wanted}, got {','.join(map(str, chosen))}")
         check(self.k[1] <= MOST_K, f"k: TensorRT finds at most {MOST_K} of the best, got {self.k[1]}")
 
     def _check_chips(self) -> None:

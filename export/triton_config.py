@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from speeder_engine.artifact import Kind
-from speeder_engine.config import Config, check
+from speeder_engine.config import MOST_INT32, Config, check
 from speeder_engine.export.graph_spec import GraphSpec
 from speeder_engine.export.onnx_config import check_chosen
 from speeder_engine.export.plan_config import MOST_K, PlanConfig, Range
@@ -58,9 +58,10 @@ class TritonConfig(Config):
         check(runs, f"dtype: Triton's ONNX Runtime knows no {self.dtype}; choose float16, or backend tensorrt")
         found = self.backend != "tensorrt" or self.k <= MOST_K
         check(found, f"k: TensorRT finds at most {MOST_K} of the best, got {self.k}")
-        for name in ("k", "queue_size", "queue_ms", "max_sessions", "session_idle_s"):
-            check(getattr(self, name) > 0, f"{name}: must be positive, is {getattr(self, name)}")
-        check(self.batch_wait_us >= 0, f"batch_wait_us: must not be negative, is {self.batch_wait_us}")
+        # Triton reads most of them as numbers of 32 bits
+        for name in ("k", "queue_size", "queue_ms", "batch_wait_us", "max_sessions", "session_idle_s"):
+            least, value = int(name != "batch_wait_us"), getattr(self, name)
+            check(least <= value <= MOST_INT32, f"{name}: must be within {least}..{MOST_INT32}, is {value}")
         self.plans  # noqa: B018  the ranges and the type are checked there
 
     @property

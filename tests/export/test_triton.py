@@ -11,6 +11,7 @@ import onnx
 import pytest
 from fake_tensorrt import FakeBuilder, FakeEngine, small_parts
 from fake_triton import FakeTriton, Refused, Tensor, ids, load_step, named, read_config
+from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as schema
 
 from speeder_engine import Engine
@@ -18,7 +19,7 @@ from speeder_engine.artifact import read_artifact
 from speeder_engine.config import CalendarConfig
 from speeder_engine.errors import ArtifactError, ConfigError
 from speeder_engine.export import triton_server
-from speeder_engine.export.triton_config import SERVED, TRITON, TritonConfig, render
+from speeder_engine.export.triton_config import SERVED, TRITON, TritonConfig, queueing, render
 from speeder_engine.export.triton_server import export_triton
 
 CONFIG = TritonConfig(k=20, candidates=(20, 40), excluded=(16, 64), batch=(2, 4))
@@ -307,6 +308,15 @@ def test_what_does_not_fit_together_is_refused(step, inputs, message):
         step(**given | {"times": np.array(given["times"], np.float64)})
 
 
+def test_the_largest_settings_are_ones_that_triton_reads():
+    most = 2**31 - 1
+    names = ("queue_size", "queue_ms", "batch_wait_us", "max_sessions", "session_idle_s")
+    config = TritonConfig(batch=(8, most), **dict.fromkeys(names, most))
+    parsed = text_format.Parse(render({"max_batch_size": most, **queueing(config)}), schema.ModelConfig())
+    assert parsed.max_batch_size == most
+    assert parsed.dynamic_batching.default_queue_policy.default_timeout_microseconds == 1000 * most
+
+
 def test_text_is_escaped():
     text = render({"name": 'a "b"\n☕', "dims": [1, -1], "flag": True, "step": [{"x": 1}, {"x": 2}]})
     assert text.splitlines()[0] == 'name: "a \\"b\\"\\n\\u2615"'
@@ -325,8 +335,18 @@ def test_text_is_escaped():
         ({"graphs": ("recommend", "recommend")}, "graphs: one is named twice; name each once"),
         ({"batch": (8, 4)}, "batch: expected TYPICAL,MOST"),
         ({"k": 4000, "backend": "tensorrt"}, "k: TensorRT finds at most 3840"),
-        ({"k": 0}, "k: must be positive"),
-        ({"queue_size": 0}, "queue_size: must be positive"),
+        ({"k": 0}, r"k: must be within 1\.\.2147483647, is 0"),
+        ({"k": 2**31}, "k: must be within"),
+        ({"queue_size": 0}, "queue_size: must be within"),
+        ({"queue_size": 2**32}, "queue_size: must be within"),
+        ({"queue_ms": 10**18}, "queue_ms: must be within"),
+        ({"max_sessions": 2**31}, "max_sessions: must be within"),
+        ({"session_idle_s": -1}, "session_idle_s: must be within"),
+        ({"batch_wait_us": -1}, r"batch_wait_us: must be within 0\.\.2147483647, is -1"),
+        (
+            {"batch": (8, 2**31)},
+            "batch: expected TYPICAL,MOST with 1 <= TYPICAL <= MOST <= 2147483647, got 8,2147483648",
+        ),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
