@@ -73,30 +73,35 @@ class HeadScorer:
 
         Everything is launched, then fetched at once, then cut into answers. Searches that were not certain follow.
         """
-        searches = [b for b, query in enumerate(queries) if query.candidates is None]
+        searching = [b for b, query in enumerate(queries) if query.candidates is None]
+        # what is too deep for two stages is searched exactly, like what they leave uncertain: by itself, so that
+        # nobody's answer depends on how many items another asks for
+        searches = [b for b in searching if not self._is_deep(queries[b])]
         # most models have none, and no request should pay for it
-        following = [queries[b].followers for b in searches if queries[b].following is not None]
+        following = [queries[b].followers for b in searching if queries[b].following is not None]
         retrieved = [b for b, query in enumerate(queries) if query.head == "retrieve" and query.candidates is not None]
         titled = [b for b, query in enumerate(queries) if query.trie is not None]
         ranked = [b for b, query in enumerate(queries) if query.num_ranked]
         launched = (
             *self._search([queries[b] for b in searches], searches, vectors),
-            self._retrieve(following, searches if following else (), vectors),
+            self._retrieve(following, searching if following else (), vectors),
             self._retrieve([_named(queries[b]) for b in retrieved], retrieved, vectors),
             self._titles([queries[b] for b in titled], title_hidden),
             rank_scores if rank_scores is not None and ranked else _nothing(vectors),
         )
         top, rows, certain, by_follower, by_retrieve, by_title, by_rank = self.transfer.fetch(launched)
         unsure = [b for b, sure in zip(searches, certain, strict=False) if not sure]
-        followed = dict(zip(searches, _parts(following, by_follower), strict=False))
+        self.searched_again += len(unsure)
+        followed = dict(zip(searching, _parts(following, by_follower), strict=False))
         found = {b: _search_answer(queries[b], top[i], rows[i], followed.get(b)) for i, b in enumerate(searches)}
         for members, scores in ((retrieved, by_retrieve), (titled, by_title)):
             parts = _parts([_named(queries[b]) for b in members], scores)
             found |= {b: _best(queries[b], part) for b, part in zip(members, parts, strict=True)}
         found |= {b: _best(queries[b], by_rank[candidate_reads[b]]) for b in ranked}
         # what was fetched is overwritten by the next fetch
-        again = {b: followed[b].copy() for b in unsure if b in followed}
-        for b, (best, best_rows) in self.search_exactly(queries, unsure, vectors).items():
+        exactly = [b for b in searching if b not in found or b in unsure]
+        again = {b: followed[b].copy() for b in exactly if b in followed}
+        for b, (best, best_rows) in self.search_exactly(queries, exactly, vectors).items():
             found[b] = _search_answer(queries[b], best, best_rows, again.get(b))
         return [found[b] for b in range(len(queries))]
 
@@ -127,7 +132,6 @@ class HeadScorer:
         once more."""
         if not members:
             return {}
-        self.searched_again += len(members)
         asked = [queries[b] for b in members]
         top, rows, _ = self.transfer.fetch(self._search(asked, members, vectors, exact=True))
         return {b: (top[i], rows[i]) for i, b in enumerate(members)}
@@ -139,17 +143,23 @@ class HeadScorer:
         if not queries:
             return _nothing(vectors), _nothing(vectors), _nothing(vectors)
         answerable = self._answerable(queries)
+        coarse = None if exact else self.catalogue.coarse
+        places = np.array([query.request.k for query in queries]) - 1
+        last = None if coarse is None else self.transfer.put(places.clip(max=self.catalogue.searched_rows - 1))
         # most often everybody searches
         chosen = None if [*members] == [*range(len(members))] else self.transfer.put(np.array(members))
         self.transfer.send()
         vectors = vectors[: len(members)] if chosen is None else vectors[chosen]
         num_items, deepest = self.catalogue.searched_rows, max(query.request.k for query in queries)
         prior = self.model.retrieve.beta * self.catalogue.prior[:num_items]
-        tokens, coarse = self.catalogue.tokens[:num_items], self.catalogue.coarse
-        if coarse is None or exact or deepest > TWO_STAGE_K:
+        tokens = self.catalogue.tokens[:num_items]
+        if coarse is None:
             found = search_catalogue(vectors, tokens, prior, answerable, deepest, self.kernels)
             return *found, _nothing(vectors)
-        return top_scores_two_stage(vectors, tokens, prior, answerable, deepest, coarse.first(num_items), MAX_K)
+        return top_scores_two_stage(vectors, tokens, prior, answerable, deepest, coarse.first(num_items), MAX_K, last)
+
+    def _is_deep(self, query: Query) -> bool:
+        return self.catalogue.coarse is not None and query.request.k > TWO_STAGE_K
 
     def _answerable(self, queries: Sequence[Query]) -> Answerable:
         """Of all items; on the device once it is sent."""

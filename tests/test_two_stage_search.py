@@ -63,6 +63,20 @@ def test_answers_are_those_of_the_exact_search(tiny, graphs, error):
     assert theirs.stats().searched_again == 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nobodys_answer_depends_on_how_many_another_asks_for(tiny, dtype):
+    engine, exact = made(tiny, dtype=dtype, kv_budget="0"), made(tiny, dtype=dtype, kv_budget="0", search="exact")
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        request = Request(tiny.ids(rng.integers(0, NUM_ITEMS, 6)), 10)
+        alone = engine.recommend_many([request])
+        for k in (1, 60, 100, 400):
+            company = Request(tiny.ids(rng.integers(0, NUM_ITEMS, 4)), k)
+            assert engine.recommend_many([request, company])[:1] == alone
+        assert_alike(alone, exact.recommend_many([request]))
+    assert engine.stats().searched_again < 50
+
+
 def test_only_who_is_not_certain_is_searched_again(tiny):
     """Somebody with more equal items before all others than the first stage hands on, beside one who denies them."""
     engine, exact = made(tiny), made(tiny, search="exact")

@@ -83,10 +83,12 @@ def top_scores_two_stage(
     k: int,
     coarse: CoarseTable,
     candidates: int | None = None,
+    last: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `top_scores` of vectors [B, d] and table [I, d] of the same dtype; `candidates` (4 k) reach the second pass.
 
-    Returns scores and rows [B, k'] and certain bool [B].
+    last: int64 [B], which place is each user's last, if not k' - 1.
+    Returns scores and rows [B, k'] and certain bool [B]: up to that place.
     """
     length = min(k, table.shape[0])
     kept = min(max(4 * k if candidates is None else candidates, k), table.shape[0])
@@ -99,7 +101,8 @@ def top_scores_two_stage(
         scores, best = exact_top_ref(vectors, table, prior, found, rows, length)
     if kept == table.shape[0]:
         return scores, best, torch.ones(scores.shape[0], dtype=torch.bool, device=scores.device)
-    return scores, best, _certain(vectors, projected, coarse, found[:, -1], scores[:, -1])
+    lowest = scores[:, -1] if last is None else scores.gather(1, last.unsqueeze(1))[:, 0]
+    return scores, best, _certain(vectors, projected, coarse, found[:, -1], lowest)
 
 
 def _certain(vectors: Tensor, projected: Tensor, coarse: CoarseTable, smallest: Tensor, last: Tensor) -> Tensor:
