@@ -9,7 +9,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +30,11 @@ class Kind:
     manifest: str
     noun: str
     export: str
+    verb: str = "export it"
 
     @property
     def again(self) -> str:
-        return f"export it again: {self.export}"
+        return f"{self.verb} again: {self.export}"
 
 
 ENGINE = Kind("speeder-engine", 1, "engine.json", "engine directory", "`speeder export engine CHECKPOINT OUT`")
@@ -86,29 +87,50 @@ def write_artifact(out: Path, fill: Callable[[Path], dict[str, Any]], kind: Kind
         fields = fill(folder)
         if taken := RESERVED.intersection(fields):
             raise ValueError(f"{kind.manifest} fields {sorted(taken)} are the container's own")
-        names = _names(folder, kind.noun)
-        if kind.manifest in names:
-            raise ValueError(f"{kind.manifest} is written by the container")
-        hashes = _hashes(folder, names)
-        files = {name: {"size": (folder / name).stat().st_size, "sha256": hashes[name]} for name in names}
-        manifest = {"format": kind.format, "format_version": kind.version, **fields, "files": files}
-        (folder / kind.manifest).write_bytes(_render({**manifest, "digest": _digest(manifest)}))
+        seal(folder, fields, kind)
         # filling takes minutes: somebody may have put something there in the meantime
         _check_replaceable(out, kind)
+
+
+def seal(folder: Path, fields: Mapping[str, Any], kind: Kind, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Writes the manifest of a filled folder: `fields`, size and hash of every file, and the digest; returns the files.
+
+    `known`: entries of files that were hashed before and are not read again.
+    """
+    names = _names(folder, kind.noun)
+    if kind.manifest in names:
+        raise ValueError(f"{kind.manifest} is written by the container")
+    files = {name: entry for name, entry in (known or {}).items() if name in names}
+    for name, found in _hashes(folder, [name for name in names if name not in files]).items():
+        files[name] = {"size": (folder / name).stat().st_size, "sha256": found}
+    files = {name: files[name] for name in names}
+    manifest = {"format": kind.format, "format_version": kind.version, **fields, "files": files}
+    (folder / kind.manifest).write_bytes(_render({**manifest, "digest": _digest(manifest)}))
+    return files
 
 
 def read_artifact(path: Path, kind: Kind = ENGINE) -> Artifact:
     """Verifies the directory: every listed file there, of its size and hash, and nothing else; else ArtifactError."""
     try:
-        manifest = _read_manifest(path, kind)
-        _check_files(path, manifest["files"], kind)
+        manifest, content = _read_manifest(path, kind)
+        check_seal(path, manifest, content, kind)
     except OSError as error:
         where = error.filename or path
         raise ArtifactError(f"{where}: can't be read: {error.strerror}; make it readable or export it again") from error
     return Artifact(path, manifest, kind)
 
 
-def _read_manifest(path: Path, kind: Kind) -> dict[str, Any]:
+def check_seal(path: Path, manifest: dict[str, Any], content: bytes, kind: Kind) -> None:
+    """ArtifactError unless the manifest, read from `content`, and every file are as `seal` left them."""
+    source = path / kind.manifest
+    if not _is_intact(manifest, content):
+        raise ArtifactError(f"{source}: was altered after it was written, its digest doesn't fit; {kind.again}")
+    if not _lists_files(manifest.get("files")):
+        raise ArtifactError(f"{source}: lists its files in a way this version can't read; {kind.again}")
+    _check_files(path, manifest["files"], kind)
+
+
+def _read_manifest(path: Path, kind: Kind) -> tuple[dict[str, Any], bytes]:
     source = path / kind.manifest
     if not path.is_dir():
         raise ArtifactError(f"no {kind.noun}: {path} is not a folder; export one with {kind.export}")
@@ -126,11 +148,7 @@ def _read_manifest(path: Path, kind: Kind) -> dict[str, Any]:
             f"{source}: is not of format {kind.format!r}; choose an {kind.noun}, as {kind.export} writes it"
         )
     _check_version(source, manifest.get("format_version"), kind)
-    if not _is_intact(manifest, content):
-        raise ArtifactError(f"{source}: was altered after the export, its digest doesn't fit; {kind.again}")
-    if not _lists_files(manifest.get("files")):
-        raise ArtifactError(f"{source}: lists its files in a way this version can't read; {kind.again}")
-    return manifest
+    return manifest, content
 
 
 def _check_version(source: Path, version: object, kind: Kind) -> None:
@@ -221,7 +239,7 @@ def _names(folder: Path, noun: str) -> list[str]:
             mode = path.lstat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 kind = "a link" if stat.S_ISLNK(mode) else "not a regular file"
-                raise ArtifactError(f"{path}: is {kind}; an {noun} holds plain files: put a copy there")
+                raise ArtifactError(f"{path}: is {kind}; the {noun} holds plain files: put a copy there")
             if stat.S_ISREG(mode):
                 found.append(path.relative_to(folder).as_posix())
     return sorted(found)

@@ -1,6 +1,6 @@
 """A training checkpoint: a folder of safetensors and JSON that holds all an export needs, and no pickle.
 
-checkpoint.json          model settings, training settings, metrics
+checkpoint.json          model settings, training settings, metrics; hash and size of every file
 backbone/  tokenizer/    as transformers (or peft, for adapters) writes them
 recommender.safetensors  compressor, position prompts, heads
 features.safetensors     the items' modality vectors, frozen and cached
@@ -12,27 +12,29 @@ state/                   only while training: optimizer and progress, for an exa
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from speeder_engine.artifact import Kind, check_seal, seal
 from speeder_engine.catalogue import ITEMS_FILE, ItemTable
 from speeder_engine.config import ModelConfig
 from speeder_engine.encoders.base import Encoder, load_encoder
 from speeder_engine.encoders.features import Features
 from speeder_engine.encoders.sources import without_bars
-from speeder_engine.errors import ArtifactError, MissingDependency, name_some
+from speeder_engine.errors import ArtifactError, MissingDependency, name_some, shown
 from speeder_engine.files import replace_folder, write_json
 from speeder_engine.models.recommender import Recommender
 
-FORMAT, FORMAT_VERSION = "speeder-checkpoint", 1
-MANIFEST = "checkpoint.json"
+CHECKPOINT = Kind("speeder-checkpoint", 1, "checkpoint.json", "checkpoint", "`speeder train`", verb="train")
+FORMAT, FORMAT_VERSION, MANIFEST = CHECKPOINT.format, CHECKPOINT.version, CHECKPOINT.manifest
 COMPRESSED_AT_ONCE = 8192
 FROZEN = ("tokenizer", "features.safetensors", ITEMS_FILE, "encoders")  # what training doesn't change
 OWN = {*FROZEN, MANIFEST, "backbone", "recommender.safetensors", "state"}
@@ -62,6 +64,7 @@ class Checkpoint:
     metrics: dict[str, Any] = field(default_factory=dict)
     state: TrainingState | None = None
     frozen_in: Path | None = None  # the folder that already holds what training doesn't change
+    frozen_files: dict[str, Any] = field(default_factory=dict)  # hash and size of each file of that
 
     def save(self, folder: Path) -> None:
         """Written beside `folder` and renamed onto it: a killed save leaves the previous checkpoint."""
@@ -71,19 +74,15 @@ class Checkpoint:
                 _link_frozen(folder, beside)
             else:
                 self._save_frozen(beside)
+                self.frozen_files = {}
             self.model.backbone.save_pretrained(beside / "backbone")  # type: ignore[operator]
             save_file(_contiguous(self.model.own_state()), beside / "recommender.safetensors")
             if self.state is not None:
                 _save_state(self.state, beside / "state")
-            manifest = {
-                "format": FORMAT,
-                "format_version": FORMAT_VERSION,
-                "model": self.model.config.to_json(),
-                "training": self.training,
-                "metrics": self.metrics,
-            }
-            write_json(beside / MANIFEST, manifest)
+            fields = {"model": self.model.config.to_json(), "training": self.training, "metrics": self.metrics}
+            files = seal(beside, fields, CHECKPOINT, known=self.frozen_files)
         self.frozen_in = folder
+        self.frozen_files = {name: entry for name, entry in files.items() if name.split("/")[0] in FROZEN}
 
     def _save_frozen(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder / "tokenizer")
@@ -94,30 +93,32 @@ class Checkpoint:
 
     @classmethod
     def load(cls, folder: Path) -> "Checkpoint":
+        """Raises ArtifactError, naming the file, for anything but a whole checkpoint of this format."""
         from transformers import AutoTokenizer
 
         manifest = read_manifest(folder)
-        try:
+        with _reading(folder / MANIFEST):
             config = ModelConfig.from_json(manifest["model"])
-            model = Recommender(config, load_backbone(folder / "backbone"))
-            missing = model.load_state_dict(load_file(folder / "recommender.safetensors"), strict=False).missing_keys
-            lost = [name for name in missing if not name.startswith("backbone.")]
-            if lost:
-                raise ArtifactError(f"{folder / 'recommender.safetensors'}: {lost[0]} is missing; train again")
-            return cls(
-                model=model,
-                tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-                table=ItemTable.load(folder),
-                features=_features(load_file(folder / "features.safetensors")),
-                encoders={path.name: load_encoder(path) for path in sorted((folder / "encoders").glob("*"))},
-                training=manifest["training"],
-                metrics=manifest["metrics"],
-                state=_load_state(folder / "state"),
-                frozen_in=folder,
-            )
-        except (OSError, KeyError, SafetensorError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise ArtifactError(f"{folder}: the checkpoint is incomplete or damaged ({reason}); train again") from None
+        backbone = load_backbone(folder / "backbone")
+        with _reading(folder / "recommender.safetensors") as path:
+            model = Recommender(config, backbone)
+            _load_own(model, path)
+        with _reading(folder / "tokenizer") as path:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        with _reading(folder / "features.safetensors") as path:
+            features = _features(load_file(path))
+        return cls(
+            model=model,
+            tokenizer=tokenizer,
+            table=ItemTable.load(folder),
+            features=features,
+            encoders=_load_encoders(folder / "encoders"),
+            training=manifest["training"],
+            metrics=manifest["metrics"],
+            state=_load_state(folder / "state"),
+            frozen_in=folder,
+            frozen_files={n: e for n, e in manifest.get("files", {}).items() if n.split("/")[0] in FROZEN},
+        )
 
     @torch.inference_mode()
     def item_tokens(self) -> Tensor:
@@ -155,38 +156,96 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtifactError(f"{folder}: no checkpoint here ({MANIFEST} is missing); make one with `speeder train`")
-    try:
-        manifest = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError):
-        raise ArtifactError(f"{path}: not valid JSON; train again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ArtifactError(f"{path}: not a checkpoint of speeder-engine")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        version = manifest.get("format_version")
-        raise ArtifactError(f"{path}: format version {version}, this package reads {FORMAT_VERSION}; train again")
+    with _reading(folder):
+        content = path.read_bytes()
+        try:
+            manifest = json.loads(content)
+        except (ValueError, RecursionError):
+            raise ArtifactError(f"{path}: not valid JSON; train again") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise ArtifactError(f"{path}: not a checkpoint of speeder-engine")
+        if manifest.get("format_version") != FORMAT_VERSION:
+            version = manifest.get("format_version")
+            raise ArtifactError(f"{path}: format version {version}, this package reads {FORMAT_VERSION}; train again")
+        # the first checkpoints of this version list no files; either key marks one that does, even if a bit was flipped
+        if "files" in manifest or "digest" in manifest:
+            check_seal(folder, manifest, content, CHECKPOINT)
+        for name in ("model", "training", "metrics"):
+            if not isinstance(manifest.get(name), dict):
+                raise ArtifactError(f"{path}: {name} is no object, but {shown(manifest.get(name))}; train again")
     return manifest
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    """Whatever goes wrong inside, as one ArtifactError that names `path`."""
+    try:
+        yield path
+    except (ArtifactError, MissingDependency, MemoryError):
+        raise
+    except Exception as error:  # what transformers, peft and safetensors raise about a damaged file is no narrower
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"{path}: missing or damaged ({reason}); train again") from error
+
+
+def _load_own(model: Recommender, path: Path) -> None:
+    odd = model.load_state_dict(load_file(path), strict=False)
+    missing = [name for name in odd.missing_keys if not name.startswith("backbone.")]
+    _refuse_odd(path, {"is missing": missing, "belongs to no part of the model": odd.unexpected_keys})
+
+
+def _refuse_odd(path: Path, names: Mapping[str, Iterable[str]]) -> None:
+    """ArtifactError naming the first weight that the file lacks, or has beyond or beside the model."""
+    for what, found in names.items():
+        if first := min(found, default=""):
+            raise ArtifactError(f"{path}: {first} {what}; train again")
+
+
+def _load_encoders(folder: Path) -> dict[str, Encoder]:
+    encoders = {}
+    for each in sorted(folder.glob("*")):
+        with _reading(each):
+            encoders[each.name] = load_encoder(each)
+    return encoders
+
+
 def load_backbone(folder: Path) -> nn.Module:
-    """A body as transformers wrote it, or the adapters peft wrote on the base model they name."""
+    """A body as transformers wrote it, or the adapters peft wrote on the base model they name; nothing is left at
+    random: ArtifactError where weights are missing, or are not the model's."""
+    with without_bars(), _reading(folder):
+        adapters = folder / "adapter_config.json"
+        return _load_adapted(folder, adapters) if adapters.is_file() else _load_body(folder)
+
+
+def _load_body(folder: Path | str, whole: bool = True) -> nn.Module:
+    """`whole`: the files hold a body and nothing else; those of a base model may also hold heads."""
     from transformers import AutoModel
 
-    with without_bars():
-        return _load_backbone(folder, AutoModel)
+    # a weight of another shape is named below, rather than in a report of many lines
+    body, odd = AutoModel.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    names = {
+        "is missing": odd["missing_keys"],
+        "has another shape than config.json says": [name for name, *_ in odd["mismatched_keys"]],
+        "belongs to no part of the model": odd["unexpected_keys"] if whole else [],
+    }
+    _refuse_odd(Path(folder) / "model.safetensors", names)
+    return body  # type: ignore[no-any-return]
 
 
-def _load_backbone(folder: Path, auto: Any) -> nn.Module:
-    if not (folder / "adapter_config.json").is_file():
-        body: nn.Module = auto.from_pretrained(folder, dtype=torch.float32)
-        return body
+def _load_adapted(folder: Path, config: Path) -> nn.Module:
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError:
         raise MissingDependency("peft", "train", "a checkpoint with adapters") from None
-    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    adapted: nn.Module = PeftModel.from_pretrained(
-        auto.from_pretrained(base, dtype=torch.float32), folder, is_trainable=True
-    )
+    base = _load_body(json.loads(config.read_bytes())["base_model_name_or_path"], whole=False)
+    path = folder / "adapter_model.safetensors"
+    with safe_open(path, "pt") as file:
+        saved = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118
+    adapted: nn.Module = PeftModel.from_pretrained(base, folder, is_trainable=True)
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    _refuse_odd(path, {"is missing": wanted - saved, "belongs to no part of the model": saved - wanted})
     return adapted
 
 
@@ -223,7 +282,7 @@ def _features(tensors: Mapping[str, Tensor]) -> dict[str, Features]:
     return {n: Features(tensors[f"{n}.values"].numpy(), tensors[f"{n}.present"].numpy()) for n in names}
 
 
-_COUNTERS = ("stage", "epoch", "step", "epochs_done", "best", "bad_epochs")
+_COUNTERS = {"stage": int, "epoch": int, "step": int, "epochs_done": int, "best": float, "bad_epochs": int}
 
 
 def _save_state(state: TrainingState, folder: Path) -> None:
@@ -235,5 +294,9 @@ def _save_state(state: TrainingState, folder: Path) -> None:
 def _load_state(folder: Path) -> TrainingState | None:
     if not folder.is_dir():
         return None
-    counters = json.loads((folder / "progress.json").read_text())
-    return TrainingState(**counters, tensors=load_file(folder / "tensors.safetensors"))
+    with _reading(folder / "progress.json") as path:
+        counters = json.loads(path.read_bytes())
+        if not isinstance(counters, dict) or {name: type(value) for name, value in counters.items()} != _COUNTERS:
+            raise ArtifactError(f"{path}: not where a run stands, but {shown(counters)}; train again")
+    with _reading(folder / "tensors.safetensors") as path:
+        return TrainingState(**counters, tensors=load_file(path))

@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from speeder_engine import ArtifactError, Engine, EngineConfig
@@ -17,6 +18,7 @@ from speeder_engine.encoders.features import Features
 from speeder_engine.encoders.fitted_text import FittedTextEncoder
 from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.export.engine_directory import engine_parts, export_engine
+from speeder_engine.files import sha256_file
 from speeder_engine.models.families import decoder_config
 from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.models.recommender import Recommender
@@ -130,16 +132,138 @@ def test_adapters_on_a_local_folder_are_saved_alone_and_merged_on_export(tmp_pat
     assert not torch.allclose(vectors(plain)[2], before[2], atol=1e-2)
 
 
-@pytest.mark.parametrize(
-    "name", ["recommender.safetensors", "features.safetensors", "items.parquet", "checkpoint.json"]
-)
-def test_a_damaged_checkpoint_is_refused_by_name(checkpoint, tmp_path, name):
-    checkpoint.save(tmp_path / "c")
-    path = tmp_path / "c" / name
-    path.write_bytes(path.read_bytes()[:20])
+@pytest.fixture
+def adapted(tmp_path):
+    """A checkpoint with adapters, on a base model in a folder of its own, which has a head as well."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(TEXTS, 300)
+    LlamaForCausalLM(small_llama(SMALL, len(tokenizer)).config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    body, tokenizer, _ = load_pretrained(BackboneConfig(source=str(tmp_path / "base")))
+    make_checkpoint(body.eval(), tokenizer).save(tmp_path / "c")
+    return unlisted(tmp_path / "c")
+
+
+@pytest.mark.parametrize("file", ["c/backbone/adapter_model.safetensors", "base/model.safetensors"])
+def test_adapters_and_their_base_are_never_completed_at_random(adapted, tmp_path, file):
+    Checkpoint.load(adapted)
+    names = sorted(load_file(tmp_path / file))
+    first = next(name for name in names if "q_proj" in name)
+    rewrite(tmp_path / file, lambda weights: weights.pop(first))
+    assert f"{tmp_path / file}: {first.removeprefix('model.')} is missing" in refusal(adapted)
+
+
+def unlisted(folder: Path) -> Path:
+    """As the first checkpoints were written: no file's hash is known."""
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    kept = {name: value for name, value in manifest.items() if name not in ("files", "digest")}
+    (folder / "checkpoint.json").write_text(json.dumps(kept))
+    return folder
+
+
+def refusal(folder: Path) -> str:
     with pytest.raises(ArtifactError) as caught:
-        Checkpoint.load(tmp_path / "c")
+        Checkpoint.load(folder)
     assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+FILES = (
+    "checkpoint.json",
+    "recommender.safetensors",
+    "features.safetensors",
+    "items.parquet",
+    "backbone/config.json",
+    "backbone/model.safetensors",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+    "encoders/text/encoder.json",
+    "encoders/text/encoder.safetensors",
+    "state/progress.json",
+    "state/tensors.safetensors",
+)
+
+
+def test_one_flipped_byte_of_any_file_is_refused_by_name(checkpoint, tmp_path):
+    checkpoint.save(tmp_path / "c")
+    assert {path.relative_to(tmp_path / "c").as_posix() for path in (tmp_path / "c").rglob("*.*")} == set(FILES)
+    for name in FILES:
+        path = tmp_path / "c" / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        assert str(path) in refusal(tmp_path / "c")
+        path.write_bytes(content)
+    (tmp_path / "c" / "backbone" / "adapter_config.json").write_text("{}")
+    assert "'backbone/adapter_config.json' is not listed in checkpoint.json" in refusal(tmp_path / "c")
+
+
+def test_what_is_linked_is_not_hashed_again(checkpoint, tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "c")
+    loaded, read = Checkpoint.load(tmp_path / "c"), []
+    monkeypatch.setattr("speeder_engine.artifact.sha256_file", lambda path: read.append(path.name) or sha256_file(path))
+    for each in (checkpoint, loaded):
+        read.clear()
+        each.save(tmp_path / "c")
+        assert sorted(read) == sorted(
+            ["config.json", "model.safetensors", "recommender.safetensors", "progress.json", "tensors.safetensors"]
+        )
+    Checkpoint.load(tmp_path / "c")
+
+
+def test_a_checkpoint_without_hashes_is_still_read(checkpoint, tmp_path):
+    checkpoint.save(tmp_path / "c")
+    loaded = Checkpoint.load(unlisted(tmp_path / "c"))
+    torch.testing.assert_close(vectors(loaded), vectors(checkpoint), atol=0, rtol=0)
+    loaded.save(tmp_path / "c")
+    assert len(json.loads((tmp_path / "c" / "checkpoint.json").read_text())["files"]) == len(FILES) - 1
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[:20], lambda whole: b"", lambda whole: b"\xff\x00" * 50])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_without_hashes_is_refused_by_name(checkpoint, tmp_path, name, damage):
+    checkpoint.save(tmp_path / "c")
+    path = unlisted(tmp_path / "c") / name
+    path.write_bytes(damage(path.read_bytes()))
+    # transformers reads a folder at once
+    named = path.parent if path.parent.name in ("backbone", "tokenizer", "text") else path
+    assert str(named) in refusal(tmp_path / "c")
+
+
+@pytest.mark.parametrize("progress", [[], {}, {"stage": 1}, {"more": 1}, {"stage": "1"}, {"best": None}])
+def test_progress_that_is_no_progress_is_refused(checkpoint, tmp_path, progress):
+    checkpoint.save(tmp_path / "c")
+    path = unlisted(tmp_path / "c") / "state" / "progress.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({**whole, **progress} if progress and progress != {"stage": 1} else progress))
+    assert f"{path}: not where a run stands, but " in refusal(tmp_path / "c")
+
+
+def rewrite(path: Path, change) -> None:
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda weights: weights.pop("norm.weight"), "norm.weight is missing"),
+        (lambda weights: weights.update({"norm.weight": torch.zeros(8)}), "norm.weight has another shape"),
+        (lambda weights: weights.update({"layers.9.x": torch.zeros(8)}), "layers.9.x belongs to no part of the model"),
+    ],
+)
+def test_a_backbone_is_never_completed_at_random(checkpoint, tmp_path, change, reason):
+    checkpoint.save(tmp_path / "c")
+    path = unlisted(tmp_path / "c") / "backbone" / "model.safetensors"
+    rewrite(path, change)
+    assert f"{path}: {reason}" in refusal(tmp_path / "c")
+
+
+def test_a_part_that_no_model_has_is_refused(checkpoint, tmp_path):
+    checkpoint.save(tmp_path / "c")
+    path = unlisted(tmp_path / "c") / "recommender.safetensors"
+    rewrite(path, lambda weights: weights.update(stray=torch.zeros(1)))
+    assert f"{path}: stray belongs to no part of the model" in refusal(tmp_path / "c")
 
 
 def test_other_folders_are_refused(checkpoint, tmp_path):

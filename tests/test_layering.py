@@ -9,8 +9,8 @@ import pytest
 
 ORDER = [
     "_C _cpu triton_kernels errors config request item progress files transfer live_prior runs followers following",
-    "catalogue models encoders recommends",
-    "checkpoint artifact prompt title title_text",
+    "artifact catalogue models encoders recommends",
+    "checkpoint prompt title title_text",
     "query parts kv_blocks",
     "cache",
     "text_rows",
