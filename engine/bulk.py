@@ -7,49 +7,53 @@ one, `items`, `scores` and `unknown` (ids of the history that were skipped), row
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from speeder_engine.engine import Engine
 from speeder_engine.errors import DataError, InvalidRequest, SpeederWarning, UnknownItem
+from speeder_engine.files import replace_file
 from speeder_engine.progress import track
 from speeder_engine.request import OnUnknown, Request
 
 BATCH_USERS = 1024
+COLUMNS = ("user_id", "history")
 
 
 def recommend_file(engine: Engine, source: Path, target: Path, k: int, on_unknown: OnUnknown = "error") -> int:
     """Writes `target` beside itself and renames it when whole; returns the number of users.
 
-    Raises DataError where the file or a column is not as it should be, UnknownItem as `recommend` does.
+    Raises DataError where the file or a column is not as it should be, UnknownItem as `recommend` does, ArtifactError
+    where `target` can't be written.
     """
     file = _open(source)
-    taken = "a folder" if target.is_dir() else "the input itself" if target.resolve() == source.resolve() else None
-    if taken:
-        raise DataError(f"{target}: is {taken}; choose another --output")
+    _check_target(target, source)
     with_users = "user_id" in file.schema_arrow.names
     fields = [("user_id", pa.string())] if with_users else []
     schema = pa.schema([*fields, ("items", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))])
     schema = schema.append(pa.field("unknown", pa.list_(pa.string())))
-    beside = target.with_name(f".{target.name}.{uuid4().hex[:8]}.tmp")
     skipped = 0
-    try:
-        with pq.ParquetWriter(beside, schema) as writer:
-            for batch in track(_batches(file), "recommendations", total=-(-file.metadata.num_rows // BATCH_USERS)):
-                answers = _answer(engine, batch, schema, k, on_unknown, source)
-                skipped += len(answers["unknown"].combine_chunks().flatten())
-                writer.write_table(answers)
-        beside.replace(target)
-    except OSError as error:
-        raise DataError(f"{target}: can't be written: {error.strerror}; choose another --output") from None
-    finally:
-        beside.unlink(missing_ok=True)
+    with replace_file(target) as beside, pq.ParquetWriter(beside, schema) as writer:
+        total = -(-file.metadata.num_rows // BATCH_USERS)
+        for batch in track(_batches(file, source), "recommendations", total=total):
+            answers = _answer(engine, batch, schema, k, on_unknown, source)
+            skipped += len(answers["unknown"].combine_chunks().flatten())
+            writer.write_table(answers)
     if skipped:
         message = f"{source}: {skipped:,} item ids are not in the catalogue and were skipped; see the column `unknown`"
         warnings.warn(message, SpeederWarning, stacklevel=2)
     return int(file.metadata.num_rows)
+
+
+def _check_target(target: Path, source: Path) -> None:
+    taken = "a folder" if target.is_dir() else "the input itself" if target.resolve() == source.resolve() else None
+    try:
+        str(target).encode()
+    except UnicodeEncodeError:
+        taken = "no UTF-8"
+    if taken:
+        raise DataError(f"{str(target)!r}: is {taken}; choose another --output")
 
 
 def _open(source: Path) -> pq.ParquetFile:
@@ -57,21 +61,30 @@ def _open(source: Path) -> pq.ParquetFile:
         file = pq.ParquetFile(source)
     except FileNotFoundError:
         raise DataError(f"{source}: no such file; give a Parquet file with a column `history`") from None
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{source}: not a readable Parquet file ({' '.join(str(error).split())})") from None
+    except (OSError, pa.ArrowException, UnicodeEncodeError) as error:
+        raise _unreadable(source, error) from None
     names = file.schema_arrow.names
     if "history" not in names:
         raise DataError(f"{source}: has no column `history`, only {', '.join(names)}; it holds lists of item ids")
+    for name in COLUMNS:
+        if names.count(name) > 1:
+            raise DataError(f"{source}: has {names.count(name)} columns `{name}`; keep one")
     kind = file.schema_arrow.field("history").type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if not is_list or names.count("history") > 1:
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         raise DataError(f"{source}: column `history` is {kind}, expected lists of item ids (strings), oldest first")
     return file
 
 
-def _batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
-    columns = [name for name in ("user_id", "history") if name in file.schema_arrow.names]
-    return file.iter_batches(batch_size=BATCH_USERS, columns=columns)  # type: ignore[no-any-return]
+def _batches(file: pq.ParquetFile, source: Path) -> Iterator[pa.RecordBatch]:
+    columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+    try:
+        yield from file.iter_batches(batch_size=BATCH_USERS, columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(source, error) from None
+
+
+def _unreadable(source: Path, error: Exception) -> DataError:
+    return DataError(f"{source}: not a readable Parquet file ({' '.join(str(error).split())}); write it again")
 
 
 def _answer(

@@ -199,7 +199,7 @@ def export_onnx(
     dtype: Annotated[str, typer.Option(help='"float32", "float16" or "bfloat16".')] = "float32",
     graphs: Annotated[str, typer.Option(help="Which, separated by commas.")] = "score,recommend,extend,compress",
     opset: Annotated[int, typer.Option(help="Operator set; 0: the flavour's own.")] = 0,
-    parity_users: Annotated[int, typer.Option(min=0, help="Random users to compare with the engine.")] = 1000,
+    parity_users: Annotated[int, typer.Option(min=0, max=1_000_000, help="Random users to compare.")] = 1000,
     as_json: AsJson = False,
 ) -> None:
     """Write ONNX graphs with item ids in and ranked rows out, and prove that they answer as the engine does."""
@@ -330,6 +330,9 @@ def recommend(
         raise ConfigError("recommend: --input and --output go together")
     if source is not None and (history or candidates or head or times):
         raise ConfigError("recommend: --input takes neither --history nor --times nor --candidates nor --head")
+    ranked = _ids(candidates)
+    if candidates and not ranked:
+        raise InvalidRequest("recommend: --candidates names no item; leave it out to search the whole catalogue")
     # one-off answers need no session cache
     loaded = Engine.load(engine, device=device, dtype=dtype, kv_budget="0", weights=weights)
     on_unknown = "skip" if skip_unknown else "error"
@@ -342,7 +345,7 @@ def recommend(
     ranking = loaded.recommend(
         _ids(history),
         k,
-        candidates=_ids(candidates) if candidates else None,
+        candidates=ranked or None,
         head=head,  # type: ignore[arg-type]
         times=_seconds(times) if times else None,
         on_unknown=on_unknown,  # type: ignore[arg-type]

@@ -57,16 +57,29 @@ def sync_path(path: Path) -> None:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Writes beside `path`, syncs, then renames onto it. A link is followed; missing parents are made."""
+    with _explained(path), replace_file(path) as beside:
+        beside.write_bytes(content)
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yields an empty sibling file to write; on success it is synced and takes `path`'s place, else it is removed.
+
+    A link is followed; missing parents are made. Raises ArtifactError when `path` is no regular file or can't be
+    written; other errors of the body pass.
+    """
     with _explained(path):
         target = Path(os.path.realpath(path))
         _refuse_unless(stat.S_ISREG, target, "something else stands where a file must go")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _sibling(target, Path.touch) as beside:
-            beside.write_bytes(content)
+        # now already: writers that are killed again and again must not fill the disk
+        _remove_stale(target)
+    with _explained(path, STORAGE_ERRORS), _sibling(target, Path.touch) as beside:
+        yield beside
+        with _explained(path):
             sync_path(beside)
             beside.replace(target)
-        sync_path(target.parent)
-        _remove_stale(target)
+            sync_path(target.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

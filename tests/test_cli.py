@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, what it refuses, how it ends."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -119,7 +120,9 @@ def test_inspect(engine_dir):
         (["recommend", "{engine}", "--history", "0001", "-k", "0"], "k: expected a whole number of at least 1, got 0"),
         (["recommend", "{engine}", "--history", "nope"], "history: unknown item 'nope'"),
         (["recommend", "{engine}", "--history", "0001,,0002"], "an empty one between commas"),
+        (["recommend", "{engine}", "--candidates", ""], "--candidates names no item; leave it out to search"),
         (["recommend", "{engine}", "--input", "x.parquet"], "--input and --output go together"),
+        (["export", "onnx", "{engine}", "{tmp}/o", "--parity-users", "9" * 20], "--parity-users"),
         (["recommend", "{engine}", "--input", "{tmp}/x.parquet", "--output", "{tmp}/y.parquet"], "no such file"),
         (["recommend", "{engine}", "--device", "tpu"], "device: 'tpu'"),
         (["recommend", "{engine}", "--history", "0001", "--head", "rank"], "pass candidates, or use 'retrieve'"),
@@ -141,31 +144,64 @@ def test_every_failure_is_one_line_and_exit_code_1(engine_dir, tmp_path, argumen
     assert message in done.error
 
 
+HISTORIES = pa.array([["0001"], ["0002"]])
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"user": ["a"]}, "has no column `history`"),
-        ({"history": ["0001"]}, "expected lists of item ids"),
-        ({"history": [["0001"], None]}, "a history is null"),
-        ({"history": [["0001"], ["nope"]]}, "unknown item 'nope'"),
+        (pa.table({"user": ["a"]}), "has no column `history`"),
+        (pa.table({"history": ["0001"]}), "expected lists of item ids"),
+        (pa.table({"history": [["0001"], None]}), "a history is null"),
+        (pa.table({"history": [["0001"], ["nope"]]}), "unknown item 'nope'"),
+        (pa.table([HISTORIES, [1, 2], [3, 4]], ["history", "user_id", "user_id"]), "has 2 columns `user_id`; keep one"),
+        (pa.table([HISTORIES, HISTORIES], ["history", "history"]), "has 2 columns `history`; keep one"),
     ],
 )
 def test_a_bad_file_leaves_no_output(engine_dir, tmp_path, table, message):
-    pq.write_table(pa.table(table), tmp_path / "users.parquet")
+    pq.write_table(table, tmp_path / "users.parquet")
     target = tmp_path / "recs.parquet"
     done = speeder("recommend", engine_dir, "--input", tmp_path / "users.parquet", "--output", target)
     assert done.returncode == 1 and message in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["users.parquet"]
 
 
-def test_the_input_is_not_overwritten(engine_dir, tmp_path):
+@pytest.fixture
+def users(tmp_path):
     path = tmp_path / "users.parquet"
-    pq.write_table(pa.table({"history": [["0001"]]}), path)
-    before = path.read_bytes()
-    for target in (path, tmp_path):
-        done = speeder("recommend", engine_dir, "--input", path, "--output", target)
+    pq.write_table(pa.table({"history": HISTORIES}), path, compression="none")
+    return path
+
+
+def test_a_damaged_page_is_the_inputs_fault(engine_dir, tmp_path, users):
+    whole = users.read_bytes()
+    users.write_bytes(whole[:4] + b"\xff" * 40 + whole[44:])
+    done = speeder("recommend", engine_dir, "--input", users, "--output", tmp_path / "recs.parquet")
+    assert f"{users}: not a readable Parquet file" in done.error
+    assert [path.name for path in tmp_path.iterdir()] == ["users.parquet"]
+
+
+def test_an_output_is_written_where_a_link_leads(engine_dir, tmp_path, users):
+    (tmp_path / "link").symlink_to(tmp_path / "recs.parquet")
+    (tmp_path / ".recs.parquet.01234567.tmp").write_text("of a killed run")
+    assert speeder("recommend", engine_dir, "--input", users, "--output", tmp_path / "link").returncode == 0
+    assert pq.read_table(tmp_path / "recs.parquet").num_rows == 2
+    assert (tmp_path / "link").is_symlink() and not list(tmp_path.glob(".*"))
+
+
+def test_what_is_no_file_is_not_replaced(engine_dir, tmp_path, users):
+    os.mkfifo(tmp_path / "fifo")
+    done = speeder("recommend", engine_dir, "--input", users, "--output", tmp_path / "fifo")
+    assert f"{tmp_path / 'fifo'}: something else stands where a file must go" in done.error
+    assert (tmp_path / "fifo").is_fifo()
+
+
+def test_the_input_is_not_overwritten(engine_dir, tmp_path, users):
+    before = users.read_bytes()
+    for target in (users, tmp_path, tmp_path / "\udcff.parquet"):
+        done = speeder("recommend", engine_dir, "--input", users, "--output", target)
         assert done.returncode == 1 and "choose another --output" in done.stderr
-    assert path.read_bytes() == before
+    assert users.read_bytes() == before
 
 
 def test_skipped_ids_are_counted_and_listed(engine_dir, tmp_path):
