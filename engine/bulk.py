@@ -1,7 +1,8 @@
 """Recommendations for a whole Parquet file of histories, in batches: memory stays small however many users there are.
 
-Input columns: `history` (list of item ids, oldest first), optionally `user_id`. Output: `user_id` where the input has
-one, `items`, `scores` and `unknown` (ids of the history that were skipped), row by row.
+Input columns: `history` (list of item ids, oldest first), optionally `user_id` and `times` (list of Unix seconds, one
+for each item; null where they are not known). Output: `user_id` where the input has one, `items`, `scores` and
+`unknown` (ids of the history that were skipped), row by row.
 """
 
 import warnings
@@ -18,7 +19,7 @@ from speeder_engine.progress import track
 from speeder_engine.request import OnUnknown, Request
 
 BATCH_USERS = 1024
-COLUMNS = ("user_id", "history")
+COLUMNS = ("user_id", "history", "times")
 
 
 def recommend_file(engine: Engine, source: Path, target: Path, k: int, on_unknown: OnUnknown = "error") -> int:
@@ -40,6 +41,9 @@ def recommend_file(engine: Engine, source: Path, target: Path, k: int, on_unknow
             answers = _answer(engine, batch, schema, k, on_unknown, source)
             skipped += len(answers["unknown"].combine_chunks().flatten())
             writer.write_table(answers)
+    if engine.parts.config.prompt.calendar is not None and "times" not in file.schema_arrow.names:
+        message = f"{source}: has no column `times`, which this model reads; all times counted as not known"
+        warnings.warn(message, SpeederWarning, stacklevel=2)
     if skipped:
         message = f"{source}: {skipped:,} item ids are not in the catalogue and were skipped; see the column `unknown`"
         warnings.warn(message, SpeederWarning, stacklevel=2)
@@ -94,7 +98,8 @@ def _answer(
     if None in histories:
         raise DataError(f"{source}: a history is null; write an empty list for a user without interactions")
     try:
-        rankings = engine.recommend_many([Request(history, k, on_unknown=on_unknown) for history in histories])
+        asked = zip(histories, _times(batch), strict=True)
+        rankings = engine.recommend_many([Request(ids, k, times=times, on_unknown=on_unknown) for ids, times in asked])
     except UnknownItem as error:
         raise UnknownItem(error.ids, f"{source}, column `history`") from None
     except InvalidRequest as error:
@@ -103,6 +108,12 @@ def _answer(
     if "user_id" in schema.names:
         columns = {"user_id": _user_ids(batch, source), **columns}
     return pa.table(columns, schema=schema)
+
+
+def _times(batch: pa.RecordBatch) -> list[list[float] | None]:
+    if "times" not in batch.schema.names:
+        return [None] * batch.num_rows
+    return batch.column("times").to_pylist()  # type: ignore[no-any-return]
 
 
 def _user_ids(batch: pa.RecordBatch, source: Path) -> list[str | None]:

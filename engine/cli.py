@@ -311,7 +311,9 @@ def recommend(
         str | None, typer.Option(help="retrieve; with candidates also rank (the default then) or title.")
     ] = None,
     k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
-    source: Annotated[Path | None, typer.Option("--input", help="Parquet file with a column `history`.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", help="Parquet file: `history`, and if there are `user_id`, `times`.")
+    ] = None,
     target: Annotated[Path | None, typer.Option("--output", help="Parquet file to write.")] = None,
     skip_unknown: Annotated[bool, typer.Option(help="Skip unknown ids instead of refusing.")] = False,
     times: Annotated[

@@ -19,6 +19,8 @@ from speeder_engine import Engine
 from speeder_engine.config import CalendarConfig
 from speeder_engine.synthetic import write_synthetic_dataset
 
+CALENDAR = CalendarConfig(first_second=0, bucket_seconds=1000, num_buckets=5)
+
 
 @pytest.fixture(scope="module")
 def engine_dir(tmp_path_factory):
@@ -57,8 +59,7 @@ def test_the_version_is_the_packages():
 
 
 def test_recommend_with_times_and_in_few_bits(tmp_path):
-    calendar = CalendarConfig(first_second=0, bucket_seconds=1000, num_buckets=5)
-    make_tiny(calendar=calendar).parts().save(tmp_path / "engine")
+    make_tiny(calendar=CALENDAR).parts().save(tmp_path / "engine")
     few = ["--dtype", "bfloat16", "--weights", "int8"]
     done = speeder("recommend", tmp_path / "engine", "--history", "0001,0002", "--times", "10,4500", *few, "--json")
     assert done.returncode == 0, done.stderr
@@ -95,6 +96,25 @@ def test_recommend_for_a_file(engine_dir, tmp_path):
         assert table["items"][2097 + i].as_py() == list(expected.items)
         assert table["scores"][i].as_py() == pytest.approx(expected.scores)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recs.parquet", "users.parquet"]
+
+
+def test_a_file_gives_times_to_a_model_that_reads_them(tmp_path):
+    make_tiny(calendar=CALENDAR).parts().save(tmp_path / "engine")
+    engine = Engine.load(tmp_path / "engine")
+    histories, times = [["0001", "0002"], ["0003"], []], [[10, 4500], None, []]
+    source, target = tmp_path / "users.parquet", tmp_path / "recs.parquet"
+    pq.write_table(pa.table({"history": histories, "times": times}), source)
+    done = speeder("recommend", tmp_path / "engine", "--input", source, "--output", target)
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = [list(engine.recommend(h, times=t).scores) for h, t in zip(histories, times, strict=True)]
+    assert pq.read_table(target)["scores"].to_pylist() == expected
+    pq.write_table(pa.table({"history": histories}), source)
+    done = speeder("recommend", tmp_path / "engine", "--input", source, "--output", target)
+    assert done.returncode == 0 and "has no column `times`, which this model reads" in done.stderr
+    assert pq.read_table(target)["scores"].to_pylist() != expected
+    for wrong, message in (([[10], None, []], "times: 1 for 2 interactions"), (["x", "y", "z"], "expected Unix sec")):
+        pq.write_table(pa.table({"history": histories, "times": wrong}), source)
+        assert message in speeder("recommend", tmp_path / "engine", "--input", source, "--output", target).error
 
 
 def test_inspect(engine_dir):
