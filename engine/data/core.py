@@ -13,8 +13,8 @@ def k_core(users: NDArray[np.integer[Any]], items: NDArray[np.integer[Any]], k: 
 
     Events are counted as they are: one item taken twice counts twice. k = 0 keeps all.
     """
-    if k < 0:
-        raise ConfigError(f"min_interactions={k}: a number from 0 on is needed")
+    if not isinstance(k, int | np.integer) or k < 0:
+        raise ConfigError(f"min_interactions={k!r}: a whole number from 0 on is needed")
     core = np.zeros(len(users), np.bool_)
     kept = np.arange(len(users))
     while True:

@@ -20,7 +20,7 @@ from speeder_engine.data.images import open_images
 from speeder_engine.data.interactions import Interactions, read_interactions
 from speeder_engine.data.items import Items, read_items
 from speeder_engine.data.vectors import read_vectors
-from speeder_engine.errors import DataError, SpeederWarning
+from speeder_engine.errors import DataError, SpeederWarning, shown
 from speeder_engine.runs import Runs, offsets_of, ranges
 
 
@@ -103,6 +103,8 @@ def load_dataset(
     `min_interactions` is the k of the k-core, users and items both, 0 for none; `keep_all_items` keeps items that fall
     out of it (and have no events any more) in the catalogue. Everything skipped is one counted SpeederWarning a kind.
     """
+    if not isinstance(path, str | Path):
+        raise DataError(f"load_dataset: the path of a folder is needed, not {shown(path)}")
     folder = Path(path)
     given = [None if each is None else Path(each) for each in (interactions, items, images)]
     files = find_files(folder, *given)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from speeder_engine.errors import DataError
+from speeder_engine.errors import DataError, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +45,19 @@ def id_text(value: object, where: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, str) and value:
+        if not is_unicode(value):
+            raise DataError(f"{where} is {shown(value)}, which is no valid Unicode text; mend it")
         return value
-    raise DataError(f"{where} is {value!r}; an id is a string that is not empty, or a whole number")
+    raise DataError(f"{where} is {shown(value)}; an id is a string that is not empty, or a whole number")
+
+
+def is_unicode(text: str) -> bool:
+    """False for lone surrogates, which JSON's and YAML's escapes can spell, but no file can be written with."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def repeated_ids(ids: Iterable[str]) -> list[str]:

@@ -54,7 +54,10 @@ def read_interactions(path: Path | str, columns: Columns | None = None) -> Inter
     user, item = columns.find("user", found, path), columns.find("item", found, path)
     time = columns.find_optional("time", found, path)
     unit = columns.time_unit or ("ms" if item == AMAZON_ITEM else "s")
-    table = (_from_jsonl if table_format(path) == "jsonl" else _from_table)(path, user, item, time)
+    if table_format(path) == "jsonl":
+        table = _from_jsonl(path, user, item, time or columns.names("time")[0], timed=time is not None)
+    else:
+        table = read_columns(path, [user, item, *([time] if time else [])])
     if table.num_rows == 0:
         raise DataError(f"{path}: no interactions in it")
     users = IdColumn.from_arrow(table.column(0), f"{path}: column {user!r}")
@@ -62,21 +65,21 @@ def read_interactions(path: Path | str, columns: Columns | None = None) -> Inter
     return Interactions(users, items, _seconds(table.column(2), unit, f"{path}, column {time!r}") if time else None)
 
 
-def _from_table(path: Path, user: str, item: str, time: str | None) -> pa.Table:
-    return read_columns(path, [user, item, *([time] if time else [])])
-
-
-def _from_jsonl(path: Path, user: str, item: str, time: str | None) -> pa.Table:
+def _from_jsonl(path: Path, user: str, item: str, time: str, timed: bool) -> pa.Table:
+    """`timed`: the first record has a time, so every one must; else none may."""
     users, items, times = list[str](), list[str](), list[float]()
     for number, record in read_jsonl(path):
         where = f"{path}, line {number}"
         users.append(id_text(record.get(user), f"{where}: {user}"))
         items.append(id_text(record.get(item), f"{where}: {item}"))
-        if time:
+        if not timed and time in record:
+            raise DataError(f"{where}: has {time}, the first record has none; give every line a time, or none")
+        if timed:
             times.append(_number(record.get(time), f"{where}: {time}"))
     arrays = [pa.array(users, pa.large_string()), pa.array(items, pa.large_string())]
-    timed = [pa.array(times, pa.float64())] if time else []
-    return pa.table(arrays + timed, names=[user, item, *([time] if time else [])])
+    if timed:
+        arrays.append(pa.array(times, pa.float64()))
+    return pa.table(arrays, names=[user, item, time][: len(arrays)])
 
 
 def _number(value: object, where: str) -> float:
@@ -101,9 +104,11 @@ def _seconds(column: pa.ChunkedArray, unit: Literal["s", "ms"], where: str) -> N
     if not np.isfinite(values).all():
         raise DataError(f"{where}, row {int((~np.isfinite(values)).argmax()) + 1}: the time is not finite")
     seconds = values // (1000 if unit == "ms" else 1)
-    if max(int(seconds.max()), -int(seconds.min())) > LATEST_SECOND:
-        worst = seconds[np.abs(seconds).argmax()]
-        raise DataError(f"{where}: {worst:.0f} s is past the year 5000; are these Columns(time_unit='ms')?")
+    # as Python's: the smallest int64 has no absolute value
+    first, last = int(seconds.min()), int(seconds.max())
+    if max(last, -first) > LATEST_SECOND:
+        worst = f"{last} s is past the year 5000" if last > -first else f"{first} s is before the year -1000"
+        raise DataError(f"{where}: {worst}; are these Columns(time_unit='ms')?")
     return np.asarray(seconds, dtype=np.int64)
 
 

@@ -12,14 +12,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from speeder_engine.data.columns import Columns
-from speeder_engine.data.ids import id_text, repeated_ids
+from speeder_engine.data.ids import id_text, is_unicode, repeated_ids
 from speeder_engine.data.images import ImageSource, ParquetImages, is_image_type
-from speeder_engine.data.tables import column_names, read_columns, read_jsonl, table_format
+from speeder_engine.data.tables import column_names, read_columns, read_jsonl, refuse_repeated, table_format
 from speeder_engine.encoders.features import Features
-from speeder_engine.errors import DataError, SpeederWarning, name_some
+from speeder_engine.errors import DataError, SpeederWarning, name_some, shown
 
 # columns whose lists, if they are lists, hold sentences rather than names
 PROSE = ("overview", "description", "features")
+DEEPEST = 8  # lists in lists that a cell may hold
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +73,11 @@ def read_items(path: Path | str, columns: Columns | None = None) -> Items:
     """
     path, columns = Path(path), columns or Columns()
     found, records = _read_records(path, columns)
+    if not records:
+        raise DataError(f"{path}: no items in it")
     item = columns.find("item", found, path)
     title, texts = columns.find_optional("title", found, path), columns.find_texts(found, path)
     ids = tuple(id_text(record.get(item), f"{where}: {item}") for where, record in records)
-    if not ids:
-        raise DataError(f"{path}: no items in it")
     if len(set(ids)) != len(ids):
         raise DataError(f"{path}: item {name_some(repeated_ids(ids))} is there more than once; keep one of each")
     titles = tuple(field_text(record.get(title), "title", where) if title else "" for where, record in records)
@@ -93,15 +94,17 @@ def join_sentences(parts: Sequence[str]) -> str:
     return " ".join(closed + filled[-1:])
 
 
-def field_text(value: object, name: str, where: str) -> str:
+def field_text(value: object, name: str, where: str, depth: int = 0) -> str:
     """A cell as text on one line: lists are joined, `a|b` is a list too except in a title, None and NaN are ''."""
     if value is None or value != value:
         return ""
     if isinstance(value, str):
+        if not is_unicode(value):
+            raise DataError(f"{where}: {name} is {shown(value)}, which is no valid Unicode text; mend it")
         parts = [value] if name == "title" else value.split("|")
         return ", ".join(" ".join(part.split()) for part in parts if part.strip())
-    if isinstance(value, list):
-        texts = [field_text(part, name, where) for part in value]
+    if isinstance(value, list) and depth < DEEPEST:
+        texts = [field_text(part, name, where, depth + 1) for part in value]
         return (" " if name in PROSE else ", ").join(text for text in texts if text)
     if isinstance(value, int | float):
         return f"{value:g}" if isinstance(value, float) else str(value)
@@ -126,7 +129,10 @@ def _read_records(path: Path, columns: Columns) -> tuple[tuple[str, ...], list[t
 
 def _image_column(path: Path, item: str, columns: Columns) -> ImageSource | None:
     schema = pq.read_schema(path) if table_format(path) == "parquet" else None
-    image = columns.find_optional("image", schema.names if schema is not None else (), path)
+    names = schema.names if schema is not None else []
+    image = columns.find_optional("image", names, path)
+    if image is not None:
+        refuse_repeated(path, names, [image])
     if image is None or (columns.is_default("image") and schema and not is_image_type(schema.field(image).type)):
         return None
     return ParquetImages(path, item, image)

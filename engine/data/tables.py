@@ -59,12 +59,20 @@ def column_names(path: Path) -> tuple[str, ...]:
         return tuple(_bare(name) for name in _header(path, kind))
 
 
+def refuse_repeated(path: Path, found: Sequence[str], names: Sequence[str]) -> None:
+    """DataError where one of `names` heads several of the columns `found`: nobody knows which of them is meant."""
+    for name in names:
+        if found.count(name) > 1:
+            raise DataError(f"{path}: has {found.count(name)} columns {name!r}; keep one")
+
+
 def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
     """The named columns of a Parquet, CSV or atomic file, in the file's order of rows.
 
     A CSV's cells stay text, so that no id is taken for a number; a Parquet file has types of its own.
     """
     kind = table_format(path)
+    refuse_repeated(path, column_names(path), names)
     with reading(path):
         if kind == "parquet":
             with pq.ParquetFile(path) as file:
@@ -86,7 +94,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: not JSON: {error}") from error
             if not isinstance(record, dict):
                 raise DataError(f"{path}, line {number}: a JSON object is needed, not {type(record).__name__}")

@@ -46,7 +46,10 @@ def read_vectors(path: Path | str, item_ids: Sequence[str], columns: Columns | N
 
 def _from_npz(path: Path) -> tuple[list[str], NDArray[np.float32]]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise DataError(f"{path}: is a single array; save item_ids and vectors together with numpy.savez")
+        with loaded as arrays:
             if not {"item_ids", "vectors"} <= set(arrays):
                 raise DataError(f"{path}: arrays item_ids and vectors are needed; it has {name_some(arrays)}")
             ids, vectors = arrays["item_ids"], arrays["vectors"]

@@ -27,5 +27,6 @@ def test_repeated_events_count_each_and_zero_keeps_all():
     users, items = np.array([0, 0, 0, 1]), np.array([0, 0, 0, 1])
     assert k_core(users, items, 3).tolist() == [True, True, True, False]
     assert k_core(users, items, 0).all()
-    with pytest.raises(ConfigError, match="min_interactions=-1"):
-        k_core(users, items, -1)
+    for bad in (-1, 2.5, "2", None):
+        with pytest.raises(ConfigError, match=f"min_interactions={bad!r}: a whole number"):
+            k_core(users, items, bad)

@@ -118,6 +118,8 @@ def test_every_convention_gives_the_same_data(folder, tmp_path, write):
 
 
 def test_nothing_found_and_two_found_say_what_was_looked_for(folder, tmp_path, write):
+    with pytest.raises(DataError, match="load_dataset: the path of a folder is needed, not None"):
+        load_dataset(None)
     (folder / "items.csv").write_text("item_id,title\n")
     with pytest.raises(DataError, match=r"several files could be the items: items\.csv, items\.jsonl"):
         load_dataset(folder)

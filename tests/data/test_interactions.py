@@ -103,6 +103,9 @@ def test_an_empty_id_names_its_row(bad, suffix, tmp_path, write):
         ('{"user_id": "a", "item_id": ["b"], "timestamp": 1}', r"line 2: item_id is \['b'\]"),
         ('{"user_id": "a", ', r"line 2: not JSON"),
         ("[1]", r"line 2: a JSON object is needed"),
+        ("[" * 10_000, r"line 2: not JSON"),
+        ('{"user_id": "\\ud800", "item_id": "b", "timestamp": 1}', r"line 2: user_id is .* no valid Unicode text"),
+        ('{"user_id": "a", "item_id": "\\ud800", "timestamp": 1}', r"line 2: item_id is .* no valid Unicode text"),
     ],
 )
 def test_a_bad_json_line_is_named(line, message, tmp_path):
@@ -110,6 +113,26 @@ def test_a_bad_json_line_is_named(line, message, tmp_path):
     path.write_text('{"user_id": "a", "item_id": "b", "timestamp": 1}\n' + line + "\n")
     with pytest.raises(DataError, match=message):
         read_interactions(path)
+
+
+def test_a_first_json_line_without_a_time_drops_no_times(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"user_id": "a", "item_id": "b"}\n{"user_id": "a", "item_id": "b", "timestamp": 1}\n')
+    with pytest.raises(DataError, match=r"line 2: has timestamp, the first record has none; give every line a time"):
+        read_interactions(path)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.inter", "x.parquet"])
+@pytest.mark.parametrize("repeated", ["user_id", "item_id", "timestamp"])
+def test_a_repeated_column_is_refused(name, repeated, tmp_path):
+    names = ["user_id", "item_id", "timestamp", repeated]
+    if name == "x.parquet":
+        pq.write_table(pa.table([["a"], ["b"], [1], ["c"]], names), tmp_path / name)
+    else:
+        separator = "," if name == "x.csv" else "\t"
+        (tmp_path / name).write_text(separator.join(names) + "\n" + separator.join(["a", "b", "1", "2"]) + "\n")
+    with pytest.raises(DataError, match=f"has 2 columns '{repeated}'; keep one"):
+        read_interactions(tmp_path / name)
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
@@ -133,6 +156,19 @@ def test_times_of_every_number_type(tmp_path):
         table = pa.table({"user_id": ["a", "b"], "item_id": ["c", "d"], "timestamp": times})
         pq.write_table(table, tmp_path / "x.parquet")
         assert read_interactions(tmp_path / "x.parquet").times.tolist() == [7, 5]
+
+
+@pytest.mark.parametrize(
+    ("time", "message"),
+    [
+        (-(2**63), "-9223372036854775808 s is before the year -1000"),
+        (2**63 - 1, "9223372036854775807 s is past the year 5000"),
+    ],
+)
+def test_times_at_the_ends_of_their_type(time, message, tmp_path):
+    pq.write_table(pa.table({"user_id": ["a"], "item_id": ["c"], "timestamp": [time]}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=message):
+        read_interactions(tmp_path / "x.parquet")
 
 
 def test_files_that_are_none(tmp_path):

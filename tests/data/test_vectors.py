@@ -74,6 +74,10 @@ def test_files_of_another_make(tmp_path):
     np.savez(path, item_ids=np.array(["a"], dtype=object), vectors=np.ones((1, 2)))
     with pytest.raises(DataError, match=r"without pickle"):
         read_vectors(path, ("a",))
+    with path.open("wb") as file:
+        np.save(file, np.ones(3))
+    with pytest.raises(DataError, match=r"is a single array; save item_ids and vectors together with numpy\.savez"):
+        read_vectors(path, ("a",))
     np.savez(path, ids=np.array(["a"]), vectors=np.ones((1, 2)))
     with pytest.raises(DataError, match=r"arrays item_ids and vectors are needed; it has 'ids', 'vectors'"):
         read_vectors(path, ("a",))
