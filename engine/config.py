@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any, Self, get_args, get_origin, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
-from speeder_engine.errors import ConfigError
+from speeder_engine.errors import ConfigError, shown
 
 MODALITIES = ("text", "image", "collaborative")
 MIXINGS = ("experts", "mean", "concat")
@@ -62,7 +63,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         check(isinstance(value, dict), f"{where}: expected an object, got {value!r}")
         return {key: _typed(args[1], item, where) for key, item in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        check(abs(value) <= sys.float_info.max, f"{where}: expected a finite number, such as 1e6, got {shown(value)}")
         return float(value)
     right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     check(right, f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
@@ -218,7 +220,8 @@ class FollowersConfig(Config):
 
     def __post_init__(self) -> None:
         for name in ("window", "last", "keep"):
-            check(getattr(self, name) > 0, f"followers.{name} must be positive, is {getattr(self, name)}")
+            value = getattr(self, name)
+            check(0 < value <= MOST_INT32, f"followers.{name} must be within 1..{MOST_INT32}, is {value}")
         check(0 < self.decay <= 1, f"followers.decay must be within 0..1 and not 0, is {self.decay}")
         check(0 <= self.dropout < 1, f"followers.dropout must be within 0..1, is {self.dropout}")
         two = len(self.discounts) == 2 and min(self.discounts) >= 0

@@ -109,6 +109,11 @@ def test_recipes_that_are_none(tmp_path):
     (tmp_path / "bad.yaml").write_text("stages: [unclosed")
     with pytest.raises(ConfigError, match="no valid YAML"):
         load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"instruction: \xe9")
+    with pytest.raises(ConfigError, match=r"latin\.yaml: no valid YAML: .*utf-8"):
+        load_recipe(tmp_path / "latin.yaml")
+    with pytest.raises(ConfigError, match="recipe: give a packaged one's name or a YAML file's path, not None"):
+        load_recipe(None)
     (tmp_path / "typo.yaml").write_text("batchsize: 3")
     with pytest.raises(ConfigError, match=r"unknown keys \['batchsize'\]"):
         load_recipe(tmp_path / "typo.yaml")
@@ -127,7 +132,23 @@ def test_recipes_that_are_none(tmp_path):
         ({"validation_users": 0}, "validation_users must be positive"),
         ({"rank_negatives": -1}, "rank_negatives must be positive"),
         ({"rank_negatives": 100000}, "rank_negatives must be at most 1000"),
-        ({"seed": -1}, "seed can't be negative"),
+        ({"seed": -1}, r"seed must be within 0\.\."),
+        ({"seed": 2**63 - 1}, r"seed must be within 0\.\."),
+        ({"max_grad_norm": float("inf")}, "max_grad_norm: expected a finite number, such as 1e6, got inf"),
+        ({"weight_decay": float("nan")}, "weight_decay: expected a finite number, such as 1e6, got nan"),
+        ({"weight_decay": 10**400}, "weight_decay: expected a finite number, such as 1e6, got 1000"),
+        ({"live_prior": {"half_lives_days": [float("inf")]}}, "half_lives_days: expected a finite number"),
+        ({"collaborative": {"learning_rate": float("inf")}}, "learning_rate: expected a finite number"),
+        ({"calendar_days": 1e-9}, "calendar_days must be 0 or within a minute .* and a century, is 1e-09"),
+        ({"calendar_days": 1e9}, "calendar_days must be 0 or within a minute .* and a century"),
+        ({"followers": {"last": 10**21}}, r"followers.last must be within 1\.\.2147483647, is 1000"),
+        ({"followers": {"window": 0}}, r"followers.window must be within 1\.\.2147483647, is 0"),
+        ({"instruction": "\ud800"}, "instruction: .* is no valid Unicode text"),
+        ({"question": "\ud800"}, "question: .* is no valid Unicode text"),
+        (
+            {"stages": [{"name": "\ud800", "modalities": ["text"], "epochs": 1, "learning_rate": 0.1}]},
+            "its name is no valid Unicode text",
+        ),
         ({"token_dropout": 1.0}, "token_dropout must be within 0..1"),
         ({"backbone": {"hidden_size": 33}}, "hidden_size 33 must be an even multiple of num_heads 2"),
         ({"backbone": {"num_heads": 0}}, "num_heads must be positive"),

@@ -14,10 +14,13 @@ from speeder_engine.config import (
     LivePriorConfig,
     check,
 )
-from speeder_engine.errors import ConfigError, MissingDependency
+from speeder_engine.data.ids import is_unicode
+from speeder_engine.errors import ConfigError, MissingDependency, shown
 
 PRECISIONS = ("float32", "bfloat16", "auto")
 MOST_NEGATIVES = 1000  # every one is a row of the forward pass
+MOST_SEED = 2**62  # what is added to it for each epoch and stage still fits 64 bits
+SHORTEST_DAYS, LONGEST_DAYS = 1 / 1440, 36_500.0  # of calendar buckets: a minute, a century
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -91,6 +94,7 @@ class Stage(Config):
 
     def __post_init__(self) -> None:
         strange = sorted(set(self.modalities) - set(MODALITIES))
+        check(is_unicode(self.name), f"stage {self.name!r}: its name is no valid Unicode text; mend it")
         check(bool(self.modalities), f"stage {self.name!r}: name at least one modality")
         check(not strange, f"stage {self.name!r}: unknown modalities {strange}; known are {list(MODALITIES)}")
         check(self.epochs >= 0, f"stage {self.name!r}: epochs can't be negative")
@@ -167,7 +171,14 @@ class TrainingConfig(Config):
             "title_targets",
         ):
             check(getattr(self, name) > 0, f"{name} must be positive, is {getattr(self, name)}")
-        check(self.seed >= 0, f"seed can't be negative, is {self.seed}")
+        check(0 <= self.seed <= MOST_SEED, f"seed must be within 0..{MOST_SEED}, is {self.seed}")
+        for name in ("instruction", "question"):
+            value = getattr(self, name)
+            check(is_unicode(value), f"{name}: {shown(value)} is no valid Unicode text; mend it")
+        days = (
+            f"calendar_days must be 0 or within a minute ({SHORTEST_DAYS:.1g}) and a century, is {self.calendar_days}"
+        )
+        check(self.calendar_days == 0 or SHORTEST_DAYS <= self.calendar_days <= LONGEST_DAYS, days)
         check(
             self.rank_negatives <= MOST_NEGATIVES,
             f"rank_negatives must be at most {MOST_NEGATIVES}, is {self.rank_negatives}",
@@ -193,7 +204,7 @@ class TrainingConfig(Config):
         check(self.judge is None or judges.get(self.judge, False), f"judge: {self.judge!r}; choose {choice}")
         nothing = "retrieve_weight and title_weight: both are 0; a model needs one of these heads"
         check(self.retrieve_weight > 0 or self.title_weight > 0, nothing)
-        for name in ("retrieve_weight", "rank_weight", "order_weight", "title_weight", "weight_decay", "calendar_days"):
+        for name in ("retrieve_weight", "rank_weight", "order_weight", "title_weight", "weight_decay"):
             check(getattr(self, name) >= 0, f"{name} can't be negative, is {getattr(self, name)}")
 
     @property
@@ -210,6 +221,8 @@ class TrainingConfig(Config):
 
 def load_recipe(name_or_path: str | Path) -> TrainingConfig:
     """A packaged recipe by name ("demo") or a YAML file by path."""
+    if not isinstance(name_or_path, str | Path):
+        raise ConfigError(f"recipe: give a packaged one's name or a YAML file's path, not {shown(name_or_path)}")
     path = Path(name_or_path)
     if not path.suffix:
         path = RECIPES / f"{name_or_path}.yaml"
@@ -225,6 +238,6 @@ def _read_yaml(path: Path) -> Any:
     except ImportError:
         raise MissingDependency("pyyaml", "train", "reading recipes") from None
     try:
-        return yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError) as error:  # the latter: no UTF-8, or no such number or date
         raise ConfigError(f"recipe {path}: no valid YAML: {' '.join(str(error).split())}") from None

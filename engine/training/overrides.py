@@ -1,5 +1,6 @@
 """Settings changed by dotted keys: `collaborative.epochs=3`, `stages.0.learning_rate=1e-3`; values are YAML."""
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ from speeder_engine.training.config import TrainingConfig
 
 def override(config: TrainingConfig, changes: Iterable[str]) -> TrainingConfig:
     """`config` with each `key=value` applied in order; ConfigError names the one that doesn't fit."""
-    settings = config.to_json()
+    settings = json.loads(json.dumps(config.to_json()))  # so that tuples are lists, whose entries can be set
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals or not key.strip():
@@ -25,7 +26,7 @@ def _value(change: str, text: str) -> Any:
         raise MissingDependency("pyyaml", "train", "--set") from None
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter: no such number or date
         raise ConfigError(f"--set {change}: no valid YAML: {' '.join(str(error).split())}") from None
     if isinstance(value, str):
         try:
@@ -49,8 +50,8 @@ def _key(inner: Any, part: str, before: list[str], change: str) -> Any:
         if part not in inner:
             raise ConfigError(f"--set {change}: {where} has no {part!r}; it has {', '.join(inner)}")
         return part
-    if isinstance(inner, list | tuple):
-        if not part.isdigit() or int(part) >= len(inner):
+    if isinstance(inner, list):
+        if part not in [str(index) for index in range(len(inner))]:
             raise ConfigError(f"--set {change}: {where} has entries 0 to {len(inner) - 1}, not {part!r}")
         return int(part)
     raise ConfigError(f"--set {change}: {where} is {inner!r} and has no keys")

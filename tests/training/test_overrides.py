@@ -16,6 +16,14 @@ def test_values_are_yaml_and_reach_every_depth():
     assert override(TrainingConfig(), []) == TrainingConfig()
 
 
+def test_entries_of_lists_are_set():
+    stage = "{name: S9, modalities: [text], epochs: 1, learning_rate: 0.1}"
+    changes = [f"stages.0={stage}", "stages.1.modalities.0=image", "followers={}", "followers.discounts.0=1"]
+    changed = override(TrainingConfig(), changes[:3])
+    assert changed.stages[0].name == "S9" and changed.stages[1].modalities == ("image", "collaborative")
+    assert override(changed, changes[3:]).followers.discounts == (1.0, 0.3)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -24,6 +32,9 @@ def test_values_are_yaml_and_reach_every_depth():
         ("colaborative.epochs=3", r"the recipe has no 'colaborative'; it has seed, "),
         ("collaborative.epoch=3", r"collaborative has no 'epoch'; it has dim, epochs"),
         ("stages.9.epochs=3", r"stages has entries 0 to 2, not '9'"),
+        ("stages.²=3", r"stages has entries 0 to 2, not '²'"),
+        ("stages.-1=3", r"stages has entries 0 to 2, not '-1'"),
+        ("seed=2020-13-45", r"--set seed=2020-13-45: no valid YAML"),
         ("seed.x=3", r"seed is 0 and has no keys"),
         ("seed=[", r"--set seed=\[: no valid YAML"),
         ("seed=many", r"TrainingConfig.seed: expected int, got 'many'"),
