@@ -9,8 +9,10 @@ results are written after each.
 import argparse
 import gc
 import json
+import math
 import platform
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,8 +22,8 @@ from typing import Any
 
 import torch
 from kernel_cases import Maker
-from measure import Ceilings, Clock, OutOfTime, device_seconds, measure_ceilings
-from steps import Load, latency, saturated, transformers_latency
+from measure import Ceilings, Clock, OutOfTime, device_seconds, l2_bytes, measure_ceilings, num_copies
+from steps import Load, count_all_launches, latency, saturated, transformers_latency
 
 from speeder_engine.random_engine import SHAPES
 from speeder_engine.triton_kernels.linear_w8 import multiplies_fp8
@@ -54,11 +56,15 @@ class Report:
         except Exception as error:  # one section's failure must not cost the others
             self.found["failed"][name] = f"{type(error).__name__}: {error}"
             traceback.print_exc()
-        self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+        self.write()
         print(f"{name}: {share.seconds - share.left:.0f} s", flush=True)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the next section's shapes are others
+
+    def write(self) -> None:
+        self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+        self.path.with_suffix(".txt").write_text(table(self.found) + "\n")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -88,8 +94,9 @@ def kernels(report: Report, device: torch.device, ceilings: Ceilings, smoke: boo
 def one_kernel(report: Report, shape: str, make: Callable[[], Any], device: torch.device, ceilings: Ceilings) -> None:
     try:
         case = make()
+        others = [make().call for _ in range(num_copies(case.num_bytes, l2_bytes(device)) - 1)]
         with torch.inference_mode():
-            seconds = device_seconds(case.call, device)
+            seconds = device_seconds([case.call, *others], device)
     except Exception as error:  # the other kernels are measured all the same
         report.found["failed"][f"kernel at {shape}: {getattr(make, '__name__', 'case')}"] = str(error)[:500]
         return
@@ -117,12 +124,16 @@ def steps(
     found = report.found["steps"][label(shape, small)] = {"graphs_captured": load.engine.stats().graphs_captured}
     found["weight_bytes"], found["kv_block_bytes"] = load.weight_bytes, load.engine._now().cache.size.block_bytes
     try:
-        found["latency"] = latency(load, ceilings, clock, 4 if smoke else 300)
-        batches = (1, 8, 16, 32, 64) if small is None else (1, 8)
-        found["saturated"] = saturated(load, clock, (2,) if smoke else batches)
+        # each is filled row by row: what is measured when the time is up stays
+        latency(load, ceilings, clock, 4 if smoke else 300, found.setdefault("latency", {}))
         if shape in ("0.5b", "tiny") and small is None:
-            report.found["transformers"][shape] = transformers_latency(load, clock, 2 if smoke else 50)
+            theirs = report.found["transformers"].setdefault(shape, {})
+            transformers_latency(load, clock, 2 if smoke else 50, theirs)
+        batches = (1, 8, 16, 32, 64) if small is None else (1, 8)
+        saturated(load, clock, (2,) if smoke else batches, found.setdefault("saturated", {}))
     finally:
+        # last: what the profiler leaves behind slows launches down
+        count_all_launches(load, found["latency"])
         found["graph_replays"], found["eager_steps"] = (
             load.engine.stats().graph_replays,
             load.engine.stats().eager_steps,
@@ -159,27 +170,30 @@ def table(found: dict[str, Any]) -> str:
         heads = f"{'device us':>10} {'launches':>9} {'p50 ms':>8} {'p95':>8} {'p99':>8} {'users/s':>9}"
         lines += ["", f"{shape + ', random weights':40} {heads}"]
         for name, row in {**step.get("latency", {}), **step.get("saturated", {})}.items():
-            numbers = [row.get("device_us"), row.get("launches"), *(row[f"p{p}_ms"] for p in (50, 95, 99))]
-            cells = [*numbers, row.get("users_s")]
-            widths, digits = (10, 9, 8, 8, 8, 9), (1, 0, 3, 3, 3, 0)
-            shown = [
-                f"{'-' if cell is None else f'{cell:,.{digit}f}':>{width}}"
-                for cell, width, digit in zip(cells, widths, digits, strict=True)
-            ]
-            lines.append(f"{name:40} {' '.join(shown)}")
+            lines.append(step_line(name, row))
         if "graph_replays" in step:
             lines.append(f"{step['graph_replays']:,} passes from graphs, {step['eager_steps']:,} launched one by one")
-        for name, row in found["transformers"].get(shape, {}).items():
-            lines.append(f"{'transformers, ' + name:61} {row['p50_ms']:8.3f} {row['p95_ms']:8.3f} {row['p99_ms']:8.3f}")
+        lines += [step_line(f"transformers, {name}", row) for name, row in found["transformers"].get(shape, {}).items()]
     lines += ["", *(f"FAILED {name}: {why}" for name, why in found["failed"].items())]
     lines += [f"skipped for want of time: {name}" for name in found["skipped"]]
     return "\n".join(lines)
+
+
+def step_line(name: str, row: dict[str, Any]) -> str:
+    cells = [row.get(key) for key in ("device_us", "launches", "p50_ms", "p95_ms", "p99_ms", "users_s")]
+    widths, digits = (10, 9, 8, 8, 8, 9), (1, 0, 3, 3, 3, 0)
+    shown = [
+        f"{'-' if cell is None else f'{cell:,.{digit}f}':>{width}}"
+        for cell, width, digit in zip(cells, widths, digits, strict=True)
+    ]
+    return f"{name:40} {' '.join(shown)}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--until", type=float, default=math.inf, help="Unix time by which it must have ended")
     parser.add_argument("--cpu-smoke", action="store_true", help="tiny shapes on the CPU; the figures mean nothing")
     options = parser.parse_args()
     smoke = options.cpu_smoke
@@ -187,7 +201,7 @@ def main() -> int:
         print("bench/gpu.py: no CUDA device is usable here; run it on a machine with one, or with --cpu-smoke")
         return 1
     device = torch.device("cpu" if smoke else "cuda")
-    report, clock = Report(options.out, smoke), Clock.of(options.seconds)
+    report, clock = Report(options.out, smoke), Clock.of(min(options.seconds, options.until - time.time()))
     ceilings = measure_ceilings(device, smoke)
     report.found["machine"] = {**machine(device), "ceilings": asdict(ceilings)}
     for shape, small, seconds in plan(device, smoke):
@@ -199,8 +213,8 @@ def main() -> int:
         )
     # the kernels last: what whole steps take matters most
     report.run("kernels", clock, 120, lambda share: kernels(report, device, ceilings, smoke, share))
+    report.write()
     print(table(report.found))
-    (options.out / "gpu.txt").write_text(table(report.found) + "\n")
     return 1 if report.found["failed"] else 0
 
 

@@ -1,6 +1,7 @@
 """Timing, the same for every benchmark: medians, device events where there is a device, ceilings of the chip itself."""
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,6 +12,8 @@ import torch
 
 Call = Callable[[], object]
 CPU = torch.device("cpu")
+REPEATS = 20  # calls of a kernel in one graph
+WARM_SECONDS = 0.05
 
 
 class OutOfTime(Exception):
@@ -47,31 +50,47 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def device_seconds(call: Call, device: torch.device, repeats: int = 20, rounds: int = 7) -> float:
-    """Median seconds of one call on the device, launches left out: repeated in a CUDA graph, whose replays are timed by
-    events. On a CPU, the clock."""
+def num_copies(num_bytes: float, l2_bytes: int) -> int:
+    """Of what a call reads, so that one after the other they are twice what the L2 cache holds: a pass finds no weight
+    there. One where that would take more than REPEATS: what is so small are rows, which the kernel before has left in
+    the cache in a pass too."""
+    copies = max(math.ceil(2 * l2_bytes / num_bytes), 1)
+    return copies if copies <= REPEATS else 1
+
+
+def l2_bytes(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
+
+
+def device_seconds(calls: Sequence[Call], device: torch.device, repeats: int = REPEATS, rounds: int = 7) -> float:
+    """Median seconds of one of the calls, which are alike, on the device, launches left out: in turns in a CUDA graph,
+    whose replays are timed by events. On a CPU, the clock."""
     if device.type != "cuda":
-        return statistics.median(_clocked(call) for _ in range(3))
+        return statistics.median(clocked(calls[0]) for _ in range(3))
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
+        for call in (*calls, *calls[:1] * 2):
             call()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    graph, turns = torch.cuda.CUDAGraph(), -(-repeats // len(calls))
     with torch.cuda.graph(graph):
-        for _ in range(repeats):
+        for call in calls * turns:
             call()
-    return replay_seconds(graph.replay, rounds) / repeats
+    return replay_seconds(graph.replay, rounds) / (turns * len(calls))
 
 
 def replay_seconds(replay: Call, rounds: int = 20) -> float:
-    """Median seconds between two events around one call that launches work."""
-    for _ in range(3):
+    """Median seconds between two events around one call that launches work. Behind WARM_SECONDS of the same, so that
+    clocks have risen; each round behind another call, so that the device does not wait for the launch."""
+    started = time.perf_counter()
+    while time.perf_counter() - started < WARM_SECONDS:
         replay()
+        torch.cuda.synchronize()
     timed = []
     for _ in range(rounds):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        replay()
         before.record()
         replay()
         after.record()
@@ -80,19 +99,20 @@ def replay_seconds(replay: Call, rounds: int = 20) -> float:
     return statistics.median(timed)
 
 
-def _clocked(call: Call) -> float:
+def clocked(call: Call) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
 
 
 def wall_seconds(calls: Sequence[Call], clock: Clock) -> list[float]:
-    """Of each call, from before it to its answer; as many as the clock allows."""
+    """Of each call, from before it to its answer; as many as the clock allows. Without garbage collection."""
     found = []
-    for call in calls:
-        found.append(_clocked(call))
-        if clock.left <= 0:
-            break
+    with quiet():
+        for call in calls:
+            found.append(clocked(call))
+            if clock.left <= 0:
+                break
     return found
 
 
@@ -187,10 +207,11 @@ def quiet() -> Iterator[None]:
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
-    """p50, p95 and p99 in milliseconds, and of how many."""
+    """p50, p95 and p99 in milliseconds, and of how many; those that so many have no word on are left out."""
     timing = Timing(dict(enumerate(seconds)))
-    at = {"p50_ms": timing.p50, "p95_ms": timing.p95, "p99_ms": timing.p99}
-    return {name: each * 1e3 for name, each in at.items()} | {"count": timing.count}
+    shown = [percent for percent, least in ((50, 1), (95, 20), (99, 100)) if timing.count >= least]
+    at = {f"p{percent}_ms": (timing.p50 if percent == 50 else timing.quantile(percent)) * 1e3 for percent in shown}
+    return at | {"count": timing.count}
 
 
 @dataclass(frozen=True)
@@ -213,14 +234,14 @@ def measure_ceilings(device: torch.device, small: bool) -> Ceilings:
 def _copying(size: int, device: torch.device) -> float:
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return device_seconds(lambda: target.copy_(source), device, repeats=2)
+    return device_seconds([lambda: target.copy_(source)], device, repeats=2)
 
 
 def _multiplying(side: int, device: torch.device) -> float:
     # random data: zeros run faster than anything real
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     product = torch.empty_like(left)
-    return device_seconds(lambda: torch.mm(left, right, out=product), device, repeats=2)
+    return device_seconds([lambda: torch.mm(left, right, out=product)], device, repeats=2)
 
 
 def count_launches(call: Call, device: torch.device) -> int | None:

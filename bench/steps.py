@@ -5,13 +5,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import Ceilings, Clock, count_launches, quantiles, replay_seconds, synchronize, wall_seconds
+from measure import (
+    Ceilings,
+    Clock,
+    clocked,
+    count_launches,
+    quantiles,
+    quiet,
+    replay_seconds,
+    synchronize,
+    wall_seconds,
+)
 
 from speeder_engine import Engine, EngineConfig, Request
 from speeder_engine.config import DecoderConfig
 from speeder_engine.random_engine import random_parts
+from speeder_engine.step_buffers import Bucket
 
 HISTORY, CANDIDATES, WINDOW = 30, 20, 50
+UNTIMED = 3  # batches
 
 
 class Load:
@@ -72,11 +84,14 @@ class Load:
         return [lambda each=each: self.engine.recommend_many([each]) for each in asked]
 
 
+def bucket_of(load: Load, num_rows: int, num_reads: int) -> Bucket:
+    return min(b for b in load.engine._now().graphs._graphs if b.rows >= num_rows and b.reads >= num_reads)
+
+
 def replayed(load: Load, num_rows: int, num_reads: int, ceilings: Ceilings) -> dict[str, Any]:
     """The captured pass that this many rows take, alone on the device."""
-    graphs = load.engine._now().graphs
-    bucket = min(b for b in graphs._graphs if b.rows >= num_rows and b.reads >= num_reads)
-    graph = graphs._graphs[bucket]
+    bucket = bucket_of(load, num_rows, num_reads)
+    graph = load.engine._now().graphs._graphs[bucket]
     if load.device.type != "cuda":
         graph._replay()
         return {"bucket_rows": bucket.rows, "bucket_reads": bucket.reads}
@@ -89,45 +104,53 @@ def replayed(load: Load, num_rows: int, num_reads: int, ceilings: Ceilings) -> d
         "gb_s": load.weight_bytes / seconds / 1e9,
         "tflop_s": flops / seconds / 1e12,
         "of_ceiling": ceilings.fraction(load.weight_bytes, flops, seconds),
-        "launches": count_launches(graph._replay, load.device),
     }
 
 
-def latency(load: Load, ceilings: Ceilings, clock: Clock, count: int) -> dict[str, Any]:
-    """One request at a time: cold, and warm with one new item; 20 candidates, or the whole catalogue."""
-    found: dict[str, Any] = {}
-    cases = {
-        "cold 30 + 20": (load.cold_calls(count + 6), HISTORY + CANDIDATES, CANDIDATES + 1),
+def single_cases(load: Load, count: int) -> dict[str, tuple[list[Callable[[], object]], int, int]]:
+    """One request at a time: cold, and warm with one new item; 20 candidates, or the whole catalogue. With the rows of
+    its pass and how many of them are read."""
+    return {
+        "cold 30 + 20": (load.cold_calls(count), HISTORY + CANDIDATES, CANDIDATES + 1),
         "warm 1 + 20": (load.warm_calls(1, True), 1 + CANDIDATES, 1 + CANDIDATES),
         "warm 1, catalogue": (load.warm_calls(1, False), 1, 1),
     }
-    for name, (calls, rows, reads) in cases.items():
+
+
+def latency(load: Load, ceilings: Ceilings, clock: Clock, count: int, found: dict[str, Any]) -> None:
+    for name, (calls, rows, reads) in single_cases(load, count + 5).items():
         load.warm()
         wall_seconds(calls[:5], clock)
         row = replayed(load, rows, reads, ceilings) if load.engine._now().graphs._graphs else {}
-        row |= quantiles(wall_seconds(calls[5 : 5 + count], clock))
-        row["launches_end_to_end"] = count_launches(calls[min(5 + count, len(calls) - 1)], load.device)
-        found[name] = row
+        found[name] = row | quantiles(wall_seconds(calls[5 : 5 + count], clock))
         clock.check()
-    return found
 
 
-def saturated(load: Load, clock: Clock, batches: tuple[int, ...]) -> dict[str, Any]:
-    """Users a second with warm sessions, batch after batch."""
-    found: dict[str, Any] = {}
+def count_all_launches(load: Load, found: dict[str, Any]) -> None:
+    """In each captured pass that was timed, and in the whole request."""
+    for name, (calls, rows, reads) in single_cases(load, 1).items():
+        if name in found and load.device.type == "cuda":
+            graph = load.engine._now().graphs._graphs[bucket_of(load, rows, reads)]
+            found[name]["launches"] = count_launches(graph._replay, load.device)
+            load.warm()
+            found[name]["launches_end_to_end"] = count_launches(calls[0], load.device)
+
+
+def saturated(load: Load, clock: Clock, batches: tuple[int, ...], found: dict[str, Any]) -> None:
+    """Users a second with warm sessions, batch after batch; the first ones are not timed."""
     for ranked in (True, False):
         for batch in batches:
             load.warm()
             synchronize(load.device)
             calls = load.warm_calls(batch, ranked)
-            seconds = wall_seconds(calls, Clock.of(min(3.0, clock.left)))
+            wall_seconds(calls[:UNTIMED], clock)
+            clock.check()
+            seconds = wall_seconds(calls[UNTIMED:], Clock.of(min(1.0, clock.left)))
             name = f"batch {batch}, {'1 + 20 ranked' if ranked else '1, catalogue'}"
             found[name] = {"users_s": batch * len(seconds) / sum(seconds), **quantiles(seconds)}
-            clock.check()
-    return found
 
 
-def transformers_latency(load: Load, clock: Clock, count: int) -> dict[str, Any]:
+def transformers_latency(load: Load, clock: Clock, count: int, found: dict[str, Any]) -> None:
     """The same backbone shape in transformers (sdpa, eager launches): 30 + 30 + 20 rows as one prompt, and 1 + 20 rows
     behind a cache of 60. What it computes is not the same (its candidates see one another); the rows are as many."""
     from transformers import DynamicCache, Qwen2Config, Qwen2Model
@@ -142,8 +165,8 @@ def transformers_latency(load: Load, clock: Clock, count: int) -> dict[str, Any]
         intermediate_size=shape.intermediate_size,
         attn_implementation="sdpa",
     )
-    model = Qwen2Model(config).to(device, load.engine.model.instruction.dtype).eval()
-    found: dict[str, Any] = {}
+    with device:  # drawing its weights on a CPU takes longer than all else here
+        model = Qwen2Model(config).to(load.engine.model.instruction.dtype).eval()
 
     @torch.inference_mode()
     def seconds(rows: int, cached: int) -> float:
@@ -153,16 +176,12 @@ def transformers_latency(load: Load, clock: Clock, count: int) -> dict[str, Any]
         if cached:
             model(inputs_embeds=before, past_key_values=cache)
         synchronize(device)
-        return _wall(lambda: model(inputs_embeds=embeds, past_key_values=cache)[0].sum().item())
+        return clocked(lambda: model(inputs_embeds=embeds, past_key_values=cache)[0].sum().item())
 
     for name, rows, cached in (("30 + 30 + 20 rows", 80, 0), ("1 + 20 rows behind 60", 21, 60)):
-        timed = []
-        for _ in range(count + 3):
-            timed.append(seconds(rows, cached))
-            clock.check()
+        with quiet():
+            timed = []
+            for _ in range(count + 3):
+                timed.append(seconds(rows, cached))
+                clock.check()
         found[name] = quantiles(timed[3:])
-    return found
-
-
-def _wall(call: Callable[[], object]) -> float:
-    return wall_seconds([call], Clock.of(60.0))[0]
