@@ -5,6 +5,7 @@ for each item; null where they are not known). Output: `user_id` where the input
 `unknown` (ids of the history that were skipped), row by row.
 """
 
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +52,8 @@ def recommend_file(engine: Engine, source: Path, target: Path, k: int, on_unknow
 
 
 def _check_target(target: Path, source: Path) -> None:
-    taken = "a folder" if target.is_dir() else "the input itself" if target.resolve() == source.resolve() else None
+    same = os.path.realpath(target) == os.path.realpath(source)
+    taken = "a folder" if target.is_dir() else "the input itself" if same else None
     try:
         str(target).encode()
     except UnicodeEncodeError:

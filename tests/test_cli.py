@@ -214,6 +214,9 @@ def test_what_is_no_file_is_not_replaced(engine_dir, tmp_path, users):
     done = speeder("recommend", engine_dir, "--input", users, "--output", tmp_path / "fifo")
     assert f"{tmp_path / 'fifo'}: something else stands where a file must go" in done.error
     assert (tmp_path / "fifo").is_fifo()
+    (tmp_path / "loop").symlink_to("loop")
+    done = speeder("recommend", engine_dir, "--input", users, "--output", tmp_path / "loop")
+    assert f"{tmp_path / 'loop'}: can't be written: Too many levels of symbolic links" in done.error
 
 
 def test_the_input_is_not_overwritten(engine_dir, tmp_path, users):

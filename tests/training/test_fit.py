@@ -155,6 +155,12 @@ def test_a_pretrained_backbone_of_every_family_is_tuned_and_served(split, tmp_pa
         np.testing.assert_allclose(engine.user_vector([f"{row:03d}" for row in rows]), vector, rtol=1e-4, atol=1e-5)
 
 
+def test_settings_made_in_python_are_checked_before_training(split, tmp_path):
+    with pytest.raises(ConfigError, match="max_grad_norm: expected a finite number, such as 1e6, got inf"):
+        train(split, replace(CONFIG, max_grad_norm=float("inf")), tmp_path / "c")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_backbone_that_cannot_be_served_is_refused_before_training(split, tmp_path):
     short = pretrained("mistral", tmp_path / "base", sliding_window=8)
     with pytest.raises(ConfigError, match="beyond 8 its attention window slides"):
