@@ -134,6 +134,8 @@ def test_recipes_that_are_none(tmp_path):
         ({"rank_negatives": 100000}, "rank_negatives must be at most 1000"),
         ({"seed": -1}, r"seed must be within 0\.\."),
         ({"seed": 2**63 - 1}, r"seed must be within 0\.\."),
+        ({"batch_size": 2**31}, "batch_size must be at most 2147483647, is 2147483648"),
+        ({"window": 2**63}, "window must be at most 2147483647"),
         ({"max_grad_norm": float("inf")}, "max_grad_norm: expected a finite number, such as 1e6, got inf"),
         ({"weight_decay": float("nan")}, "weight_decay: expected a finite number, such as 1e6, got nan"),
         ({"weight_decay": 10**400}, "weight_decay: expected a finite number, such as 1e6, got 1000"),

@@ -1,12 +1,13 @@
 """A training run as data: backbone, encoders, stages, losses. Recipes are YAML files of these keys."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from speeder_engine.config import (
     MIXINGS,
     MODALITIES,
+    MOST_INT32,
     POSITIONS,
     Config,
     FollowersConfig,
@@ -171,14 +172,7 @@ class TrainingConfig(Config):
             "title_targets",
         ):
             check(getattr(self, name) > 0, f"{name} must be positive, is {getattr(self, name)}")
-        check(0 <= self.seed <= MOST_SEED, f"seed must be within 0..{MOST_SEED}, is {self.seed}")
-        for name in ("instruction", "question"):
-            value = getattr(self, name)
-            check(is_unicode(value), f"{name}: {shown(value)} is no valid Unicode text; mend it")
-        days = (
-            f"calendar_days must be 0 or within a minute ({SHORTEST_DAYS:.1g}) and a century, is {self.calendar_days}"
-        )
-        check(self.calendar_days == 0 or SHORTEST_DAYS <= self.calendar_days <= LONGEST_DAYS, days)
+        self._check_bounds()
         check(
             self.rank_negatives <= MOST_NEGATIVES,
             f"rank_negatives must be at most {MOST_NEGATIVES}, is {self.rank_negatives}",
@@ -206,6 +200,21 @@ class TrainingConfig(Config):
         check(self.retrieve_weight > 0 or self.title_weight > 0, nothing)
         for name in ("retrieve_weight", "rank_weight", "order_weight", "title_weight", "weight_decay"):
             check(getattr(self, name) >= 0, f"{name} can't be negative, is {getattr(self, name)}")
+
+    def _check_bounds(self) -> None:
+        """What would only fail once it is computed with or saved."""
+        check(0 <= self.seed <= MOST_SEED, f"seed must be within 0..{MOST_SEED}, is {self.seed}")
+        for name in ("instruction", "question"):
+            value = getattr(self, name)
+            check(is_unicode(value), f"{name}: {shown(value)} is no valid Unicode text; mend it")
+        days = (
+            f"calendar_days must be 0 or within a minute ({SHORTEST_DAYS:.1g}) and a century, is {self.calendar_days}"
+        )
+        check(self.calendar_days == 0 or SHORTEST_DAYS <= self.calendar_days <= LONGEST_DAYS, days)
+        for each in fields(self):
+            value = getattr(self, each.name)
+            small = each.name == "seed" or not isinstance(value, int) or value <= MOST_INT32
+            check(small, f"{each.name} must be at most {MOST_INT32}, is {value}")
 
     @property
     def metric(self) -> str:
