@@ -14,8 +14,8 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from kernel_cases import Maker
 from measure import Ceilings, Clock, OutOfTime, device_seconds, l2_bytes, measure_ceilings, num_copies
-from steps import Load, count_all_launches, latency, saturated, transformers_latency
+from steps import Load, count_all_launches, latency, saturated, touch, transformers_latency
 
+from speeder_engine.config import DecoderConfig
 from speeder_engine.random_engine import SHAPES
 from speeder_engine.triton_kernels.linear_w8 import multiplies_fp8
 
@@ -78,6 +79,13 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def kernels(report: Report, device: torch.device, ceilings: Ceilings, smoke: bool, clock: Clock) -> None:
+    for name, make in kernel_makers(device, smoke):
+        clock.check()
+        one_kernel(report, name, make, device, ceilings)
+
+
+def kernel_makers(device: torch.device, smoke: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Of every shape."""
     dtype = torch.float32 if smoke else torch.bfloat16
     for name in ("tiny",) if smoke else ("0.5b", "1.5b", "7b"):
         for num_rows in (32,) if smoke else (32, 64, 256, 1024):
@@ -86,9 +94,7 @@ def kernels(report: Report, device: torch.device, ceilings: Ceilings, smoke: boo
             if num_rows == (32 if smoke else 64):
                 sizes = (500, 4) if smoke else (100_000, 64)
                 makers += [partial(maker.search, *sizes, two_stage=two_stage) for two_stage in (False, True)]
-            for make in makers:
-                clock.check()
-                one_kernel(report, name, make, device, ceilings)
+            yield from ((name, make) for make in makers)
 
 
 def one_kernel(report: Report, shape: str, make: Callable[[], Any], device: torch.device, ceilings: Ceilings) -> None:
@@ -118,27 +124,73 @@ def steps(
     small: dict[str, Any] | None = None,
 ) -> None:
     """`small`: what is held in 8 bits; fewer buckets and batches then, since kernels are compiled for each."""
-    num_items, num_users = (200, 4) if smoke else (100_000, 256)
-    more = {} if small is None else small | ({"cpu_path": "torch"} if smoke else {"row_buckets": SMALL_BUCKETS})
-    load = Load(shape, device, "float32" if smoke else "bfloat16", num_items, num_users, **more)
+    load = made_load(shape, device, smoke, small)
     found = report.found["steps"][label(shape, small)] = {"graphs_captured": load.engine.stats().graphs_captured}
     found["weight_bytes"], found["kv_block_bytes"] = load.weight_bytes, load.engine._now().cache.size.block_bytes
+    late: OutOfTime | None = None
     try:
-        # each is filled row by row: what is measured when the time is up stays
-        latency(load, ceilings, clock, 4 if smoke else 300, found.setdefault("latency", {}))
-        if shape in ("0.5b", "tiny") and small is None:
-            theirs = report.found["transformers"].setdefault(shape, {})
-            transformers_latency(load, clock, 2 if smoke else 50, theirs)
-        batches = (1, 8, 16, 32, 64) if small is None else (1, 8)
-        saturated(load, clock, (2,) if smoke else batches, found.setdefault("saturated", {}))
-    finally:
+        try:
+            measure_steps(report, shape, small, load, ceilings, smoke, clock, found)
+        except OutOfTime as error:
+            late = error
         # last: what the profiler leaves behind slows launches down
         count_all_launches(load, found["latency"])
+    finally:
         found["graph_replays"], found["eager_steps"] = (
             load.engine.stats().graph_replays,
             load.engine.stats().eager_steps,
         )
         load.engine.close()
+    if late is not None:
+        raise late
+
+
+def made_load(
+    shape: str | DecoderConfig, device: torch.device, smoke: bool, small: dict[str, Any] | None, **more: Any
+) -> Load:
+    num_items, num_users = (200, 4) if smoke else (100_000, 256)
+    if small is not None:
+        more |= small | ({"cpu_path": "torch"} if smoke else {"row_buckets": SMALL_BUCKETS})
+    return Load(shape, device, "float32" if smoke else "bfloat16", num_items, num_users, **more)
+
+
+def compile_part(index: int, device: torch.device, smoke: bool) -> None:
+    """Runs what one part of the plan runs, or the kernels' own cases behind it, once: what Triton compiles then lies on
+    the disk when that part is timed. Two layers, since a model's last one runs other kernels than the rest."""
+    parts = plan(device, smoke)
+    if index == len(parts):
+        with torch.inference_mode():
+            for _, make in kernel_makers(device, smoke):
+                make().call()
+        return
+    shape, small, _ = parts[index]
+    load = made_load(replace(SHAPES[shape], num_layers=2), device, smoke, small, kv_budget="256MiB")
+    touch(load, batches(smoke, small))
+    load.engine.close()
+
+
+def measure_steps(
+    report: Report,
+    shape: str,
+    small: dict[str, Any] | None,
+    load: Load,
+    ceilings: Ceilings,
+    smoke: bool,
+    clock: Clock,
+    found: dict[str, Any],
+) -> None:
+    """Each is filled row by row: what is measured when the time is up stays."""
+    latency(load, ceilings, clock, 4 if smoke else 300, found.setdefault("latency", {}))
+    if shape in ("0.5b", "tiny") and small is None:
+        theirs = report.found["transformers"].setdefault(shape, {})
+        transformers_latency(load, clock, 2 if smoke else 50, theirs)
+    saturated(load, clock, batches(smoke, small), found.setdefault("saturated", {}))
+
+
+def batches(smoke: bool, small: dict[str, Any] | None) -> tuple[int, ...]:
+    if smoke:
+        return (2,)
+    return (1, 8, 16, 32, 64) if small is None else (1, 8)
 
 
 def label(shape: str, small: dict[str, Any] | None) -> str:
@@ -195,12 +247,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--until", type=float, default=math.inf, help="Unix time by which it must have ended")
     parser.add_argument("--cpu-smoke", action="store_true", help="tiny shapes on the CPU; the figures mean nothing")
+    parser.add_argument("--compile", type=int, metavar="PART", help="only compile what this part of it runs")
     options = parser.parse_args()
     smoke = options.cpu_smoke
     if not smoke and not torch.cuda.is_available():
         print("bench/gpu.py: no CUDA device is usable here; run it on a machine with one, or with --cpu-smoke")
         return 1
     device = torch.device("cpu" if smoke else "cuda")
+    if options.compile is not None:
+        compile_part(options.compile, device, smoke)
+        return 0
     report, clock = Report(options.out, smoke), Clock.of(min(options.seconds, options.until - time.time()))
     ceilings = measure_ceilings(device, smoke)
     report.found["machine"] = {**machine(device), "ceilings": asdict(ceilings)}

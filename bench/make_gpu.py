@@ -23,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / "build" / "gpu"
+NUM_PARTS = 7  # of bench/gpu.py's plan, kernels included
 CUDA = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
 
 
@@ -38,12 +39,15 @@ class Run:
     def left(self) -> float:
         return self.seconds - (time.monotonic() - self.started)
 
-    def step(self, commands: dict[str, list[str]], environment: dict[str, str], most: float) -> None:
-        """Processes beside one another, ended when their share of the time is up; what they say comes one by one."""
+    def step(self, commands: dict[str, list[str]], environment: dict[str, str], most: float, kept: Path) -> None:
+        """Processes beside one another, ended when their share of the time is up; what they say comes one by one, here
+        and in the file `kept`."""
         share = min(most, self.left)
         if share <= 5:
             self.failures += [f"{name}: not run, the time was up" for name in commands]
             return
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text("")
         print(f"== {', '.join(commands)} (at most {share:.0f} s)", flush=True)
         until = time.monotonic() + share
         logs = {name: (PLACE / f"{name}.log").open("w+") for name in commands}
@@ -61,7 +65,10 @@ class Run:
                 self.failures.append(f"{name}: ended after {share:.0f} s")
             with logs[name] as log:
                 log.seek(0)
-                print(f"-- {name}\n{log.read().rstrip()}", flush=True)
+                said = f"-- {name}\n{log.read().rstrip()}"
+            print(said, flush=True)
+            with kept.open("a") as joined:
+                joined.write(f"{said}\n")
 
 
 def cuda_device() -> str:
@@ -131,6 +138,16 @@ def test_commands(smoke: bool) -> dict[str, list[str]]:
     return commands
 
 
+def benchmarks(smoke: bool) -> list[str]:
+    return [sys.executable, "bench/gpu.py", *(["--cpu-smoke"] if smoke else [])]
+
+
+def compile_commands(smoke: bool) -> dict[str, list[str]]:
+    """What the benchmarks run is compiled beside the tests, a process a part, and not while they are timed."""
+    parts = range(1 if smoke else NUM_PARTS)
+    return {f"compile {part}": [*benchmarks(smoke), "--compile", str(part)] for part in parts}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
@@ -146,10 +163,10 @@ def main() -> int:
     print(f"{name}: built in {run.seconds - run.left:.0f} s", flush=True)
     out = options.out / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     settings = environment(smoke)
-    run.step(test_commands(smoke), settings, 230)
-    measured = [sys.executable, "bench/gpu.py", "--out", str(out), *(["--cpu-smoke"] if smoke else [])]
-    # alone: they are timed
-    run.step({"benchmarks": [*measured, "--seconds", str(max(run.left - 15, 5))]}, settings, run.left - 5)
+    run.step(test_commands(smoke) | compile_commands(smoke), settings, 230, out / "tests.log")
+    # alone: they are timed. By the clock on the wall: a process takes its time to start
+    until = ["--seconds", str(run.seconds), "--until", str(time.time() + run.left - 15)]
+    run.step({"benchmarks": [*benchmarks(smoke), "--out", str(out), *until]}, settings, run.left - 5, out / "bench.log")
     print("\n".join(["", *(f"FAILED {each}" for each in run.failures)]) if run.failures else "all passed")
     print(f"{run.seconds - run.left:.0f} s; results in {out}")
     return 1 if run.failures else 0

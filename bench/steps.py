@@ -30,7 +30,13 @@ class Load:
     """An engine, and users whose histories grow by an item with every request."""
 
     def __init__(
-        self, shape: str, device: torch.device, dtype: str, num_items: int, num_users: int, **more: Any
+        self,
+        shape: str | DecoderConfig,
+        device: torch.device,
+        dtype: str,
+        num_items: int,
+        num_users: int,
+        **more: Any,
     ) -> None:
         """more: settings of the engine."""
         kind = getattr(torch, dtype)
@@ -134,6 +140,15 @@ def count_all_launches(load: Load, found: dict[str, Any]) -> None:
             found[name]["launches"] = count_launches(graph._replay, load.device)
             load.warm()
             found[name]["launches_end_to_end"] = count_launches(calls[0], load.device)
+
+
+def touch(load: Load, batches: tuple[int, ...]) -> None:
+    """A request of each kind, and a batch of each size, so that all they need is compiled."""
+    load.cold_calls(1)[0]()
+    for ranked in (True, False):
+        for batch in (1, *batches):
+            load.warm()
+            load.warm_calls(batch, ranked)[0]()
 
 
 def saturated(load: Load, clock: Clock, batches: tuple[int, ...], found: dict[str, Any]) -> None:

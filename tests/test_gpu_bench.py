@@ -4,9 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import gpu
+import make_gpu
 import pytest
-from measure import num_copies, quantiles
+from gpu import Report, compile_part, plan
+from make_gpu import compile_commands
+from measure import CPU, Clock, OutOfTime, num_copies, quantiles
 
 
 def run(root, script, *options, **environment):
@@ -42,6 +47,46 @@ def test_the_benchmarks_run_on_tiny_shapes(root, tmp_path):
     if not found["skipped"]:
         assert found["transformers"]["tiny"].keys() == {"30 + 30 + 20 rows", "1 + 20 rows behind 60"}
     assert "these figures mean nothing" in (tmp_path / "gpu.txt").read_text()
+
+
+def test_every_part_of_the_plan_is_compiled_before_it_is_timed():
+    assert set(compile_commands(False)) == {f"compile {part}" for part in range(len(plan(CPU, False)) + 1)}
+
+
+@pytest.mark.parametrize("part", [0, 4])
+def test_a_part_is_compiled_alone(monkeypatch, part):
+    called = []
+    monkeypatch.setattr(gpu, "touch", lambda load, batches: called.append(load.shape.num_layers))
+    monkeypatch.setattr(
+        gpu, "kernel_makers", lambda *_: [("tiny", lambda: SimpleNamespace(call=lambda: called.append(0)))]
+    )
+    compile_part(part, CPU, True)
+    assert called == ([2] if part == 0 else [0])
+
+
+def test_what_a_section_measured_stands_when_its_time_is_up(tmp_path):
+    report = Report(tmp_path, True)
+
+    def section(clock):
+        report.found["kernels"]["first"] = {"us": 1.5, "gb_s": 1, "tflop_s": 1, "of_ceiling": 1}
+        raise OutOfTime
+
+    report.run("kernels", Clock.of(9), 9, section)
+    for name in ("gpu.json", "gpu.txt"):
+        assert "first" in (tmp_path / name).read_text()
+    assert "skipped for want of time: kernels: the rest of it" in (tmp_path / "gpu.txt").read_text()
+
+
+def test_what_processes_say_is_joined_in_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(make_gpu, "PLACE", tmp_path)
+    run = make_gpu.Run(60)
+    says = {
+        name: [sys.executable, "-c", f"print('{name} speaks'); raise SystemExit({code})"]
+        for name, code in (("a", 0), ("b", 3))
+    }
+    run.step(says, dict(os.environ), 30, tmp_path / "out" / "tests.log")
+    assert (tmp_path / "out" / "tests.log").read_text() == "-- a\na speaks\n-- b\nb speaks\n"
+    assert run.failures == ["b: exit code 3"]
 
 
 def test_a_quantile_needs_samples():
