@@ -23,6 +23,7 @@ DTYPES: dict[Kind, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3f
 LARGEST: dict[Kind, float] = {"int8": 127.0, "fp8": 448.0}
 NATIVE_FP8 = (8, 9)  # the first compute capability that multiplies it
 QUANTIZED_AT_ONCE = 2048
+PROGRAMS = 132  # multiprocessors of an H100
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def launch_linear_w8(
     left, right = x if rows is None else rows.values, weight.values
     if fp8 and not native:
         left, right = left if rows is None else left.view(torch.uint8), right.view(torch.uint8)
-    options = linear_options(num_rows, x.element_size())
+    options = linear_options(num_rows, width, x.element_size())
     blocks = triton.cdiv(num_rows, options["BLOCK_ROWS"]) * triton.cdiv(width, options["BLOCK_OUT"])
     _linear_w8_kernel[(blocks,)](
         left, None if rows is None else rows.scales, right, weight.scales, bias, out, num_rows, width,
@@ -132,15 +133,22 @@ def multiplies_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= NATIVE_FP8
 
 
-def linear_options(num_rows: int, element_size: int) -> dict[str, int]:
-    """Block sizes: few rows leave a step to the weights' bytes, many to the matrix units; fp32 has none of those."""
+def linear_options(num_rows: int, width: int, element_size: int) -> dict[str, int]:
+    """Block sizes: few rows leave a step to the weights' bytes, many to the matrix units; fp32 has none of those. Tiles
+    of narrow outputs are halved until every multiprocessor of a large GPU has one."""
     if element_size == 4:
         return {"BLOCK_ROWS": 16, "BLOCK_OUT": 64, "BLOCK_SIZE": 32, "num_warps": 4, "num_stages": 3}
     if num_rows <= 16:
-        return {"BLOCK_ROWS": 16, "BLOCK_OUT": 32, "BLOCK_SIZE": 128, "num_warps": 4, "num_stages": 4}
-    if num_rows <= 64:
-        return {"BLOCK_ROWS": 64, "BLOCK_OUT": 64, "BLOCK_SIZE": 128, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_ROWS": 128, "BLOCK_OUT": 64, "BLOCK_SIZE": 64, "num_warps": 8, "num_stages": 3}
+        options = {"BLOCK_ROWS": 16, "BLOCK_OUT": 32, "BLOCK_SIZE": 128, "num_warps": 4, "num_stages": 4}
+    elif num_rows <= 64:
+        rows = 32 if num_rows <= 32 else 64
+        options = {"BLOCK_ROWS": rows, "BLOCK_OUT": 64, "BLOCK_SIZE": 128, "num_warps": 4, "num_stages": 3}
+    else:
+        options = {"BLOCK_ROWS": 128, "BLOCK_OUT": 64, "BLOCK_SIZE": 64, "num_warps": 8, "num_stages": 3}
+    least, row_blocks = 16 if num_rows <= 32 else 32, -(-num_rows // options["BLOCK_ROWS"])
+    while options["BLOCK_OUT"] > least and row_blocks * -(-width // options["BLOCK_OUT"]) < PROGRAMS:
+        options["BLOCK_OUT"] //= 2
+    return options
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -264,13 +272,14 @@ def _linear_specimen(
     label: str, kind: str, stored: str, outputs: int, size: int, num_rows: int, since: int = 80
 ) -> Specimen:
     """`kind` is of x or of its quantised rows; `stored` of the weights: u8 is fp8 to be decoded."""
-    options = linear_options(num_rows, 4 if kind == "*fp32" else 2)
+    gated = outputs > 2 * size
+    options = linear_options(num_rows, outputs // 2 if gated else outputs, 4 if kind == "*fp32" else 2)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     rows = kind in ("*i8", "*u8", "*fp8e4nv")
     types = {"x": kind, "x_scales": "*fp32", "weight": stored, "scales": "*fp32", "bias": "*bf16"}
     types |= {"out": "*fp32" if kind == "*fp32" else "*bf16", "num_rows": "i32", "width": "i32:16"}
     flags = {"SIZE": size, "FP8": stored != "*i8", "NATIVE": stored == "*fp8e4nv", "ROWS": rows}
-    flags |= {"BIAS": True, "GATED": outputs > 2 * size, "WIDE": False}
+    flags |= {"BIAS": True, "GATED": gated, "WIDE": False}
     return Specimen(label, _linear_w8_kernel, {**types, **flags, **options}, **launch, since=since)
 
 
@@ -283,6 +292,10 @@ SPECIMENS = (
     _linear_specimen("7B int8 1 row", "*bf16", "*i8", 37888, 3584, 1),
     _linear_specimen("7B int8 64 rows", "*bf16", "*i8", 3584, 18944, 64),
     _linear_specimen("7B int8 512 rows", "*bf16", "*i8", 37888, 3584, 512),
+    _linear_specimen("7B int8 32 rows", "*bf16", "*i8", 37888, 3584, 32),
+    _linear_specimen("7B int8 out 16 rows", "*bf16", "*i8", 3584, 3584, 16),
+    _linear_specimen("0.5B int8 out 32 rows", "*bf16", "*i8", 896, 896, 32),
+    _linear_specimen("0.5B int8 out 128 rows", "*bf16", "*i8", 896, 896, 128),
     _linear_specimen("0.5B fp8 1 row", "*bf16", "*u8", 9728, 896, 1),
     _linear_specimen("7B fp8 512 rows", "*bf16", "*u8", 37888, 3584, 512),
     _linear_specimen("0.5B int8 fp32", "*fp32", "*i8", 9728, 896, 64),
@@ -290,6 +303,8 @@ SPECIMENS = (
     _linear_specimen("0.5B int8 16 rows of int8", "*i8", "*i8", 9728, 896, 16),
     _linear_specimen("7B fp8 rows of fp8 decoded", "*u8", "*u8", 37888, 3584, 512),
     _linear_specimen("7B fp8 rows of fp8", "*fp8e4nv", "*fp8e4nv", 37888, 3584, 512, since=89),
+    _linear_specimen("0.5B fp8 out 32 rows of fp8", "*fp8e4nv", "*fp8e4nv", 896, 896, 32, since=89),
+    _linear_specimen("0.5B fp8 out 128 rows of fp8", "*fp8e4nv", "*fp8e4nv", 896, 896, 128, since=89),
     _linear_specimen("0.5B fp8 16 rows of fp8", "*fp8e4nv", "*fp8e4nv", 9728, 896, 16, since=89),
     _quantize_specimen("7B int8", "*bf16", False),
     _quantize_specimen("7B fp8", "*bf16", True),

@@ -55,10 +55,19 @@ def test_any_shape(num_rows, size, half, kind, gated, quantize):
     assert_near(launch_linear_w8(x, weight, bias, gated, quantize), x, weight, bias, gated, quantize)
 
 
-@pytest.mark.parametrize("num_rows", [60, 130])
+@pytest.mark.parametrize("num_rows", [30, 60, 130])
 def test_many_rows(num_rows):
     x, weight, bias = make_case(num_rows, 70, 66, "int8", torch.float16)
     assert_near(launch_linear_w8(x, weight, bias, False, True), x, weight, bias, False, True)
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 32, 48, 64, 128, 512])
+@pytest.mark.parametrize("width", [896, 3584, 18944])
+def test_tiles_fit_their_rows_and_fill_a_gpu_where_they_can(num_rows, width):
+    options = module.linear_options(num_rows, width, 2)
+    programs = -(-num_rows // options["BLOCK_ROWS"]) * -(-width // options["BLOCK_OUT"])
+    assert options["BLOCK_ROWS"] == next(rows for rows in (16, 32, 64, 128) if rows >= min(num_rows, 128))
+    assert programs >= 132 or options["BLOCK_OUT"] == (16 if num_rows <= 32 else 32)
 
 
 @pytest.mark.parametrize("kind", KINDS)
