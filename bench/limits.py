@@ -9,8 +9,6 @@ from torch import Tensor
 
 from speeder_engine.native.support import advise_huge, read_memory
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-
 
 @dataclass(frozen=True)
 class Work:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from speeder_engine.checks import repeated
 from speeder_engine.errors import (
     ArtifactError,
     CatalogueFull,
@@ -52,9 +53,7 @@ class ItemTable:
             if len(getattr(self, name)) != size:
                 raise DataError(f"item table: {len(getattr(self, name))} {name} for {size} item ids")
         if len(set(self.item_ids)) != size:
-            seen: set[str] = set()
-            twice = [item_id for item_id in self.item_ids if item_id in seen or seen.add(item_id)]  # type: ignore[func-returns-value]
-            raise DataError(f"item table: item id {name_some(twice)} appears more than once")
+            raise DataError(f"item table: item id {name_some(repeated(self.item_ids))} appears more than once")
         if not np.isfinite(self.prior).all():
             raise DataError("item table: the prior must be finite")
 
@@ -243,9 +242,7 @@ class Catalogue:
         if tuple(update.tokens.shape) != wanted:
             raise DataError(f"upsert: tokens of shape {tuple(update.tokens.shape)}, expected {wanted}")
         if len(set(update.item_ids)) < len(update):
-            seen: set[str] = set()
-            twice = [each for each in update.item_ids if each in seen or seen.add(each)]  # type: ignore[func-returns-value]
-            raise DataError(f"upsert: item {name_some(dict.fromkeys(twice))} more than once; name each once")
+            raise DataError(f"upsert: item {name_some(repeated(update.item_ids))} more than once; name each once")
         tokens = update.tokens.to(self.tokens.device, self.tokens.dtype)
         finite = torch.isfinite(tokens).all(dim=1).cpu().numpy()
         if not finite.all():

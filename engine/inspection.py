@@ -8,10 +8,10 @@ import torch
 
 from speeder_engine.artifact import read_artifact
 from speeder_engine.config import EngineConfig, ModelConfig, parse_bytes
+from speeder_engine.device import DTYPES
 from speeder_engine.kv_blocks import KVBlocks
 from speeder_engine.parts import WEIGHTS_FILE
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KV_DTYPES = {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 

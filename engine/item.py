@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from speeder_engine.checks import is_unicode
 from speeder_engine.config import MODALITIES
 from speeder_engine.errors import DataError, shown
 
@@ -51,10 +52,8 @@ class Item:
     def _check_text(self, name: str, text: object) -> None:
         if not isinstance(text, str | None):
             raise DataError(f"item {self.item_id!r}: {name} is no string, but {shown(text)}")
-        try:
-            (text or "").encode()
-        except UnicodeEncodeError:
-            raise DataError(f"item {self.item_id!r}: {name} is no valid Unicode text; mend {shown(text)}") from None
+        if not is_unicode(text or ""):
+            raise DataError(f"item {self.item_id!r}: {name} is no valid Unicode text; mend {shown(text)}")
 
     def _vector(self, modality: str) -> Vector:
         if modality not in MODALITIES:

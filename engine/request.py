@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from speeder_engine.checks import is_unicode, repeated
 from speeder_engine.errors import InvalidRequest, name_some, shown
 
 Head = Literal["retrieve", "rank", "title"]
@@ -67,9 +68,7 @@ class Request:
         if not self.candidates:
             raise InvalidRequest("candidates: the list is empty; pass None to search the whole catalogue")
         if len(set(self.candidates)) < len(self.candidates):
-            seen: set[str] = set()
-            twice = [c for c in self.candidates if c in seen or seen.add(c)]  # type: ignore[func-returns-value]
-            raise InvalidRequest(f"candidates: {name_some(dict.fromkeys(twice))} more than once; name each once")
+            raise InvalidRequest(f"candidates: {name_some(repeated(self.candidates))} more than once; name each once")
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,5 @@ def finite_times(times: Any, count: int, where: str) -> tuple[float, ...]:
 def check_user(user_id: object) -> None:
     if not isinstance(user_id, str):
         raise InvalidRequest(f"user_id: expected a string, got {shown(user_id)}")
-    try:
-        user_id.encode()
-    except UnicodeEncodeError:
-        raise InvalidRequest(f"user_id: {user_id!r} is no valid Unicode text") from None
+    if not is_unicode(user_id):
+        raise InvalidRequest(f"user_id: {shown(user_id)} is no valid Unicode text")

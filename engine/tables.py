@@ -6,7 +6,8 @@ from rich.table import Table
 from rich.text import Text
 
 from speeder_engine.catalogue import Catalogue
-from speeder_engine.inspection import DTYPES, EngineSummary
+from speeder_engine.device import DTYPES
+from speeder_engine.inspection import EngineSummary
 from speeder_engine.request import Ranking
 
 

@@ -14,13 +14,13 @@ import torch
 
 from speeder_engine.artifact import Kind
 from speeder_engine.config import Config, check
+from speeder_engine.device import DTYPES
 
 ONNX = Kind("speeder-onnx", 1, "export.json", "ONNX export", "`speeder export onnx ENGINE OUT`")
 WEIGHTS_FILE = "weights.bin"
 INSTRUCTION_FILE = "instruction.safetensors"
 
 GRAPHS = ("score", "recommend", "extend", "compress")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # TensorRT takes the Attention operator (23 and later) in half precision alone; the first is the default
 _SINGLE, _HALF = (18, 20), (23, 24)
 OPSETS: dict[str, dict[str, tuple[int, ...]]] = {

@@ -3,7 +3,6 @@ for: without a driver some of their libraries end the process."""
 
 import ctypes
 import importlib
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
@@ -12,7 +11,7 @@ from speeder_engine.errors import ConfigError, MissingDependency
 
 MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 PACKAGES = {"rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
-DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+DRIVER = "libcuda.so.1"
 # of the driver's cuDeviceGetAttribute
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
 

@@ -1,13 +1,12 @@
 """Ids: always strings, "0012349" keeps its zeros, 7 is "7", 7.0 is refused. Knows no file."""
 
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from speeder_engine.checks import is_unicode
 from speeder_engine.errors import DataError, shown
 
 
@@ -49,16 +48,3 @@ def id_text(value: object, where: str) -> str:
             raise DataError(f"{where} is {shown(value)}, which is no valid Unicode text; mend it")
         return value
     raise DataError(f"{where} is {shown(value)}; an id is a string that is not empty, or a whole number")
-
-
-def is_unicode(text: str) -> bool:
-    """False for lone surrogates, which JSON's and YAML's escapes can spell, but no file can be written with."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def repeated_ids(ids: Iterable[str]) -> list[str]:
-    return [item_id for item_id, count in Counter(ids).items() if count > 1]

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from speeder_engine.checks import is_unicode, repeated
 from speeder_engine.data.columns import Columns
-from speeder_engine.data.ids import id_text, is_unicode, repeated_ids
+from speeder_engine.data.ids import id_text
 from speeder_engine.data.images import ImageSource, ParquetImages, is_image_type
 from speeder_engine.data.tables import column_names, read_columns, read_jsonl, refuse_repeated, table_format
 from speeder_engine.encoders.features import Features
@@ -43,7 +44,7 @@ class Items:
             if length != len(self.item_ids):
                 raise DataError(f"items: {len(self.item_ids)} ids but {length} {what}")
         if len(self.rows) != len(self.item_ids):
-            raise DataError(f"items: item {name_some(repeated_ids(self.item_ids))} is there more than once")
+            raise DataError(f"items: item {name_some(repeated(self.item_ids))} is there more than once")
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -79,7 +80,7 @@ def read_items(path: Path | str, columns: Columns | None = None) -> Items:
     title, texts = columns.find_optional("title", found, path), columns.find_texts(found, path)
     ids = tuple(id_text(record.get(item), f"{where}: {item}") for where, record in records)
     if len(set(ids)) != len(ids):
-        raise DataError(f"{path}: item {name_some(repeated_ids(ids))} is there more than once; keep one of each")
+        raise DataError(f"{path}: item {name_some(repeated(ids))} is there more than once; keep one of each")
     titles = tuple(field_text(record.get(title), "title", where) if title else "" for where, record in records)
     parts = ([field_text(record.get(name), name, where) for name in texts] for where, record in records)
     joined = tuple(join_sentences([name, *rest]) for name, rest in zip(titles, parts, strict=True))

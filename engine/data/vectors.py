@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from speeder_engine.checks import repeated
 from speeder_engine.data.columns import Columns
-from speeder_engine.data.ids import id_text, repeated_ids
+from speeder_engine.data.ids import id_text
 from speeder_engine.data.tables import column_names, read_columns, reading
 from speeder_engine.encoders.features import Features
 from speeder_engine.errors import DataError, SpeederWarning, name_some
@@ -92,4 +93,4 @@ def _check(path: Path, ids: list[str], vectors: NDArray[np.float32]) -> None:
         row = int((~finite).argmax())
         raise DataError(f"{path}: the vector of item {ids[row]!r} has NaN or infinity; leave the item out instead")
     if len(set(ids)) != len(ids):
-        raise DataError(f"{path}: more than one vector for item {name_some(repeated_ids(ids))}; keep one of each")
+        raise DataError(f"{path}: more than one vector for item {name_some(repeated(ids))}; keep one of each")

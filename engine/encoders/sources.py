@@ -80,6 +80,7 @@ def fast_inference(device: torch.device) -> Iterator[None]:
 
 
 def has_native_bf16(device: torch.device) -> bool:
+    """Whether the GPU, or the CPU by AMX or AVX512-BF16, has instructions for it."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

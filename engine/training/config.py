@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from speeder_engine.checks import is_unicode
 from speeder_engine.config import (
     MIXINGS,
     MODALITIES,
@@ -15,7 +16,6 @@ from speeder_engine.config import (
     LivePriorConfig,
     check,
 )
-from speeder_engine.data.ids import is_unicode
 from speeder_engine.errors import ConfigError, MissingDependency, shown
 
 PRECISIONS = ("float32", "bfloat16", "auto")
