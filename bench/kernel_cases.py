@@ -90,12 +90,14 @@ class Maker:
         heads = shape.num_heads + 2 * shape.num_kv_heads
         wide = self.draw(rows, heads, shape.head_dim)
         q, k, v = wide.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
-        angles = torch.randn(rows, shape.head_dim, device=self.device)
+        angles = torch.randn(INSTRUCTION + HISTORY + 1, shape.head_dim, device=self.device)
+        positions = self.below(len(angles), rows)
         caches = [self.draw(rows // BLOCK + 1, BLOCK, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
         slots = torch.arange(rows, device=self.device)
         cos, sin = angles.cos(), angles.sin()
         num_bytes = 2 * wide.numel() * self.dtype.itemsize + 2 * angles.numel() * 4
-        return self.case("qk_norm_rope_store", lambda: qk_norm_rope_store(q, k, v, cos, sin, *caches, slots), num_bytes)
+        given = (q, k, v, cos, sin, *caches, slots)
+        return self.case("qk_norm_rope_store", lambda: qk_norm_rope_store(*given, positions=positions), num_bytes)
 
     def attention(self) -> Case:
         """Warm users: one new item and 20 candidates each, behind the instruction and 30 items."""

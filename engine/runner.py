@@ -15,6 +15,7 @@ from speeder_engine.models.recommender import ServingModel
 from speeder_engine.native.decoder import NativeDecoder, NativeRows
 from speeder_engine.triton_kernels.compressed_attention import AttentionRows, compressed_attention
 from speeder_engine.triton_kernels.item_embed import EmbedRows, embed_rows, item_embed
+from speeder_engine.triton_kernels.language import runs_triton
 from speeder_engine.triton_kernels.qk_norm_rope_store import qk_norm_rope_store, rotate
 from speeder_engine.triton_kernels.tree_attention import tree_attention
 
@@ -55,11 +56,14 @@ class ModelRunner:
         hidden: Tensor = self.model.decoder(embedded, positions, attend, pad_to_tile(batch.read_rows), normed)
         return hidden[: batch.read_rows.shape[0]]
 
-    def _rotary(self, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotary(self, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """cos and sin, row by row; or the tables, and where each row finds its own: the kernel looks them up itself."""
         if batch.text is not None:
             cos, sin = self.model.decoder.rotary(positions)
-            return cos, sin
-        return self.cos[positions], self.sin[positions]
+            return cos, sin, None
+        if runs_triton(self.cos):
+            return self.cos, self.sin, positions
+        return self.cos[positions], self.sin[positions], None
 
     def _native_rows(self, batch: Batch) -> NativeRows:
         found = NativeRows.of(
@@ -121,16 +125,16 @@ def _embed_rows(batch: Batch, num_padded: int) -> EmbedRows:
 class PagedAttend:
     """Norms, rotates, stores the history rows' keys and values, then attends over the paged cache."""
 
-    def __init__(self, cache: KVCache, batch: Batch, cos: Tensor, sin: Tensor) -> None:
+    def __init__(self, cache: KVCache, batch: Batch, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> None:
         self.cache, self.batch = cache, batch
-        self.cos, self.sin = cos, sin
+        self.cos, self.sin, self.positions = cos, sin, positions
 
     def __call__(self, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         batch = self.batch
         keys, values, scales = self.cache.layer(layer.index)
         norms, eps = layer.head_norms, layer.config.rms_norm_eps
         q, k = qk_norm_rope_store(
-            q, k, v, self.cos, self.sin, keys, values, batch.slot_mapping, norms, eps, rows, scales
+            q, k, v, self.cos, self.sin, keys, values, batch.slot_mapping, norms, eps, rows, scales, self.positions
         )  # fmt: skip
         attention, real = self._rows(rows, batch.num_item_rows)
         own_k, own_v = (k, v) if rows is None else (k[rows], v[rows])

@@ -32,13 +32,15 @@ def qk_norm_rope_store(
     eps: float = 0.0,
     rows: Tensor | None = None,
     scales: Scales | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q [R, H, D] of `rows` [R] (None: of all), k and v [N, H_kv, D], cos and sin fp32 [N, D] -> rotated q and k.
+    """q [R, H, D] of `rows` [R] (None: of all), k and v [N, H_kv, D], cos and sin fp32 [N, D] -> rotated q and k. With
+    `positions` int64 [N], cos and sin are tables [P, D] of all positions.
 
     Writes the first M rows' k and v into caches [blocks, block_size, H_kv, D] at slot_mapping int64 [M], M <= N, where
     it is not negative; and their `scales` (fp32 [blocks, block_size, H_kv]), where the caches are int8 or fp8.
     """
-    given = (q, k, v, cos, sin, k_cache, v_cache, slot_mapping, norms, eps, rows, scales)
+    given = (q, k, v, cos, sin, k_cache, v_cache, slot_mapping, norms, eps, rows, scales, positions)
     if runs_triton(q, k, v, k_cache, v_cache):
         with on(q.device):
             return launch_qk_norm_rope_store(*given)
@@ -58,8 +60,11 @@ def qk_norm_rope_store_ref(
     eps: float = 0.0,
     rows: Tensor | None = None,
     scales: Scales | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     q, k = (x if norm is None else rms_norm_ref(x, norm, eps) for x, norm in zip((q, k), norms, strict=True))
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
     k = rotate(k, cos, sin)
     stored = torch.nonzero(slot_mapping >= 0).flatten()
     slots = slot_mapping[stored]
@@ -125,8 +130,17 @@ def store_heads(out, scale, row, first, second, head, half, inside, HEADS: tl.co
 
 
 @triton.jit
+def position_of(row, positions):
+    """Where a row's cos and sin stand: in tables, or one by one as the rows do."""
+    at = row
+    if positions is not None:
+        at = tl.load(positions + row).to(tl.int64)
+    return at
+
+
+@triton.jit
 def turn_query(
-    row, q, norm, cos, sin, rows, out, stride, eps,
+    row, q, norm, cos, sin, positions, rows, out, stride, eps,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     head, half = tl.arange(0, BLOCK), tl.arange(0, BLOCK_HALF)
@@ -134,20 +148,21 @@ def turn_query(
     at = row
     if rows is not None:
         at = tl.load(rows + row).to(tl.int64)
+    at = position_of(at, positions)
     first, second = turned_heads(q + row * stride, norm, cos + at * DIM, sin + at * DIM, head, half, inside, eps, DIM)
     store_heads(out, None, row, first, second, head, half, inside, HEADS, DIM, 0)
 
 
 @triton.jit
 def turn_key(
-    row, k, v, norm, cos, sin, out, k_cache, v_cache, k_scale, v_scale, slot_mapping, num_mapped, k_stride, v_stride,
-    eps, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_HALF: tl.constexpr, LARGEST: tl.constexpr,
+    row, k, v, norm, cos, sin, positions, out, k_cache, v_cache, k_scale, v_scale, slot_mapping, num_mapped, k_stride,
+    v_stride, eps,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_HALF: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     head, half = tl.arange(0, BLOCK), tl.arange(0, BLOCK_HALF)
     inside = (head < HEADS)[:, None] & (half < DIM // 2)[None, :]
-    first, second = turned_heads(
-        k + row * k_stride, norm, cos + row * DIM, sin + row * DIM, head, half, inside, eps, DIM
-    )
+    angle = position_of(row, positions) * DIM
+    first, second = turned_heads(k + row * k_stride, norm, cos + angle, sin + angle, head, half, inside, eps, DIM)
     store_heads(out, None, row, first, second, head, half, inside, HEADS, DIM, 0)
     slot = tl.load(slot_mapping + row, mask=row < num_mapped, other=-1).to(tl.int64)
     if slot >= 0:
@@ -160,7 +175,7 @@ def turn_key(
 
 @triton.jit(do_not_specialize=["num_read", "num_mapped"])
 def _qk_norm_rope_store_kernel(
-    q, k, v, cos, sin, k_cache, v_cache, k_scale, v_scale, slot_mapping, norm_q, norm_k, rows, q_out, k_out,
+    q, k, v, cos, sin, positions, k_cache, v_cache, k_scale, v_scale, slot_mapping, norm_q, norm_k, rows, q_out, k_out,
     num_read, num_mapped, q_stride, k_stride, v_stride, eps,
     NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr,
     BLOCK_HALF: tl.constexpr, LARGEST: tl.constexpr,
@@ -168,10 +183,10 @@ def _qk_norm_rope_store_kernel(
     # the first programs turn a row of q each, the others a row of k
     row = tl.program_id(0).to(tl.int64)
     if row < num_read:
-        turn_query(row, q, norm_q, cos, sin, rows, q_out, q_stride, eps, NUM_HEADS, DIM, BLOCK_H, BLOCK_HALF)
+        turn_query(row, q, norm_q, cos, sin, positions, rows, q_out, q_stride, eps, NUM_HEADS, DIM, BLOCK_H, BLOCK_HALF)
     else:
         turn_key(
-            row - num_read, k, v, norm_k, cos, sin, k_out, k_cache, v_cache, k_scale, v_scale, slot_mapping,
+            row - num_read, k, v, norm_k, cos, sin, positions, k_out, k_cache, v_cache, k_scale, v_scale, slot_mapping,
             num_mapped, k_stride, v_stride, eps, NUM_KV, DIM, BLOCK_KV, BLOCK_HALF, LARGEST,
         )  # fmt: skip
 
@@ -189,6 +204,7 @@ def launch_qk_norm_rope_store(
     eps: float,
     rows: Tensor | None,
     scales: Scales | None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     num_read, num_heads, head_dim = q.shape
     num_rows = k.shape[0]
@@ -196,7 +212,9 @@ def launch_qk_norm_rope_store(
     assert slot_mapping.dim() == 1 and slot_mapping.shape[0] <= num_rows and slot_mapping.is_contiguous()
     assert num_read == num_rows if rows is None else rows.shape == (num_read,) and rows.is_contiguous()
     for each in (cos, sin):
-        assert each.shape == (num_rows, head_dim) and each.dtype == torch.float32 and each.is_contiguous()
+        assert each.shape[1] == head_dim and each.dtype == torch.float32 and each.is_contiguous()
+        assert each.shape[0] == num_rows or positions is not None
+    assert positions is None or (positions.shape == (num_rows,) and positions.is_contiguous())
     for norm in norms:
         assert norm is None or (norm.shape == (head_dim,) and norm.is_contiguous())
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -204,8 +222,8 @@ def launch_qk_norm_rope_store(
     if num_read + num_rows == 0:
         return q_out, k_out
     _qk_norm_rope_store_kernel[(num_read + num_rows,)](
-        q, k, v, cos, sin, k_cache, v_cache, *(scales or (None, None)), slot_mapping, *norms, rows, q_out, k_out,
-        num_read, slot_mapping.shape[0], q.stride(0), k.stride(0), v.stride(0), eps,
+        q, k, v, cos, sin, positions, k_cache, v_cache, *(scales or (None, None)), slot_mapping, *norms, rows, q_out,
+        k_out, num_read, slot_mapping.shape[0], q.stride(0), k.stride(0), v.stride(0), eps,
         **heads_options(num_heads, k_cache.shape[2], head_dim, k_cache.dtype),
     )  # fmt: skip
     return q_out, k_out
@@ -241,6 +259,7 @@ def _specimen(label: str, shape: tuple[int, int, int], normed: bool, rows: bool,
     types |= dict.fromkeys(("k_scale", "v_scale"), "*fp32" if cache in kinds else None)
     types |= dict.fromkeys(("norm_q", "norm_k"), "*bf16" if normed else None)
     types |= {"cos": "*fp32", "sin": "*fp32", "slot_mapping": "*i64", "rows": "*i64" if rows else None, "eps": "fp32"}
+    types |= {"positions": "*i64"}
     types |= {"num_read": "i32", "num_mapped": "i32", "q_stride": "i32:16", "k_stride": "i32:16", "v_stride": "i32:16"}
     since = 89 if cache == torch.float8_e4m3fn else 80
     return Specimen(label, _qk_norm_rope_store_kernel, {**types, **heads_options(*shape, cache)}, since=since)

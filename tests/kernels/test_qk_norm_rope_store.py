@@ -43,10 +43,10 @@ def make_case(rows, heads, kv_heads, dim, dtype, normed=True, read=None):
     )
 
 
-def run(function, q, k, v, cos, sin, slots, norm_q, norm_k, read):
+def run(function, q, k, v, cos, sin, slots, norm_q, norm_k, read, positions=None):
     """Rotated q and k, and the caches, -7 where nothing was written."""
     caches = [torch.full((BLOCKS, BLOCK, *k.shape[1:]), -7.0, dtype=k.dtype) for _ in range(2)]
-    return *function(q, k, v, cos, sin, *caches, slots, (norm_q, norm_k), EPS, read, None), *caches
+    return *function(q, k, v, cos, sin, *caches, slots, (norm_q, norm_k), EPS, read, None, positions), *caches
 
 
 def check(case):
@@ -65,6 +65,19 @@ def test_equals_the_reference(heads, kv_heads, dim, normed, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_some_rows_of_q_and_all_keys(dtype):
     check(make_case(5, 6, 2, 8, dtype, read=torch.tensor([4, 1])))
+
+
+@pytest.mark.parametrize("read", [None, torch.tensor([4, 1])])
+def test_cos_and_sin_are_looked_up_by_position(read):
+    """Rows in any order, some at the same position; the same bits as with rows of them."""
+    case, angles = make_case(5, 6, 2, 8, torch.float32, read=read), torch.randn(9, 8)
+    positions = torch.tensor([8, 0, 3, 3, 5])
+    tables, rows = ((x.cos(), x.sin()) for x in (angles, angles[positions]))
+    by_position = (*case[:3], *tables, *case[5:], positions)
+    check(by_position)
+    found = run(launch_qk_norm_rope_store, *by_position)
+    expected = run(launch_qk_norm_rope_store, *case[:3], *rows, *case[5:])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 def test_nothing_is_read_and_nothing_is_there():
