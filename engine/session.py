@@ -46,6 +46,12 @@ class Session:
         with self._held.lock:
             return tuple(self._held.ids)
 
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Unix seconds of each; none where they were not given."""
+        with self._held.lock:
+            return tuple(self._held.times)
+
     def __len__(self) -> int:
         return len(self._held.ids)
 

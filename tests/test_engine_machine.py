@@ -327,7 +327,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(user=st.sampled_from(USERS))
     def closed(self, user) -> None:
-        there = user in self.warm._sessions or user in self.watch.sessions
+        there = user in self.warm._histories or user in self.watch.sessions
         assert self.warm.close_session(user) == there
         self.watch.sessions.pop(user, None)
 
@@ -338,14 +338,14 @@ class EngineMachine(RuleBasedStateMachine):
         known = [item_id for item_id in session.history if item_id in self.cold.catalogue._row_of]
         events = [(self.item(item), day * DAY + 60.0) for item, day in ask.events]
         ids, times = [item_id for item_id, _ in events], [time for _, time in events] if ask.timed else None
-        if how == "replace" or bool(session._times) != ask.timed or len(known) < len(session.history):
+        if how == "replace" or bool(session.times) != ask.timed or len(known) < len(session.history):
             session.replace(ids, times=times)
         else:
             session.append(*ids, times=times)
-        request = Request(session.history, ask.k, user_id=user, times=tuple(session._times) or None)
+        request = Request(session.history, ask.k, user_id=user, times=tuple(session.times) or None)
         before = self.warm.stats().rows_computed, self.watch.rows
         self.check([request], [session.recommend(ask.k)], *before)
-        self.histories[user] = list(zip(session.history, session._times or [0.0] * len(session), strict=True))
+        self.histories[user] = list(zip(session.history, session.times or [0.0] * len(session), strict=True))
 
     @rule(
         numbers=st.lists(st.integers(0, CAPACITY + 2), min_size=1, max_size=2, unique=True),

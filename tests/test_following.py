@@ -139,12 +139,12 @@ def test_casts_leave_the_counts_alone(histories):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"window": 0}, "followers.window must be positive"),
-        ({"last": 0}, "followers.last must be positive"),
+        ({"window": 0}, "followers.window must be within 1"),
+        ({"last": 0}, "followers.last must be within 1"),
         ({"decay": 0.0}, "followers.decay must be within 0..1"),
         ({"discounts": (0.5,)}, "followers.discounts: two exponents"),
         ({"dropout": 1.0}, "followers.dropout must be within 0..1"),
-        ({"keep": -1}, "followers.keep must be positive"),
+        ({"keep": -1}, "followers.keep must be within 1"),
         ({"num_pairs": -1}, "followers.num_pairs can't be negative"),
     ],
 )
