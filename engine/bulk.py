@@ -53,13 +53,13 @@ def recommend_file(engine: Engine, source: Path, target: Path, k: int, on_unknow
 
 def _check_target(target: Path, source: Path) -> None:
     same = os.path.realpath(target) == os.path.realpath(source)
-    taken = "a folder" if target.is_dir() else "the input itself" if same else None
+    why = "is a folder" if target.is_dir() else "is the input itself" if same else None
     try:
         str(target).encode()
     except UnicodeEncodeError:
-        taken = "no UTF-8"
-    if taken:
-        raise DataError(f"{str(target)!r}: is {taken}; choose another --output")
+        why = "its name is no UTF-8"
+    if why:
+        raise DataError(f"{str(target)!r}: {why}; choose another --output")
 
 
 def _open(source: Path) -> pq.ParquetFile:

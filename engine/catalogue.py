@@ -314,6 +314,10 @@ class Catalogue:
         available = self.available[:size].cpu().numpy().copy()
         return ItemTable(tuple(self._ids), tuple(self._titles), prior, available, self.versions[:size].copy())
 
+    def served_tokens(self) -> Tensor:
+        """A copy [n, d] on the host, in the type they are served in."""
+        return self.tokens[: self.num_rows].to("cpu", copy=True)
+
     def save(self, folder: Path) -> None:
         self.table().save(folder)
         save_file({"item_tokens": self.tokens[: self.num_rows].contiguous()}, folder / TOKENS_FILE)

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from speeder_engine.catalogue import Catalogue, ItemUpdate
@@ -344,13 +343,19 @@ class Engine(Recommends):
         """Writes an engine directory with the catalogue as it stands, upserts, priors and availability in it; returns
         its revision. It is whole or not there at all (ArtifactError); this engine goes on serving what it serves.
 
-        Removed items are saved as not available, since old histories still read them.
+        Removed items are saved as not available, since old histories still read them. Onto the directory it was loaded
+        from, the engine goes on from there: `revision` is the new one's.
         """
-        serving, out = self._now(), _path(path, "save")
-        with serving.lock:
-            served = serving.catalogue.to(torch.device("cpu"), serving.catalogue.tokens.dtype)
-        serving.parts.with_catalogue(served).save(out)
-        return EngineParts.load(out).revision
+        out = _path(path, "save")
+        with self._changing:
+            serving = self._now()
+            with serving.lock:
+                table, tokens = serving.catalogue.table(), serving.catalogue.served_tokens()
+            saved = serving.parts.with_catalogue(table, tokens).saved(out)
+            known = serving.parts.artifact
+            if known is not None and out.resolve() == known.path.resolve():
+                serving.parts = replace(serving.parts, artifact=saved)
+        return str(saved.manifest["revision"])
 
     def stats(self) -> EngineStats:
         queue = self._scheduler

@@ -57,7 +57,7 @@ def sync_path(path: Path) -> None:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Writes beside `path`, syncs, then renames onto it. A link is followed; missing parents are made."""
-    with _explained(path), replace_file(path) as beside:
+    with replace_file(path) as beside, _explained(path):
         beside.write_bytes(content)
 
 

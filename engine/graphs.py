@@ -6,6 +6,7 @@ read before the next.
 """
 
 import gc
+import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,17 +57,21 @@ class CudaCapture:
         return graph.replay
 
 
+_capturing = threading.Lock()  # the collector is the process's: one engine at a time
+
+
 @contextmanager
 def uncollected() -> Iterator[None]:
     """No garbage collection inside: what it frees on the device in the middle of a capture would end that."""
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+    with _capturing:
+        was_enabled = gc.isenabled()
+        gc.collect()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_enabled:
+                gc.enable()
 
 
 def run_again(run: Callable[[], None]) -> Callable[[], None]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speeder_engine.artifact import Artifact, read_artifact, write_artifact
-from speeder_engine.catalogue import Catalogue
+from speeder_engine.catalogue import Catalogue, ItemTable
 from speeder_engine.config import ModelConfig
 from speeder_engine.encoders.base import Encoder, load_encoder
 from speeder_engine.errors import ArtifactError, ConfigError, DataError
@@ -60,21 +60,27 @@ class EngineParts:
         """Writes the engine directory beside `out` and renames it there; raises ArtifactError if `out` is another's."""
         write_artifact(out, self._fill)
 
-    def with_catalogue(self, served: Catalogue) -> "EngineParts":
-        """The same model, as it was read from its directory, over the catalogue as it is served now. What has not
-        changed keeps the directory's precision. Raises ArtifactError where the directory is another by now."""
+    def saved(self, out: Path) -> Artifact:
+        """As `save`; returns what stands there now."""
+        self.save(out)
+        return read_artifact(out)
+
+    def with_catalogue(self, table: ItemTable, tokens: Tensor) -> "EngineParts":
+        """The same model, as it was read from its directory, over items as they are served now, tokens [n, d] on the
+        host. What has not changed keeps the directory's precision. Raises ArtifactError where the directory is another
+        by now."""
         if self.artifact is None:
-            return replace(self, catalogue=served)
+            return replace(self, catalogue=Catalogue(table, tokens))
         path, revision = self.artifact.path, self.revision
         read = EngineParts.load(path)
         if read.revision != revision:
             raise ArtifactError(f"{path}: holds revision {read.revision}, this engine was loaded from {revision}")
-        tokens, known = served.tokens[: served.num_rows].cpu(), read.catalogue.num_rows
+        known = read.catalogue.num_rows
         kept = read.catalogue.tokens[:known]
         same = (kept.to(tokens.dtype) == tokens[:known]).all(dim=1, keepdim=True)
         wide = tokens.to(kept.dtype)
         wide[:known] = torch.where(same, kept, wide[:known])
-        return replace(read, catalogue=Catalogue(served.table(), wide), write_more=read._copy_more)
+        return replace(read, catalogue=Catalogue(table, wide), write_more=read._copy_more)
 
     def _copy_more(self, folder: Path) -> None:
         assert self.artifact is not None

@@ -92,12 +92,16 @@ class Scheduler:
         `batch_wait_ms` (or half of its own time, if that is less) for company. False when closed."""
         with self._changed:
             while not self._closed:
+                if self._waiting and not self.config.batch_wait_ms:
+                    return True  # nobody need be asked; `take` drops who is gone
                 self._waiting = [each for each in self._waiting if not each.future.done()]  # nobody's company
                 if not self._waiting:
                     self._changed.wait()
                     continue
+                if len(self._waiting) >= self.config.max_batch_users or self._is_full():
+                    return True
                 left = min(each.ripe_at(self.config.batch_wait_ms) for each in self._waiting) - time.monotonic()
-                if left <= 0 or len(self._waiting) >= self.config.max_batch_users or self._is_full():
+                if left <= 0:
                     return True
                 self._changed.wait(left)
             return False

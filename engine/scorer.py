@@ -76,14 +76,15 @@ class HeadScorer:
         searching = [b for b, query in enumerate(queries) if query.candidates is None]
         # what is too deep for two stages is searched exactly, like what they leave uncertain: by itself, so that
         # nobody's answer depends on how many items another asks for
-        searches = [b for b in searching if not self._is_deep(queries[b])]
+        shallow = [b for b in searching if not self._is_deep(queries[b])]
+        searches = shallow or searching  # none is: all are searched exactly, at once
         # most models have none, and no request should pay for it
         following = [queries[b].followers for b in searching if queries[b].following is not None]
         retrieved = [b for b, query in enumerate(queries) if query.head == "retrieve" and query.candidates is not None]
         titled = [b for b, query in enumerate(queries) if query.trie is not None]
         ranked = [b for b, query in enumerate(queries) if query.num_ranked]
         launched = (
-            *self._search([queries[b] for b in searches], searches, vectors),
+            *self._search([queries[b] for b in searches], searches, vectors, exact=not shallow),
             self._retrieve(following, searching if following else (), vectors),
             self._retrieve([_named(queries[b]) for b in retrieved], retrieved, vectors),
             self._titles([queries[b] for b in titled], title_hidden),

@@ -63,8 +63,8 @@ class EngineStats:
     blocks_restored: int  # from there
     blocks_copied: int  # of corrected pasts
     num_waiting: int  # submitted requests
-    num_refused: int  # with QueueFull, and
-    num_expired: int  # with DeadlineExceeded, both since the engine was made
+    num_refused: int  # submitted requests that met QueueFull since the engine was made
+    num_expired: int  # submitted requests that met DeadlineExceeded since the engine was made
     graphs_captured: int  # at warm-up, and never after
     graph_replays: int  # steps whose pass was one of them
     eager_steps: int  # steps whose pass was not; those without a row to compute are neither

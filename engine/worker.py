@@ -40,8 +40,15 @@ class Worker:
             with self._starting:
                 if self._thread is None:
                     arguments = (self._scheduler, self._serving)
-                    self._thread = threading.Thread(target=_run, args=arguments, name="speeder-engine", daemon=True)
-                    self._thread.start()
+                    thread = threading.Thread(target=_run, args=arguments, name="speeder-engine", daemon=True)
+                    # before it starts: an interpreter that ends at once must know of it
+                    _running[thread] = self._scheduler
+                    try:
+                        thread.start()
+                    except BaseException:
+                        _running.pop(thread, None)
+                        raise
+                    self._thread = thread
 
     def stop(self) -> None:
         """Ends after the step that runs; what waits fails with EngineClosed. A second time is harmless."""
@@ -51,7 +58,6 @@ class Worker:
 
 
 def _run(scheduler: Scheduler, current: Callable[[], Serving | None]) -> None:
-    _running[threading.current_thread()] = scheduler
     try:
         _work(scheduler, current)
     except Exception:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -46,13 +47,15 @@ def speeder(*arguments: object) -> Done:
 def _own_process() -> Iterator[None]:
     """Log and warnings as in a new process, and as they were here afterwards."""
     root, ours = logging.getLogger(), logging.getLogger("speeder_engine")
-    handlers, levels = root.handlers, (root.level, ours.level)
+    handlers, levels, environment = root.handlers, (root.level, ours.level), dict(os.environ)
     root.handlers = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default")
             yield
     finally:
+        os.environ.clear()
+        os.environ.update(environment)
         root.handlers = handlers
         root.setLevel(levels[0])
         ours.setLevel(levels[1])

@@ -395,7 +395,7 @@ def test_a_forked_process_is_told_to_load_its_own(tiny):
 @pytest.mark.parametrize("waits", [{}, {"timeout_ms": 60_000}])
 def test_waiting_for_company_costs_nobody_a_deadline(tiny, waits):
     async def ask(engine):
-        with_deadline = engine.submit(Request(["0001"]), timeout_ms=400)
+        with_deadline = engine.submit(Request(["0001"]), timeout_ms=2_000)
         return await asyncio.gather(engine.submit(Request(["0002"]), **waits), with_deadline)
 
     with made(tiny, batch_wait_ms=60_000.0) as engine:

@@ -77,6 +77,15 @@ def test_nobodys_answer_depends_on_how_many_another_asks_for(tiny, dtype):
     assert engine.stats().searched_again < 50
 
 
+def test_deep_answers_alone_are_waited_for_once(tiny, monkeypatch):
+    engine, exact = made(tiny), made(tiny, search="exact")
+    asked = [Request(tiny.ids(range(at, at + 4)), 100) for at in range(5)]
+    fetched, fetch = [], engine._now().transfer.fetch
+    monkeypatch.setattr(engine._now().transfer, "fetch", lambda tensors: fetched.append(1) or fetch(tensors))
+    assert_alike(engine.recommend_many(asked), exact.recommend_many(asked))
+    assert len(fetched) == 1 and engine.stats().searched_again == 0
+
+
 def test_only_who_is_not_certain_is_searched_again(tiny):
     """Somebody with more equal items before all others than the first stage hands on, beside one who denies them."""
     engine, exact = made(tiny), made(tiny, search="exact")

@@ -347,6 +347,18 @@ def test_what_was_changed_at_run_time_can_be_saved(tiny, tmp_path, dtype):
     np.testing.assert_array_equal(kept, Engine.load(tmp_path / "old", dtype="float32").item_vectors(["0001"]))
 
 
+def test_an_engine_is_saved_onto_its_own_directory_again_and_again(tiny, tmp_path):
+    tiny.parts().save(tmp_path / "engine")
+    engine = Engine.load(tmp_path / "engine", dtype="bfloat16")
+    for prior in (1.0, 2.0, 3.0):
+        engine.set_prior({"0001": prior})
+        engine.upsert([Item(f"new {prior}", vectors={"text": [prior] * 8})])
+        assert engine.save(tmp_path / "engine") == engine.revision
+    again = Engine.load(tmp_path / "engine", dtype="bfloat16")
+    assert again.revision == engine.revision
+    assert again.recommend(["0002", "new 2.0"], k=130) == engine.recommend(["0002", "new 2.0"], k=130)
+
+
 def test_a_directory_that_was_replaced_is_not_saved_from(tiny, tmp_path):
     tiny.parts().save(tmp_path / "engine")
     engine = Engine.load(tmp_path / "engine", dtype="float32")

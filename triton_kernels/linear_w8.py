@@ -23,7 +23,7 @@ DTYPES: dict[Kind, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3f
 LARGEST: dict[Kind, float] = {"int8": 127.0, "fp8": 448.0}
 NATIVE_FP8 = (8, 9)  # the first compute capability that multiplies it
 QUANTIZED_AT_ONCE = 2048
-PROGRAMS = 132  # multiprocessors of an H100
+MULTIPROCESSORS = 132  # of an H100
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def linear_options(num_rows: int, width: int, element_size: int) -> dict[str, in
     else:
         options = {"BLOCK_ROWS": 128, "BLOCK_OUT": 64, "BLOCK_SIZE": 64, "num_warps": 8, "num_stages": 3}
     least, row_blocks = 16 if num_rows <= 32 else 32, -(-num_rows // options["BLOCK_ROWS"])
-    while options["BLOCK_OUT"] > least and row_blocks * -(-width // options["BLOCK_OUT"]) < PROGRAMS:
+    while options["BLOCK_OUT"] > least and row_blocks * -(-width // options["BLOCK_OUT"]) < MULTIPROCESSORS:
         options["BLOCK_OUT"] //= 2
     return options
 
