@@ -76,8 +76,9 @@ class Artifact:
         return self.path / prefix if files else None
 
 
-def write_artifact(out: Path, fill: Callable[[Path], dict[str, Any]], kind: Kind = ENGINE) -> None:
+def write_artifact(out: Path, fill: Callable[[Path], dict[str, Any]], kind: Kind = ENGINE) -> Artifact:
     """Publishes what `fill` writes into the folder it is given, in one step; `fill` returns the manifest's own fields.
+    Returns what `read_artifact` would find.
 
     An existing `out` is replaced if it is empty or a directory of this kind with nothing of anyone else's in it. Raises
     ArtifactError otherwise, or when it can't be written; then, or when `fill` raises, `out` is as it was.
@@ -87,13 +88,15 @@ def write_artifact(out: Path, fill: Callable[[Path], dict[str, Any]], kind: Kind
         fields = fill(folder)
         if taken := RESERVED.intersection(fields):
             raise ValueError(f"{kind.manifest} fields {sorted(taken)} are the container's own")
-        seal(folder, fields, kind)
+        manifest = seal(folder, fields, kind)
         # filling takes minutes: somebody may have put something there in the meantime
         _check_replaceable(out, kind)
+    return Artifact(out, manifest, kind)
 
 
 def seal(folder: Path, fields: Mapping[str, Any], kind: Kind, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Writes the manifest of a filled folder: `fields`, size and hash of every file, and the digest; returns the files.
+    """Writes the manifest of a filled folder: `fields`, size and hash of every file, and the digest; returns it as
+    it will be read.
 
     `known`: entries of files that were hashed before and are not read again.
     """
@@ -105,8 +108,9 @@ def seal(folder: Path, fields: Mapping[str, Any], kind: Kind, known: Mapping[str
         files[name] = {"size": (folder / name).stat().st_size, "sha256": found}
     files = {name: files[name] for name in names}
     manifest = {"format": kind.format, "format_version": kind.version, **fields, "files": files}
-    (folder / kind.manifest).write_bytes(_render({**manifest, "digest": _digest(manifest)}))
-    return files
+    content = _render({**manifest, "digest": _digest(manifest)})
+    (folder / kind.manifest).write_bytes(content)
+    return json.loads(content)  # type: ignore[no-any-return]
 
 
 def read_artifact(path: Path, kind: Kind = ENGINE) -> Artifact:

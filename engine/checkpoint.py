@@ -80,7 +80,7 @@ class Checkpoint:
             if self.state is not None:
                 _save_state(self.state, beside / "state")
             fields = {"model": self.model.config.to_json(), "training": self.training, "metrics": self.metrics}
-            files = seal(beside, fields, CHECKPOINT, known=self.frozen_files)
+            files = seal(beside, fields, CHECKPOINT, known=self.frozen_files)["files"]
         self.frozen_in = folder
         self.frozen_files = {name: entry for name, entry in files.items() if name.split("/")[0] in FROZEN}
 

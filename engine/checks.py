@@ -2,6 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
+
+from speeder_engine.errors import ConfigError, shown
 
 
 def repeated(ids: Iterable[str]) -> list[str]:
@@ -16,3 +19,11 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def given_path(path: object, where: str, of: str) -> Path:
+    """ConfigError for what is none; `of`: what it should lead to."""
+    try:
+        return Path(path)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(f"{where}: expected the path of {of}, got {shown(path)}") from None

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speeder_engine.catalogue import Catalogue, ItemUpdate
+from speeder_engine.checks import given_path
 from speeder_engine.config import MAX_TITLE_TOKENS, MOST_ANSWER_IDS, EngineConfig
 from speeder_engine.device import pick_device, pick_dtype
-from speeder_engine.errors import ConfigError, DataError, DeadlineExceeded, EngineClosed, InvalidRequest, shown
+from speeder_engine.errors import DataError, DeadlineExceeded, EngineClosed, InvalidRequest, shown
 from speeder_engine.item import Item
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.parts import EngineParts
@@ -38,6 +39,8 @@ from speeder_engine.scheduler import Scheduler, Waiting, deadline_error
 from speeder_engine.serving import EngineStats, Serving
 from speeder_engine.session import History, Session
 from speeder_engine.worker import Worker
+
+SCORED_AT_ONCE = 16_384  # items
 
 
 class Engine(Recommends):
@@ -78,7 +81,7 @@ class Engine(Recommends):
             if settings.get(name) is not None
         }
         config = EngineConfig.from_json(settings | sizes)
-        engine = cls(EngineParts.load(_path(path, "Engine.load")), config)
+        engine = cls(EngineParts.load(given_path(path, "Engine.load", "an engine directory")), config)
         if engine.device.type == "cuda":
             engine.warm_up()
         return engine
@@ -188,32 +191,32 @@ class Engine(Recommends):
     def user_vectors(self, requests: Iterable[Request]) -> NDArray[np.float32]:
         """[B, d] in the order of the requests; their sessions are used and extended. InvalidRequest where there
         is no retrieve head."""
-        serving, parts = self._retrieving(requests, "user_vectors")
-        vectors = [np.zeros((0, serving.catalogue.tokens.shape[1]), np.float32)]
-        for queries in parts:
-            with serving.lock:
-                vectors.append(serving.user_vectors(queries))
-        return np.concatenate(vectors)
+        serving, queries = self._retrieving(requests, "user_vectors")
+        return _vectors(serving, queries)
 
     def scores(self, requests: Iterable[Request], ids: Sequence[str]) -> NDArray[np.float32]:
         """[B, n]: what the retrieve head gives each of these items, prior and followers in it, whether or not it may be
         answered; `recommend`'s up to rounding. The whole catalogue's scores are many: for the best of them ask
         `recommend`. InvalidRequest where there is no retrieve head."""
-        serving, parts = self._retrieving(requests, "scores")
+        serving, queries = self._retrieving(requests, "scores")
         rows = serving.catalogue.rows(item_ids(ids, "scores"), "scores")
-        scores = [np.zeros((0, len(rows)), np.float32)]
-        for queries in parts:
+        vectors, scores = _vectors(serving, queries), np.empty((len(queries), len(rows)), np.float32)
+        for start in range(0, len(rows), SCORED_AT_ONCE):
+            part = slice(start, start + SCORED_AT_ONCE)
             with serving.lock:
-                scores.append(serving.retrieve_scores(queries, rows))
-        return np.concatenate(scores)
+                scores[:, part] = serving.retrieve_scores(vectors, rows[part])
+        for line, query in zip(scores, queries, strict=True):
+            if query.following is not None:
+                line += query.following.of(rows)
+        return scores
 
-    def _retrieving(self, requests: Iterable[Request], where: str) -> tuple[Serving, Iterator[Sequence[Query]]]:
-        """Steps of these requests without their candidates."""
+    def _retrieving(self, requests: Iterable[Request], where: str) -> tuple[Serving, list[Query]]:
+        """What these requests ask without their candidates."""
         asked = [replace(request, candidates=None, head=None) for request in requests_of(requests, where)]
         serving = self._now()
         if not serving.parts.config.heads.retrieve:
             raise InvalidRequest(f"{where}: this model was trained without a retrieve head; use recommend")
-        return serving, serving.steps([serving.resolve(request) for request in asked])
+        return serving, [serving.resolve(request) for request in asked]
 
     def item_vectors(self, ids: Sequence[str]) -> NDArray[np.float32]:
         """Item tokens [n, d] of these ids."""
@@ -330,7 +333,7 @@ class Engine(Recommends):
         """
         with self._changing:
             self._now()
-            parts = EngineParts.load(_path(path, "reload"))
+            parts = EngineParts.load(given_path(path, "reload", "an engine directory"))
             serving = Serving(parts, self.config, self.device, self._dtype)
             if self._is_warm:
                 serving.warm_up()
@@ -346,12 +349,12 @@ class Engine(Recommends):
         Removed items are saved as not available, since old histories still read them. Onto the directory it was loaded
         from, the engine goes on from there: `revision` is the new one's.
         """
-        out = _path(path, "save")
+        out = given_path(path, "save", "an engine directory")
         with self._changing:
             serving = self._now()
             with serving.lock:
                 table, tokens = serving.catalogue.table(), serving.catalogue.served_tokens()
-            saved = serving.parts.with_catalogue(table, tokens).saved(out)
+            saved = serving.parts.with_catalogue(table, tokens).save(out)
             known = serving.parts.artifact
             if known is not None and out.resolve() == known.path.resolve():
                 serving.parts = replace(serving.parts, artifact=saved)
@@ -404,6 +407,15 @@ def _serving_of(engine: "weakref.ref[Engine]") -> Callable[[], Serving | None]:
     return current
 
 
+def _vectors(serving: Serving, queries: Sequence[Query]) -> NDArray[np.float32]:
+    """[B, d] user vectors, in as many steps as it takes."""
+    vectors = [np.zeros((0, serving.catalogue.tokens.shape[1]), np.float32)]
+    for part in serving.steps(queries):
+        with serving.lock:
+            vectors.append(serving.user_vectors(part))
+    return np.concatenate(vectors)
+
+
 async def _answer(waiting: Waiting, timeout_ms: float | None) -> Ranking:
     """Of a request in the queue. Raises DeadlineExceeded where its step has not begun in time."""
     answer = asyncio.wrap_future(waiting.future)
@@ -437,10 +449,3 @@ def _milliseconds(timeout_ms: object) -> float:
         return float(timeout_ms)  # type: ignore[arg-type]
     except OverflowError:
         return math.inf
-
-
-def _path(path: object, where: str) -> Path:
-    try:
-        return Path(path)  # type: ignore[arg-type]
-    except TypeError:
-        raise ConfigError(f"{where}: expected the path of an engine directory, got {path!r}") from None

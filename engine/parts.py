@@ -56,14 +56,9 @@ class EngineParts:
         folder = self.artifact.folder(f"encoders/{modality}") if self.artifact else None
         return load_encoder(folder) if folder else self.encoders.get(modality)
 
-    def save(self, out: Path) -> None:
+    def save(self, out: Path) -> Artifact:
         """Writes the engine directory beside `out` and renames it there; raises ArtifactError if `out` is another's."""
-        write_artifact(out, self._fill)
-
-    def saved(self, out: Path) -> Artifact:
-        """As `save`; returns what stands there now."""
-        self.save(out)
-        return read_artifact(out)
+        return write_artifact(out, self._fill)
 
     def with_catalogue(self, table: ItemTable, tokens: Tensor) -> "EngineParts":
         """The same model, as it was read from its directory, over items as they are served now, tokens [n, d] on the

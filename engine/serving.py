@@ -41,7 +41,6 @@ from speeder_engine.triton_kernels.linear_w8 import Kind
 
 Floats = NDArray[np.float32]
 WARM_K, WARM_CANDIDATES = 10, 20
-SCORED_AT_ONCE = 16_384  # items
 
 
 @dataclass(frozen=True)
@@ -195,20 +194,13 @@ class Serving:
         with self.forward(queries) as done:
             return to_numpy(done.vectors)
 
-    def retrieve_scores(self, queries: Sequence[Query], rows: Rows) -> Floats:
-        """[B, n] of these rows of the catalogue, one step."""
+    def retrieve_scores(self, vectors: Floats, rows: Rows) -> Floats:
+        """User vectors [B, d] -> [B, n] of these rows of the catalogue, prior in them, followers not."""
+        chosen = torch.from_numpy(rows.astype(np.int64)).to(self.device)
+        tokens, prior = (to_numpy(each[chosen]) for each in (self.catalogue.tokens, self.catalogue.prior))
         # one precision above, rounded away again: a score must not depend on who and what else is asked for
-        vectors, beta = self.user_vectors(queries).astype(np.float64), float(self.model.retrieve.beta)
-        scores = np.empty((len(queries), len(rows)), np.float32)
-        for start in range(0, len(rows), SCORED_AT_ONCE):
-            part = slice(start, start + SCORED_AT_ONCE)
-            chosen = torch.from_numpy(rows[part].astype(np.int64)).to(self.device)
-            tokens, prior = (to_numpy(each[chosen]) for each in (self.catalogue.tokens, self.catalogue.prior))
-            scores[:, part] = vectors @ tokens.astype(np.float64).T + beta * prior
-        for line, query in zip(scores, queries, strict=True):
-            if query.following is not None:
-                line += query.following.of(rows)
-        return scores
+        scores = vectors.astype(np.float64) @ tokens.astype(np.float64).T + float(self.model.retrieve.beta) * prior
+        return scores.astype(np.float32)
 
     def item_vectors(self, ids: Sequence[str]) -> Floats:
         rows = torch.from_numpy(self.catalogue.rows(ids, "item_vectors").astype(np.int64))

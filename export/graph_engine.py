@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from speeder_engine.catalogue import Catalogue, ItemTable
-from speeder_engine.config import ModelConfig, parse_bytes
-from speeder_engine.errors import EngineClosed, InvalidRequest
+from speeder_engine.config import ModelConfig, check, parse_bytes
+from speeder_engine.errors import EngineClosed, InvalidRequest, shown
 from speeder_engine.export.graph_spec import cache_names
 from speeder_engine.export.item_features import read_features
 from speeder_engine.export.onnx_config import OnnxConfig
@@ -298,3 +298,10 @@ def _candidates(query: Query) -> NDArray[np.int64]:
 
 def _scores_of(query: Query) -> str:
     return "scores" if query.head == "rank" else "retrieve_scores"
+
+
+def read_whole(name: str, value: object, most: int) -> int:
+    """A whole number from 0 to `most`."""
+    number = int(value) if isinstance(value, int | np.integer) and not isinstance(value, bool) else -1
+    check(0 <= number <= most, f"{name}: expected a whole number within 0..{most}, got {shown(value)}")
+    return number

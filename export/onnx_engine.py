@@ -10,10 +10,10 @@ from safetensors.numpy import load_file
 
 from speeder_engine.artifact import read_artifact
 from speeder_engine.catalogue import ItemTable
+from speeder_engine.checks import given_path
 from speeder_engine.config import ModelConfig
 from speeder_engine.errors import ArtifactError, ConfigError
-from speeder_engine.export.engine_settings import read_path, read_whole
-from speeder_engine.export.graph_engine import GraphEngine
+from speeder_engine.export.graph_engine import GraphEngine, read_whole
 from speeder_engine.export.onnx_check import check_graph
 from speeder_engine.export.onnx_config import INSTRUCTION_FILE, ONNX, OnnxConfig
 from speeder_engine.export.onnx_session import Array, GraphSession
@@ -85,7 +85,7 @@ class OnnxEngine(GraphEngine):
         run on the CPU; 0: all. Raises ArtifactError for a path that is no whole export, MissingDependency where the
         runtime lacks, ConfigError where it would run elsewhere than asked.
         """
-        return cls(OnnxFiles.load(read_path(path, "OnnxEngine.load")), provider, kv_budget, threads)
+        return cls(OnnxFiles.load(given_path(path, "OnnxEngine.load", "an export")), provider, kv_budget, threads)
 
     @property
     def _in_place(self) -> bool:

@@ -8,10 +8,10 @@ import torch
 
 from speeder_engine.artifact import Artifact, read_artifact
 from speeder_engine.catalogue import ItemTable
+from speeder_engine.checks import given_path
 from speeder_engine.config import MOST_INT32, ModelConfig
 from speeder_engine.errors import ArtifactError, ConfigError, InvalidRequest
-from speeder_engine.export.engine_settings import read_path, read_whole
-from speeder_engine.export.graph_engine import GraphEngine
+from speeder_engine.export.graph_engine import GraphEngine, read_whole
 from speeder_engine.export.onnx_config import OnnxConfig
 from speeder_engine.export.plan_builder import make_logger
 from speeder_engine.export.plan_config import PLANS, PlanConfig
@@ -92,7 +92,7 @@ class TensorRTEngine(GraphEngine):
         a GPU or with one that there is no plan for, MissingDependency.
         """
         device = read_whole("device", device, MOST_INT32)
-        files = PlanFiles.load(read_path(path, "TensorRTEngine.load"))
+        files = PlanFiles.load(given_path(path, "TensorRTEngine.load", "an export"))
         chip = find_chip("TensorRTEngine", device)
         files.check_tool()
         return cls(files, open_runtime(files.plans.runtime, device), chip, kv_budget)

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from speeder_engine.artifact import read_artifact, write_artifact
+from speeder_engine.artifact import write_artifact
 from speeder_engine.config import EngineConfig
 from speeder_engine.engine import Engine
 from speeder_engine.errors import ExportError, MissingDependency
@@ -52,8 +52,7 @@ def export_onnx(engine: Path, out: Path, config: OnnxConfig, parity_users: int =
             parity = _compare(parts, config, folder, parity_users)
         return _manifest(parts, config, written, parity)
 
-    write_artifact(out, fill, ONNX)
-    return read_artifact(out, ONNX).manifest
+    return write_artifact(out, fill, ONNX).manifest
 
 
 def _check_tools(compare: bool) -> None:

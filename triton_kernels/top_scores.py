@@ -101,7 +101,10 @@ def top_scores_ref(
     num_users = vectors.shape[0]
     # summed in fp32, as the kernel does: in bf16 many of the best would be equals
     padded = F.pad(vectors, (0, 0, 0, -num_users % ROW_TILE)).float()
-    scores = torch.cat([padded @ part.float().T for part in table.split(WIDENED_AT_ONCE)], dim=1)[:num_users]
+    scores = padded.new_empty(num_users, table.shape[0])
+    for start in range(0, table.shape[0], WIDENED_AT_ONCE):
+        part = slice(start, start + WIDENED_AT_ONCE)
+        scores[:, part] = (padded @ table[part].float().T)[:num_users]
     if scales is not None:
         scores *= scales
     scores += prior.float()
