@@ -24,6 +24,14 @@ def add_rms_norm_ref(residual: Tensor, x: Tensor, weight: Tensor, eps: float) ->
     return total, rms_norm_ref(total, weight, eps)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm alone: x [N, d] -> [N, d]."""
+    if runs_triton(x, weight):
+        with on(x.device):
+            return launch_rms_norm(x, weight, eps)
+    return rms_norm_ref(x, weight, eps)
+
+
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Over the last dimension, in fp32; rounded to x's dtype before the weight, as transformers does it."""
     wide = x.float()
@@ -44,8 +52,9 @@ def _add_rms_norm_kernel(residual, x, weight, total, normed, size, eps, BLOCK: t
     valid = column < size
     at = tl.program_id(0).to(tl.int64) * size + column
     row = tl.load(residual + at, mask=valid, other=0.0).to(tl.float32)
-    row += tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
-    tl.store(total + at, row.to(total.dtype.element_ty), mask=valid)
+    if x is not None:
+        row += tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
+        tl.store(total + at, row.to(total.dtype.element_ty), mask=valid)
     row = normed_row(row, weight, eps, column, size)
     tl.store(normed + at, row.to(normed.dtype.element_ty), mask=valid)
 
@@ -61,17 +70,31 @@ def launch_add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float)
     return total, normed
 
 
+def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    num_rows, size = x.shape
+    assert weight.shape == (size,) and x.dtype == weight.dtype and x.is_contiguous() and weight.is_contiguous()
+    normed = torch.empty_like(x)
+    if num_rows:
+        _add_rms_norm_kernel[(num_rows,)](x, None, weight, None, normed, size, eps, **row_options(size))
+    return normed
+
+
 def row_options(size: int) -> dict[str, int]:
     """One program a row of `size`: sixteen elements a thread at most, but for the widest."""
     block = next_power_of_2(size)
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 
-def _specimen(label: str, size: int) -> Specimen:
+def _specimen(label: str, size: int, adds: bool = True) -> Specimen:
     options = row_options(size)
-    types = dict.fromkeys(("residual", "x", "weight", "total", "normed"), "*bf16")
+    types: dict[str, str | None] = dict.fromkeys(("residual", "weight", "normed"), "*bf16")
+    types |= dict.fromkeys(("x", "total"), "*bf16" if adds else None)
     arguments = {**types, "size": "i32:16", "eps": "fp32", "BLOCK": options["BLOCK"]}
     return Specimen(label, _add_rms_norm_kernel, arguments, num_warps=options["num_warps"])
 
 
-SPECIMENS = (_specimen("0.5B bf16", 896), _specimen("7B bf16", 3584))
+SPECIMENS = (
+    _specimen("0.5B bf16", 896),
+    _specimen("7B bf16", 3584),
+    _specimen("7B bf16, the norm alone", 3584, adds=False),
+)

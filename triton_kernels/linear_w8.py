@@ -200,9 +200,9 @@ def _products(
             total = tl.dot(left, right, total, max_num_imprecise_acc=32)
         else:
             DOT: tl.constexpr = tl.float32 if WIDE else tl.float16 if ROWS else x.dtype.element_ty
-            left = _decoded(left) if ROWS else left
-            right = _decoded(right) if FP8 else right
-            total = tl.dot(_cast(left, DOT), _cast(right, DOT), total, input_precision="ieee")
+            left = decoded(left) if ROWS else left
+            right = decoded(right) if FP8 else right
+            total = tl.dot(cast(left, DOT), cast(right, DOT), total, input_precision="ieee")
     # what is decoded is too small by 2 ** 8
     shrunk: tl.constexpr = (65536.0 if ROWS else 256.0) if DECODED else 1.0
     return total.to(tl.float32) * shrunk
@@ -219,14 +219,14 @@ def _scaled(found, x_scales, scales, bias, rows, outputs, real, made, ROWS: tl.c
 
 
 @triton.jit
-def _decoded(bits):
+def decoded(bits):
     """e4m3 in a uint8 -> fp16, too small by 2 ** 8: the exponents' biases are 7 and 15. Exact, subnormals too."""
     wide = bits.to(tl.uint16)
     return (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def _cast(x, DTYPE: tl.constexpr):
+def cast(x, DTYPE: tl.constexpr):
     """By way of fp32, from where every target is reached."""
     return x if x.dtype == DTYPE else x.to(tl.float32).to(DTYPE)
 

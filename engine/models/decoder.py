@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from speeder_engine.config import EXACT_LEN_ENDS, DecoderConfig
 from speeder_engine.errors import ConfigError
 from speeder_engine.models.families import decoder_config, fuse_weights, rotary_frequencies
-from speeder_engine.models.linear import W8Linear, gated_linear, linear_part, quantize_linears
-from speeder_engine.triton_kernels.add_rms_norm import add_rms_norm, rms_norm_ref
+from speeder_engine.models.linear import W8Linear, linear_part, quantize_linears
+from speeder_engine.models.residual import ResidualStream, RMSNorm
+from speeder_engine.triton_kernels.fused_linear import make_counters, suits
 from speeder_engine.triton_kernels.linear_w8 import Kind
 from speeder_engine.triton_kernels.qk_norm_rope_store import rotate
 
@@ -28,20 +29,6 @@ class Attend(Protocol):
         none) come first, then the rotation. `layer.index` says which layer's keys and values these are.
         """
         ...
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm_ref(x, self.weight, self.eps)
-
-    def add(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """residual + x, and that under this norm."""
-        return add_rms_norm(residual, x, self.weight, self.eps)
 
 
 class DecoderLayer(nn.Module):
@@ -68,29 +55,35 @@ class DecoderLayer(nn.Module):
         """The weights of `norm_q` and `norm_k`, where the family has such norms."""
         return getattr(self.norm_q, "weight", None), getattr(self.norm_k, "weight", None)
 
-    def forward(
-        self, hidden: Tensor, normed: Tensor, attend: Attend, rows: Tensor | None, following: RMSNorm
-    ) -> tuple[Tensor, Tensor]:
-        """hidden [N, d] and that under `input_norm` -> this layer's hidden [N, d], and that under the `following` norm;
-        or [R, d] where only `rows` are read afterwards: keys and values for all all the same, since later steps read
-        them from the cache."""
-        q, k, v = self.project(normed, rows)
-        mixed = attend(self, q, k, v, rows)
-        hidden, normed = self.post_norm.add(hidden if rows is None else hidden[rows], self.out(mixed.flatten(1)))
-        return following.add(hidden, self.down(gated_linear(self.gate_up, normed)))
+    def forward(self, stream: ResidualStream, attend: Attend, rows: Tensor | None) -> None:
+        """Adds this layer to the stream; to `rows` of it [R] alone where only those are read afterwards. Keys and
+        values are of all rows all the same, since later steps read them from the cache."""
+        if rows is None:
+            q, k, v = self.heads_of(stream.read(self.input_norm, self.qkv))
+        else:
+            q, k, v = self.project(stream.normed(self.input_norm), rows)
+            stream.select(rows)
+        stream.add(self.out, attend(self, q, k, v, rows).flatten(1))
+        stream.add(self.down, stream.read(self.post_norm, self.gate_up, gated=True))
 
     def project(self, normed: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """normed [..., d] -> q [..., H, D] and k, v [..., H_kv, D]; of flat rows [N, d], q for `rows` [R] alone."""
         if rows is None:
-            q, kv = self.qkv(normed).split([self.q_size, 2 * self.kv_size], dim=-1)
-        else:
-            q = linear_part(self.qkv, normed[rows], slice(None, self.q_size))
-            kv = linear_part(self.qkv, normed, slice(self.q_size, None))
+            return self.heads_of(self.qkv(normed))
+        q = linear_part(self.qkv, normed[rows], slice(None, self.q_size))
+        kv = linear_part(self.qkv, normed, slice(self.q_size, None))
+        return self._heads(q, kv)
+
+    def heads_of(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[..., q_size + 2 kv_size] -> q [..., H, D] and k, v [..., H_kv, D]."""
+        return self._heads(*torch.split(qkv, [self.q_size, 2 * self.kv_size], dim=-1))
+
+    def _heads(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         k, v = kv.chunk(2, dim=-1)
         return (
-            q.unflatten(-1, (self.heads, self.head_dim)),
-            k.unflatten(-1, (self.kv_heads, self.head_dim)),
-            v.unflatten(-1, (self.kv_heads, self.head_dim)),
+            torch.unflatten(q, -1, (self.heads, self.head_dim)),
+            torch.unflatten(k, -1, (self.kv_heads, self.head_dim)),
+            torch.unflatten(v, -1, (self.kv_heads, self.head_dim)),
         )
 
 
@@ -105,6 +98,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(index, config) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.register_buffer("inv_freq", torch.ones(config.head_dim // 2, dtype=torch.float32))
+        self._counters: Tensor | None = None
 
     @torch.inference_mode()
     def forward(
@@ -115,20 +109,32 @@ class Decoder(nn.Module):
         read_rows: Tensor | None = None,
         normed: Tensor | None = None,
     ) -> Tensor:
-        """hidden [N, d], positions [N] -> [N, d], or [R, d] for `read_rows` [R] (the last layer computes only those).
+        """hidden [N, d], positions [N] -> [N, d], or [R, d] for `read_rows` [R].
 
         Without `attend` the rows are one sequence under causal attention. `normed` is hidden under the first layer's
-        `input_norm`, where the caller has it.
+        `input_norm`, where the caller has it. The last layer computes only the rows that are read; where layers are
+        fused all are: these few cost no more, and to pick them out would.
         """
         if attend is None:
             self._check_length(positions)
             attend = CausalAttend(*self.rotary(positions))
-        layers: list[Any] = list(self.layers)
-        norms: list[RMSNorm] = [*(layer.input_norm for layer in layers), self.norm]
-        normed = norms[0](hidden) if normed is None else normed
-        for layer, following in zip(layers, norms[1:], strict=True):
-            hidden, normed = layer(hidden, normed, attend, read_rows if layer is layers[-1] else None, following)
-        return normed
+        counters = self._counters_for(hidden)
+        stream = ResidualStream(hidden, normed, counters)
+        early = None if counters is not None else read_rows
+        for layer in self.layers:
+            layer(stream, attend, early if layer is self.layers[-1] else None)
+        if read_rows is not None and early is None:
+            stream.select(read_rows)
+        return stream.normed(self.norm)
+
+    def _counters_for(self, hidden: Tensor) -> Tensor | None:
+        """For fused layers; none where they are not fused: many rows, or such as are quantized themselves."""
+        first: Any = self.layers[0]
+        if not suits(hidden) or (isinstance(first.qkv, W8Linear) and first.qkv.quantize):
+            return None
+        if self._counters is None or self._counters.device != hidden.device:
+            self._counters = make_counters(hidden.device)
+        return self._counters
 
     @property
     def weight_kind(self) -> Kind | None:

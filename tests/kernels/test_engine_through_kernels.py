@@ -8,6 +8,7 @@ from speeder_engine import Engine, EngineConfig, Request, runner
 from speeder_engine.triton_kernels import (
     add_rms_norm,
     compressed_attention,
+    fused_linear,
     item_embed,
     linear_w8,
     qk_norm_rope_store,
@@ -18,12 +19,14 @@ from speeder_engine.triton_kernels import (
 
 KERNELS = (add_rms_norm, compressed_attention, item_embed, qk_norm_rope_store, swiglu, top_scores, tree_attention)
 SMALL = (*(kernel for kernel in KERNELS if kernel is not swiglu), linear_w8)  # which computes swiglu's gate too
+FUSED = (*(kernel for kernel in KERNELS if kernel is not swiglu), fused_linear)  # in bf16, few rows as all here
+ALL = (*KERNELS, linear_w8, fused_linear)
 
 
 @pytest.fixture
 def through_kernels(monkeypatch):
     """Counts the launches of each file."""
-    counts = dict.fromkeys((each.__name__.split(".")[-1] for each in (*KERNELS, linear_w8)), 0)
+    counts = dict.fromkeys((each.__name__.split(".")[-1] for each in ALL), 0)
 
     def counted(name):
         def runs_triton(*tensors):
@@ -33,7 +36,7 @@ def through_kernels(monkeypatch):
         return runs_triton
 
     def switch():
-        for each in (*KERNELS, linear_w8):
+        for each in ALL:
             monkeypatch.setattr(each, "runs_triton", counted(each.__name__.split(".")[-1]))
         monkeypatch.setattr(runner, "runs_triton", lambda *tensors: True)
 
@@ -63,7 +66,7 @@ def names(kernels):
     return {each.__name__.split(".")[-1] for each in kernels}
 
 
-@pytest.mark.parametrize(("title", "dtype"), [(False, "bfloat16"), (True, "float32")])
+@pytest.mark.parametrize(("title", "dtype"), [(False, "bfloat16"), (True, "float32"), (True, "bfloat16")])
 def test_answers_are_the_same(title, dtype, through_kernels):
     tiny = make_titled(window=6, step=2) if title else make_tiny(family="qwen3", window=6, step=2)
     ids = tuple(tiny.ids(range(30)))
@@ -72,7 +75,8 @@ def test_answers_are_the_same(title, dtype, through_kernels):
     switch, counts = through_kernels
     switch()
     found = answers(Engine(tiny.parts(), config), ids, title)
-    assert launched(counts) == names(KERNELS) - (set() if title else {"tree_attention"})
+    kernels = KERNELS if dtype == "float32" else FUSED
+    assert launched(counts) == names(kernels) - (set() if title else {"tree_attention"})
     bound = 1e-4 if dtype == "float32" else 0.1
     torch.testing.assert_close(found, expected, atol=bound, rtol=bound)
 
@@ -94,3 +98,16 @@ def test_answers_in_8_bits_are_the_same(title, weights, kv, bound, through_kerne
     assert launched(counts) == names(SMALL) - (set() if title else {"tree_attention"})
     torch.testing.assert_close(found, expected, atol=bound, rtol=bound)
     assert (expected - plain).abs().max() > 1e-2
+
+
+def test_fused_layers_of_8_bit_weights_answer_the_same(through_kernels):
+    tiny = make_tiny(family="qwen2", window=6, step=2)
+    ids = tuple(tiny.ids(range(30)))
+    config = EngineConfig(dtype="bfloat16", weights="int8", kv_budget="4MiB", cpu_path="torch")
+    expected = answers(Engine(tiny.parts(), config), ids, False)
+    switch, counts = through_kernels
+    switch()
+    found = answers(Engine(tiny.parts(), config), ids, False)
+    # weights are quantised by linear_w8's file
+    assert launched(counts) == names((*FUSED, linear_w8)) - {"tree_attention"}
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.1)

@@ -1,0 +1,65 @@
+"""ResidualStream: what a pass's layers read under their norms and add to."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from speeder_engine.models.linear import W8Linear, gated_linear
+from speeder_engine.triton_kernels.add_rms_norm import add_rms_norm, rms_norm, rms_norm_ref
+from speeder_engine.triton_kernels.fused_linear import Norm, fused_linear
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm_ref(x, self.weight, self.eps)
+
+
+class ResidualStream:
+    """The hidden states [N, d] of a pass. What is added waits for the norm that reads it, and goes with it; where
+    layers are fused, norms and sums are part of the layers' own launches."""
+
+    def __init__(self, hidden: Tensor, normed: Tensor | None = None, counters: Tensor | None = None) -> None:
+        """`normed`: hidden under the first norm, where the caller has it. `counters`: of `fused_linear`; none where
+        layers are not fused."""
+        self._hidden, self._normed = hidden, normed
+        self._waiting: Tensor | None = None
+        self._counters = counters
+
+    def read(self, norm: RMSNorm, linear: nn.Module, gated: bool = False) -> Tensor:
+        """The layer's outputs [N, O], or [N, O / 2] where `gated`."""
+        if self._counters is not None:
+            return self._fused(linear, self._hidden, norm=Norm(norm.weight, norm.eps), gated=gated)
+        normed = self.normed(norm)
+        outputs: Tensor = gated_linear(linear, normed) if gated else linear(normed)
+        return outputs
+
+    def normed(self, norm: RMSNorm) -> Tensor:
+        """All that was added, under a norm."""
+        if self._waiting is not None:
+            self._hidden, normed = add_rms_norm(self._hidden, self._waiting, norm.weight, norm.eps)
+            self._waiting = None
+            return normed
+        return rms_norm(self._hidden, norm.weight, norm.eps) if self._normed is None else self._normed
+
+    def add(self, linear: nn.Module, x: Tensor) -> None:
+        """Adds the layer's outputs of x [N, I]."""
+        self._normed = None
+        if self._counters is not None:
+            self._hidden = self._fused(linear, x, residual=self._hidden)
+        else:
+            self._waiting = linear(x)
+
+    def select(self, rows: Tensor) -> None:
+        """Only these rows from now on; before anything waits."""
+        assert self._waiting is None
+        self._hidden, self._normed = self._hidden[rows], None
+
+    def _fused(self, linear: nn.Module, x: Tensor, **around: Any) -> Tensor:
+        assert isinstance(linear, W8Linear | nn.Linear) and self._counters is not None
+        return fused_linear(x, linear.weight, self._counters, linear.bias, **around)
