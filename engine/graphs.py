@@ -10,6 +10,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -21,7 +22,7 @@ from speeder_engine.config import EngineConfig
 from speeder_engine.progress import track
 from speeder_engine.prompt import PromptLayout
 from speeder_engine.step import Outcome, StepModel
-from speeder_engine.step_buffers import Bucket, StepBuffers, bucket_words, make_buckets, num_users
+from speeder_engine.step_buffers import Bucket, StepBuffers, bucket_words, make_buckets
 from speeder_engine.transfer import Transfer
 
 WARM_RUNS = 2  # before a capture: what is compiled, tuned or allocated at first must be
@@ -76,6 +77,7 @@ def uncollected() -> Iterator[None]:
 
 def run_again(run: Callable[[], None]) -> Callable[[], None]:
     """Where there are no graphs: the same computation on the same static tensors, for tests of all around it."""
+    run()
     return run
 
 
@@ -88,9 +90,11 @@ def pick_capture(graphs: str, device: torch.device) -> Capture | None:
 class StepGraph:
     """One bucket's pass: filled in, sent, replayed."""
 
-    def __init__(self, buffers: StepBuffers, model: StepModel, outcome: Outcome, capture: Capture) -> None:
+    _outcome: Outcome  # where the captured pass leaves it
+
+    def __init__(self, buffers: StepBuffers, model: StepModel, capture: Capture) -> None:
         self.buffers = buffers
-        self._model, self._outcome = model, outcome
+        self._model = model
         buffers.clear()
         self._replay = capture(self._compute)
 
@@ -99,7 +103,7 @@ class StepGraph:
         return self.buffers.batch.attention.block_tables
 
     def run(self, rows: RowLayout, plan: CachePlan) -> Outcome:
-        """The outcome is overwritten by the next step."""
+        """The outcome is overwritten by the next step, whichever graph's it is."""
         self.buffers.fill(rows, plan.block_tables)
         self._replay()
         return self._outcome
@@ -108,10 +112,7 @@ class StepGraph:
     def _compute(self) -> None:
         model, batch = self._model, self.buffers.batch
         hidden = model.runner.hidden_states(batch, model.catalogue.tokens)
-        found = model.read(hidden, self.buffers.reads)
-        self._outcome.vectors.copy_(found.vectors)
-        if self._outcome.scores is not None and found.scores is not None:
-            self._outcome.scores.copy_(found.scores)
+        self._outcome = replace(model.read(hidden, self.buffers.reads), hidden=None)
 
 
 class StepGraphs:
@@ -138,22 +139,12 @@ class StepGraphs:
         if self._capture is None or self._graphs:
             return
         graphs = {}
-        widest = self._outcome()
         with uncollected():
             for bucket in track(self._buckets[::-1], "capturing CUDA graphs"):
                 buffers = StepBuffers(bucket, self._model.cache, self._layout, self._transfer)
-                scores = None if widest.scores is None else widest.scores[: bucket.reads]
-                graphs[bucket] = StepGraph(buffers, self._model, Outcome(widest.vectors, scores), self._capture)
+                graphs[bucket] = StepGraph(buffers, self._model, self._capture)
                 self.captured += 1
         self._graphs = graphs
-
-    def _outcome(self) -> Outcome:
-        """Static tensors for the results of every bucket."""
-        model = self._model
-        tokens, reads = model.catalogue.tokens, max(bucket.reads for bucket in self._buckets)
-        vectors = tokens.new_zeros(num_users(model.cache.size), tokens.shape[1])
-        has_rank = model.runner.model.config.heads.rank
-        return Outcome(vectors, tokens.new_zeros(reads, dtype=torch.float32) if has_rank else None)
 
     def find(self, rows: RowLayout) -> StepGraph | None:
         """The smallest that holds these rows; none for no rows at all, or more than any holds."""

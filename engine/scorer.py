@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from speeder_engine.batch import Reads, pad_to_tile
 from speeder_engine.catalogue import Catalogue
 from speeder_engine.following import merged
-from speeder_engine.models.heads import RankHead, RetrieveHead
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.native.search import search_catalogue
 from speeder_engine.query import Query, Rows
 from speeder_engine.title_scorer import title_scores
 from speeder_engine.transfer import Transfer
+from speeder_engine.triton_kernels.rank_scores import RankedItems, RankWeights, rank_scores
 from speeder_engine.triton_kernels.top_scores import (
     MAX_K,
     WIDENED_AT_ONCE,
@@ -47,8 +47,7 @@ class HeadScorer:
     @torch.inference_mode()
     def user_vectors(self, last_hidden: Tensor) -> Tensor:
         """h(last) [B, d] -> [B, d]; padded to the row tile, so that one user's vector doesn't depend on the others."""
-        vectors: Tensor = self.model.retrieve(pad_to_tile(last_hidden))
-        return vectors[: last_hidden.shape[0]]
+        return self.model.user_vectors(pad_to_tile(last_hidden))[: last_hidden.shape[0]]
 
     @torch.inference_mode()
     def rank_scores(self, hidden: Tensor, vectors: Tensor, reads: Reads) -> Tensor | None:
@@ -56,8 +55,10 @@ class HeadScorer:
         without such a head."""
         if not self.model.config.heads.rank:
             return None
-        retrieved = self._products(vectors, reads.sequence, reads.items)
-        return self._weighed(self.model.rank(hidden, retrieved), reads.items, self.model.rank)
+        head, catalogue = self.model.rank, self.catalogue
+        weights = RankWeights(head.weight, head.bias, head.alpha, head.beta)
+        table = RankedItems(catalogue.tokens, catalogue.prior, catalogue.available)
+        return rank_scores(hidden, vectors, reads.sequence, reads.items, table, weights)
 
     @torch.inference_mode()
     def score(
@@ -184,7 +185,10 @@ class HeadScorer:
         rows = self.transfer.put(np.concatenate(named))
         users = self.transfer.put(np.repeat(members, [len(each) for each in named]))
         self.transfer.send()
-        return self._weighed(self._products(vectors, users, rows), rows, self.model.retrieve)
+        # summed per candidate: its score must not depend on which others were named; in fp32, as a search does
+        scores = (vectors[users].float() * self.catalogue.tokens[rows].float()).sum(dim=-1)
+        scores = scores + self.model.retrieve.beta.float() * self.catalogue.prior[rows].float()
+        return scores.masked_fill(~self.catalogue.available[rows], float("-inf"))
 
     def _titles(self, queries: Sequence[Query], hidden: Sequence[Tensor]) -> Tensor:
         """fp32 [C] of all named candidates, by their titles' likelihood: no prior, which is learned with the other
@@ -194,15 +198,6 @@ class HeadScorer:
         rows = self.transfer.put(np.concatenate([_named(query) for query in queries]))
         self.transfer.send()
         scores = torch.cat(title_scores(self.model, [q.trie for q in queries if q.trie is not None], hidden))
-        return scores.masked_fill(~self.catalogue.available[rows], float("-inf"))
-
-    def _products(self, vectors: Tensor, users: Tensor, rows: Tensor) -> Tensor:
-        # summed per candidate: its score must not depend on which others were named; in fp32, as a search does
-        return (vectors[users].float() * self.catalogue.tokens[rows].float()).sum(dim=-1)
-
-    def _weighed(self, scores: Tensor, rows: Tensor, head: RankHead | RetrieveHead) -> Tensor:
-        """With the prior; -inf for what is unavailable."""
-        scores = scores + head.beta.float() * self.catalogue.prior[rows].float()
         return scores.masked_fill(~self.catalogue.available[rows], float("-inf"))
 
 

@@ -10,6 +10,7 @@ from speeder_engine.cache import KVCache
 from speeder_engine.catalogue import Catalogue
 from speeder_engine.runner import ModelRunner
 from speeder_engine.scorer import HeadScorer
+from speeder_engine.triton_kernels.keep_last import keep_last
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,7 @@ class StepModel:
     @torch.inference_mode()
     def read(self, hidden: Tensor, reads: Reads) -> Outcome:
         """hidden [R, d] of the read rows, text behind those of items."""
-        items = hidden[: reads.items.shape[0]]
-        last = self.cache.last_hidden[reads.kept_slots]
-        if items.shape[0]:
-            last = torch.where(reads.is_new.unsqueeze(1), items[reads.last_read], last)
-        self.cache.last_hidden[reads.keep_slots] = last
+        items, kept = hidden[: reads.items.shape[0]], self.cache.last_hidden
+        last = keep_last(items, reads.last_read, reads.is_new, kept, reads.kept_slots, reads.keep_slots)
         vectors = self.scorer.user_vectors(last)
         return Outcome(vectors, self.scorer.rank_scores(items, vectors, reads), hidden)

@@ -24,12 +24,12 @@ def add_rms_norm_ref(residual: Tensor, x: Tensor, weight: Tensor, eps: float) ->
     return total, rms_norm_ref(total, weight, eps)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The norm alone: x [N, d] -> [N, d]."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
+    """The norm alone: x [N, d] -> [N, d], or [R, d] of `rows` int64 [R]."""
     if runs_triton(x, weight):
         with on(x.device):
-            return launch_rms_norm(x, weight, eps)
-    return rms_norm_ref(x, weight, eps)
+            return launch_rms_norm(x, weight, eps, rows)
+    return rms_norm_ref(x if rows is None else x[rows], weight, eps)
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -47,11 +47,14 @@ def normed_row(x, weight, eps, column, size):
 
 
 @triton.jit
-def _add_rms_norm_kernel(residual, x, weight, total, normed, size, eps, BLOCK: tl.constexpr):
+def _add_rms_norm_kernel(residual, x, rows, weight, total, normed, size, eps, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     valid = column < size
     at = tl.program_id(0).to(tl.int64) * size + column
-    row = tl.load(residual + at, mask=valid, other=0.0).to(tl.float32)
+    read_at = at
+    if rows is not None:
+        read_at = tl.load(rows + tl.program_id(0)).to(tl.int64) * size + column
+    row = tl.load(residual + read_at, mask=valid, other=0.0).to(tl.float32)
     if x is not None:
         row += tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
         tl.store(total + at, row.to(total.dtype.element_ty), mask=valid)
@@ -66,16 +69,17 @@ def launch_add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float)
     total, normed = torch.empty_like(residual), torch.empty_like(residual)
     if num_rows:
         options = row_options(size)
-        _add_rms_norm_kernel[(num_rows,)](residual, x, weight, total, normed, size, eps, **options)
+        _add_rms_norm_kernel[(num_rows,)](residual, x, None, weight, total, normed, size, eps, **options)
     return total, normed
 
 
-def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    num_rows, size = x.shape
+def launch_rms_norm(x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
+    num_rows, size = x.shape[0] if rows is None else rows.shape[0], x.shape[1]
+    assert rows is None or (rows.dim() == 1 and rows.is_contiguous())
     assert weight.shape == (size,) and x.dtype == weight.dtype and x.is_contiguous() and weight.is_contiguous()
-    normed = torch.empty_like(x)
+    normed = torch.empty(num_rows, size, dtype=x.dtype, device=x.device)
     if num_rows:
-        _add_rms_norm_kernel[(num_rows,)](x, None, weight, None, normed, size, eps, **row_options(size))
+        _add_rms_norm_kernel[(num_rows,)](x, None, rows, weight, None, normed, size, eps, **row_options(size))
     return normed
 
 
@@ -88,7 +92,7 @@ def row_options(size: int) -> dict[str, int]:
 def _specimen(label: str, size: int, adds: bool = True) -> Specimen:
     options = row_options(size)
     types: dict[str, str | None] = dict.fromkeys(("residual", "weight", "normed"), "*bf16")
-    types |= dict.fromkeys(("x", "total"), "*bf16" if adds else None)
+    types |= dict.fromkeys(("x", "total"), "*bf16" if adds else None) | {"rows": None if adds else "*i64"}
     arguments = {**types, "size": "i32:16", "eps": "fp32", "BLOCK": options["BLOCK"]}
     return Specimen(label, _add_rms_norm_kernel, arguments, num_warps=options["num_warps"])
 
@@ -96,5 +100,5 @@ def _specimen(label: str, size: int, adds: bool = True) -> Specimen:
 SPECIMENS = (
     _specimen("0.5B bf16", 896),
     _specimen("7B bf16", 3584),
-    _specimen("7B bf16, the norm alone", 3584, adds=False),
+    _specimen("7B bf16, of some rows", 3584, adds=False),
 )

@@ -1,7 +1,7 @@
 """A linear layer of few rows, with what stands before and behind it in one launch.
 
 x'_ni  = g_i x_ni / sqrt(mean_i(x_ni ^ 2) + eps)        where a norm comes before it, else x_ni
-y_no   = s_o sum_i x'_ni w_oi + b_o                     w in x's type (s = 1), int8 or fp8 (e4m3)
+y_no   = f s_o sum_i x'_ni w_oi + b_o                   w in x's type (s = 1), int8 or fp8 (e4m3)
 out_no = silu(y_no) y_n(o + O/2)                        gated, for o < O/2: [gate | up] in one matrix
        = residual_no + y_no                             where there is a residual
        = y_no
@@ -55,9 +55,10 @@ def fused_linear(
     norm: Norm | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
+    factor: float = 1.0,
 ) -> Tensor:
     """x [N, I], weight [O, I], residual [N, O] -> [N, O], or [N, O / 2] where `gated`; N is MOST_ROWS at most."""
-    given = (x, weight, counters, bias, norm, residual, gated)
+    given = (x, weight, counters, bias, norm, residual, gated, factor)
     if runs_triton(x, residual, bias):
         with on(x.device):
             return launch_fused_linear(*given)
@@ -72,12 +73,15 @@ def fused_linear_ref(
     norm: Norm | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
+    factor: float = 1.0,
 ) -> Tensor:
     """In fp32, rounded once."""
     rows, matrix = x.float(), weight.dequantized() if isinstance(weight, W8Weight) else weight.float()
     if norm is not None:
         rows = rows * torch.rsqrt(rows.square().mean(dim=-1, keepdim=True) + norm.eps) * norm.weight.float()
-    out = F.linear(rows, matrix, None if bias is None else bias.float())
+    out = F.linear(rows, matrix) * factor
+    if bias is not None:
+        out = out + bias.float()
     if gated:
         gate, up = out.chunk(2, dim=-1)
         out = F.silu(gate) * up
@@ -92,6 +96,7 @@ def launch_fused_linear(
     norm: Norm | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
+    factor: float = 1.0,
 ) -> Tensor:
     values, scales = (weight.values, weight.scales) if isinstance(weight, W8Weight) else (weight, None)
     (num_rows, size), num_outputs = x.shape, values.shape[0]
@@ -118,7 +123,7 @@ def launch_fused_linear(
     fp8 = scales is not None and values.dtype != torch.int8
     _fused_linear_kernel[(tiles, splits)](
         x, None if norm is None else norm.weight, values.view(torch.uint8) if fp8 else values, scales, bias, residual,
-        out, parts, counters, num_rows, width, 0.0 if norm is None else norm.eps,
+        out, parts, counters, num_rows, width, 0.0 if norm is None else norm.eps, factor,
         SIZE=size, GATED=gated, FP8=fp8, WIDE=interpreted(x), **options,
     )  # fmt: skip
     return out
@@ -145,7 +150,7 @@ def fused_options(num_rows: int, size: int, width: int, gated: bool, element_siz
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _fused_linear_kernel(
-    x, norm, weight, scales, bias, residual, out, parts, counters, num_rows, width, eps,
+    x, norm, weight, scales, bias, residual, out, parts, counters, num_rows, width, eps, factor,
     SIZE: tl.constexpr, GATED: tl.constexpr, FP8: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -161,9 +166,9 @@ def _fused_linear_kernel(
         whole, total, squares = _added_up(total, squares, parts, counters, tile, split, SPLITS)
     if whole:
         squares = squares / SIZE + eps
-        total = _finished(total, squares, norm, scales, bias, outputs, made, FP8)
+        total = _finished(total, squares, norm, scales, bias, factor, outputs, made, FP8)
         if GATED:
-            up = _finished(up, squares, norm, scales, bias, outputs + width, made, FP8)
+            up = _finished(up, squares, norm, scales, bias, factor, outputs + width, made, FP8)
             total = total / (1 + tl.exp(-total)) * up
         at, there = rows[:, None] * width + outputs[None, :], real[:, None] & made[None, :]
         if residual is not None:
@@ -235,8 +240,9 @@ def _added_up(total, squares, parts, counters, tile, split, SPLITS: tl.constexpr
 
 
 @triton.jit
-def _finished(total, squares, norm, scales, bias, outputs, made, FP8: tl.constexpr):
-    """Norm, scales and bias of a tile's sums."""
+def _finished(total, squares, norm, scales, bias, factor, outputs, made, FP8: tl.constexpr):
+    """Norm, scales, factor and bias of a tile's sums."""
+    total = total * factor
     if norm is not None:
         total = total * tl.rsqrt(squares)[:, None]
     if scales is not None:
@@ -259,7 +265,7 @@ def _specimen(
     types |= {"norm": "*bf16" if normed else None, "residual": None if normed else "*bf16"}
     types |= {"scales": None if stored == "*bf16" else "*fp32", "bias": "*bf16" if normed and not gated else None}
     types |= {"parts": "*fp32" if options["SPLITS"] > 1 else None}
-    types |= {"num_rows": "i32", "width": "i32:16", "eps": "fp32"}
+    types |= {"num_rows": "i32", "width": "i32:16", "eps": "fp32", "factor": "fp32"}
     flags = {"SIZE": size, "GATED": gated, "FP8": stored == "*u8", "WIDE": False}
     return Specimen(label, _fused_linear_kernel, {**types, **flags, **options}, **launch)
 

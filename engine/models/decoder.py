@@ -118,22 +118,22 @@ class Decoder(nn.Module):
         if attend is None:
             self._check_length(positions)
             attend = CausalAttend(*self.rotary(positions))
-        counters = self._counters_for(hidden)
-        stream = ResidualStream(hidden, normed, counters)
-        early = None if counters is not None else read_rows
+        fused = self._fuses(hidden)
+        stream = ResidualStream(hidden, normed, self.counters(hidden.device) if fused else None)
+        early, late = (None, read_rows) if fused else (read_rows, None)
         for layer in self.layers:
             layer(stream, attend, early if layer is self.layers[-1] else None)
-        if read_rows is not None and early is None:
-            stream.select(read_rows)
-        return stream.normed(self.norm)
+        return stream.normed(self.norm, late)
 
-    def _counters_for(self, hidden: Tensor) -> Tensor | None:
-        """For fused layers; none where they are not fused: many rows, or such as are quantized themselves."""
+    def _fuses(self, hidden: Tensor) -> bool:
+        """Rows that are quantized themselves have a launch of their own before each layer anyway."""
         first: Any = self.layers[0]
-        if not suits(hidden) or (isinstance(first.qkv, W8Linear) and first.qkv.quantize):
-            return None
-        if self._counters is None or self._counters.device != hidden.device:
-            self._counters = make_counters(hidden.device)
+        return suits(hidden) and not (isinstance(first.qkv, W8Linear) and first.qkv.quantize)
+
+    def counters(self, device: torch.device) -> Tensor:
+        """Of fused layers, for one pass after another."""
+        if self._counters is None or self._counters.device != device:
+            self._counters = make_counters(device)
         return self._counters
 
     @property

@@ -15,6 +15,7 @@ from speeder_engine.models.follower_table import FollowerTable
 from speeder_engine.models.heads import RankHead, RetrieveHead
 from speeder_engine.models.position import OrderHead, PositionPrompts
 from speeder_engine.models.vocabulary import Vocabulary
+from speeder_engine.triton_kernels.fused_linear import fused_linear, suits
 from speeder_engine.triton_kernels.item_embed import EmbedTables
 
 
@@ -142,6 +143,14 @@ class ServingModel(nn.Module):
             times=None if self.times is None else self.times.weight,
             text=None if self.vocabulary is None else self.vocabulary.embedding,
         )
+
+    def user_vectors(self, last_hidden: Tensor) -> Tensor:
+        """h(last) [B, d] -> [B, d], by the retrieve head."""
+        if suits(last_hidden):
+            counters = self.decoder.counters(last_hidden.device)
+            return fused_linear(last_hidden, self.retrieve.project.weight, counters, factor=self.retrieve.factor)
+        vectors: Tensor = self.retrieve(last_hidden)
+        return vectors
 
     def embed_text(self, ids: Tensor) -> Tensor:
         """Token ids [N] -> rows [N, d], without position prompts: those are of items."""

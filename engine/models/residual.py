@@ -39,13 +39,16 @@ class ResidualStream:
         outputs: Tensor = gated_linear(linear, normed) if gated else linear(normed)
         return outputs
 
-    def normed(self, norm: RMSNorm) -> Tensor:
-        """All that was added, under a norm."""
+    def normed(self, norm: RMSNorm, rows: Tensor | None = None) -> Tensor:
+        """All that was added, under a norm; `rows` of it alone where nothing waits."""
+        assert self._waiting is None or rows is None
         if self._waiting is not None:
             self._hidden, normed = add_rms_norm(self._hidden, self._waiting, norm.weight, norm.eps)
             self._waiting = None
             return normed
-        return rms_norm(self._hidden, norm.weight, norm.eps) if self._normed is None else self._normed
+        if self._normed is not None and rows is None:
+            return self._normed
+        return rms_norm(self._hidden, norm.weight, norm.eps, rows)
 
     def add(self, linear: nn.Module, x: Tensor) -> None:
         """Adds the layer's outputs of x [N, I]."""

@@ -6,7 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_bounds import DTYPES, assert_as_near
 
-from speeder_engine.triton_kernels.add_rms_norm import add_rms_norm_ref, launch_add_rms_norm
+from speeder_engine.triton_kernels.add_rms_norm import (
+    add_rms_norm_ref,
+    launch_add_rms_norm,
+    launch_rms_norm,
+    rms_norm_ref,
+)
 
 
 def check(rows, size, dtype, scale=1.0):
@@ -32,3 +37,15 @@ def test_large_rows_do_not_overflow():
 @given(st.integers(1, 4), st.integers(1, 130), st.sampled_from(DTYPES))
 def test_any_shape(rows, size, dtype):
     check(rows, size, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [None, [2, 0, 2, 4], []])
+def test_the_norm_alone_of_some_rows(rows, dtype):
+    x, weight = torch.randn(5, 37).to(dtype), torch.randn(37).to(dtype)
+    rows = None if rows is None else torch.tensor(rows, dtype=torch.int64)
+
+    def reference(x, weight):
+        return rms_norm_ref(x if rows is None else x[rows], weight, 1e-5)
+
+    assert_as_near(launch_rms_norm(x, weight, 1e-5, rows), reference, x, weight, slack=2)

@@ -10,14 +10,17 @@ from speeder_engine.triton_kernels import (
     compressed_attention,
     fused_linear,
     item_embed,
+    keep_last,
     linear_w8,
     qk_norm_rope_store,
+    rank_scores,
     swiglu,
     top_scores,
     tree_attention,
 )
 
-KERNELS = (add_rms_norm, compressed_attention, item_embed, qk_norm_rope_store, swiglu, top_scores, tree_attention)
+BODY = (add_rms_norm, compressed_attention, item_embed, keep_last, qk_norm_rope_store, rank_scores, top_scores)
+KERNELS = (*BODY, swiglu, tree_attention)
 SMALL = (*(kernel for kernel in KERNELS if kernel is not swiglu), linear_w8)  # which computes swiglu's gate too
 FUSED = (*(kernel for kernel in KERNELS if kernel is not swiglu), fused_linear)  # in bf16, few rows as all here
 ALL = (*KERNELS, linear_w8, fused_linear)

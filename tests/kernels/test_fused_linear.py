@@ -19,7 +19,7 @@ from speeder_engine.triton_kernels.fused_linear import (
 from speeder_engine.triton_kernels.language import tl, triton
 from speeder_engine.triton_kernels.linear_w8 import W8Weight, quantize_weight
 
-AROUND = ["nothing", "norm and bias", "norm, gated", "residual and bias"]
+AROUND = ["factor", "norm and bias", "norm, gated", "residual and bias"]
 STORED = [None, "int8", "fp8"]
 
 
@@ -39,7 +39,7 @@ def make_case(num_rows, size, outputs, around, stored=None, dtype=torch.float32)
         case["norm"] = Norm(normal(size).to(dtype), 1e-5)
     if "residual" in around:
         case["residual"] = normal(num_rows, outputs).to(dtype)
-    return case | {"gated": "gated" in around}
+    return case | {"gated": "gated" in around, "factor": 0.3 if "factor" in around else 1.0}
 
 
 def assert_near(case):
@@ -82,7 +82,7 @@ def test_any_shape(num_rows, size, half, around, stored):
 
 
 def test_no_outputs():
-    case = make_case(3, 40, 0, "nothing", "int8")
+    case = make_case(3, 40, 0, "factor", "int8")
     assert launch_fused_linear(**case).shape == fused_linear(**case).shape == (3, 0)
 
 

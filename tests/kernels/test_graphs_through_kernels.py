@@ -10,11 +10,14 @@ from speeder_engine.triton_kernels import (
     compressed_attention,
     fused_linear,
     item_embed,
+    keep_last,
     qk_norm_rope_store,
+    rank_scores,
     swiglu,
 )
 
-KERNELS = (add_rms_norm, compressed_attention, fused_linear, item_embed, qk_norm_rope_store, swiglu)
+HEADS = (keep_last, rank_scores)
+KERNELS = (add_rms_norm, compressed_attention, fused_linear, item_embed, qk_norm_rope_store, swiglu, *HEADS)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.1)])
