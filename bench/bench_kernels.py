@@ -17,8 +17,11 @@ CASES = {
     "rope": MAKER.rope,
     "attention": MAKER.attention,
     "linear": MAKER.linear,
+    "fused_linear": MAKER.fused,
     "linear_int8": lambda: MAKER.small_linear("int8"),
     "experts": MAKER.experts,
+    "keep_last": MAKER.last,
+    "rank_scores": lambda: MAKER.ranked(1000),
     "search": lambda: MAKER.search(10_000, 8),
 }
 

@@ -1,8 +1,8 @@
 """Kernels and latency on a GPU: `make gpu` runs it, `python bench/gpu.py --out DIR` alone.
 
-Ceilings of the chip first, then whole steps at 0.5B, 7B and 1.5B with random weights, at 7B with weights and with keys
-and values in 8 bits too, transformers on as many rows, and every kernel. Every section has its share of the time;
-results are written after each.
+Ceilings of the chip first, then whole steps at 0.5B, 7B and 1.5B with random weights, at 0.5B launched in other ways
+and at 7B with weights and with keys and values in 8 bits too, transformers on as many rows, and every kernel. Every
+section has its share of the time; results are written after each.
 `--cpu-smoke` runs all of it with tiny shapes on the CPU, so that it keeps working; its figures mean nothing.
 """
 
@@ -29,7 +29,7 @@ from speeder_engine.config import DecoderConfig
 from speeder_engine.random_engine import SHAPES
 from speeder_engine.triton_kernels.linear_w8 import multiplies_fp8
 
-SMALL_BUCKETS = (16, 32, 64, 192)
+FEW_BUCKETS = (16, 32, 64, 192)
 SCHEMA = 1
 SECTIONS = ("machine", "kernels", "steps", "transformers", "failed", "skipped")
 
@@ -121,16 +121,17 @@ def steps(
     ceilings: Ceilings,
     smoke: bool,
     clock: Clock,
-    small: dict[str, Any] | None = None,
+    other: dict[str, Any] | None = None,
 ) -> None:
-    """`small`: what is held in 8 bits; fewer buckets and batches then, since kernels are compiled for each."""
-    load = made_load(shape, device, smoke, small)
-    found = report.found["steps"][label(shape, small)] = {"graphs_captured": load.engine.stats().graphs_captured}
+    """`other`: the engine's settings, where they are not its own; fewer buckets and batches then, since kernels are
+    compiled for each."""
+    load = made_load(shape, device, smoke, other)
+    found = report.found["steps"][label(shape, other)] = {"graphs_captured": load.engine.stats().graphs_captured}
     found["weight_bytes"], found["kv_block_bytes"] = load.weight_bytes, load.engine._now().cache.size.block_bytes
     late: OutOfTime | None = None
     try:
         try:
-            measure_steps(report, shape, small, load, ceilings, smoke, clock, found)
+            measure_steps(report, shape, other, load, ceilings, smoke, clock, found)
         except OutOfTime as error:
             late = error
         # last: what the profiler leaves behind slows launches down
@@ -146,11 +147,11 @@ def steps(
 
 
 def made_load(
-    shape: str | DecoderConfig, device: torch.device, smoke: bool, small: dict[str, Any] | None, **more: Any
+    shape: str | DecoderConfig, device: torch.device, smoke: bool, other: dict[str, Any] | None, **more: Any
 ) -> Load:
     num_items, num_users = (200, 4) if smoke else (100_000, 256)
-    if small is not None:
-        more |= small | ({"cpu_path": "torch"} if smoke else {"row_buckets": SMALL_BUCKETS})
+    if other is not None:
+        more |= other | ({"cpu_path": "torch"} if smoke else {"row_buckets": FEW_BUCKETS})
     return Load(shape, device, "float32" if smoke else "bfloat16", num_items, num_users, **more)
 
 
@@ -163,16 +164,16 @@ def compile_part(index: int, device: torch.device, smoke: bool) -> None:
             for _, make in kernel_makers(device, smoke):
                 make().call()
         return
-    shape, small, _ = parts[index]
-    load = made_load(replace(SHAPES[shape], num_layers=2), device, smoke, small, kv_budget="256MiB")
-    touch(load, batches(smoke, small))
+    shape, other, _ = parts[index]
+    load = made_load(replace(SHAPES[shape], num_layers=2), device, smoke, other, kv_budget="256MiB")
+    touch(load, batches(smoke, other))
     load.engine.close()
 
 
 def measure_steps(
     report: Report,
     shape: str,
-    small: dict[str, Any] | None,
+    other: dict[str, Any] | None,
     load: Load,
     ceilings: Ceilings,
     smoke: bool,
@@ -181,29 +182,31 @@ def measure_steps(
 ) -> None:
     """Each is filled row by row: what is measured when the time is up stays."""
     latency(load, ceilings, clock, 4 if smoke else 300, found.setdefault("latency", {}))
-    if shape in ("0.5b", "tiny") and small is None:
+    if shape in ("0.5b", "tiny") and other is None:
         theirs = report.found["transformers"].setdefault(shape, {})
         transformers_latency(load, clock, 2 if smoke else 50, theirs)
-    saturated(load, clock, batches(smoke, small), found.setdefault("saturated", {}))
+    saturated(load, clock, batches(smoke, other), found.setdefault("saturated", {}))
 
 
-def batches(smoke: bool, small: dict[str, Any] | None) -> tuple[int, ...]:
+def batches(smoke: bool, other: dict[str, Any] | None) -> tuple[int, ...]:
     if smoke:
         return (2,)
-    return (1, 8, 16, 32, 64) if small is None else (1, 8)
+    return (1, 8, 16, 32, 64) if other is None else (1, 8)
 
 
-def label(shape: str, small: dict[str, Any] | None) -> str:
-    return shape + "".join(f", {name} {kind}" for name, kind in (small or {}).items())
+def label(shape: str, other: dict[str, Any] | None) -> str:
+    return shape + "".join(f", {name} {kind}" for name, kind in (other or {}).items())
 
 
 def plan(device: torch.device, smoke: bool) -> list[tuple[str, dict[str, Any] | None, float]]:
-    """Shapes, what of them is in 8 bits, and the seconds they may take; what matters most comes first."""
+    """Shapes, settings that are not the engine's own, and the seconds they may take; what matters most comes first."""
+    launches = ({"launches": "apart"}, {"launches": "overlapped"})
     in_8_bits: tuple[dict[str, Any], ...] = ({"weights": "fp8"}, {"weights": "int8"})
     in_8_bits += ({"kv": "fp8" if smoke or multiplies_fp8(device) else "int8"},)
     if smoke:
-        return [("tiny", None, 20), *(("tiny", small, 20) for small in in_8_bits)]
-    return [("0.5b", None, 70), ("7b", None, 55), *(("7b", small, 35) for small in in_8_bits), ("1.5b", None, 40)]
+        return [("tiny", None, 20), *(("tiny", other, 20) for other in (*launches, *in_8_bits))]
+    first = [("0.5b", None, 65), *(("0.5b", other, 20) for other in launches), ("7b", None, 50)]
+    return [*first, *(("7b", other, 30) for other in in_8_bits), ("1.5b", None, 40)]
 
 
 def table(found: dict[str, Any]) -> str:
@@ -260,12 +263,12 @@ def main() -> int:
     report, clock = Report(options.out, smoke), Clock.of(min(options.seconds, options.until - time.time()))
     ceilings = measure_ceilings(device, smoke)
     report.found["machine"] = {**machine(device), "ceilings": asdict(ceilings)}
-    for shape, small, seconds in plan(device, smoke):
+    for shape, other, seconds in plan(device, smoke):
         report.run(
-            f"steps {label(shape, small)}",
+            f"steps {label(shape, other)}",
             clock,
             seconds,
-            lambda share, shape=shape, small=small: steps(report, shape, device, ceilings, smoke, share, small),
+            lambda share, shape=shape, other=other: steps(report, shape, device, ceilings, smoke, share, other),
         )
     # the kernels last: what whole steps take matters most
     report.run("kernels", clock, 120, lambda share: kernels(report, device, ceilings, smoke, share))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,15 +12,19 @@ from speeder_engine.config import CompressorConfig, DecoderConfig
 from speeder_engine.models.compressor import Compressor
 from speeder_engine.triton_kernels.add_rms_norm import add_rms_norm
 from speeder_engine.triton_kernels.compressed_attention import AttentionRows, compressed_attention
+from speeder_engine.triton_kernels.fused_linear import MOST_ROWS, Norm, fused_linear, make_counters
 from speeder_engine.triton_kernels.item_embed import EmbedRows, EmbedTables, item_embed
+from speeder_engine.triton_kernels.keep_last import keep_last
 from speeder_engine.triton_kernels.linear_w8 import linear_w8, quantize_weight
 from speeder_engine.triton_kernels.modality_experts import modality_experts
 from speeder_engine.triton_kernels.qk_norm_rope_store import qk_norm_rope_store
+from speeder_engine.triton_kernels.rank_scores import RankedItems, RankWeights, rank_scores
 from speeder_engine.triton_kernels.swiglu import swiglu
 from speeder_engine.triton_kernels.top_scores import MAX_K, Answerable, top_scores
 from speeder_engine.triton_kernels.top_scores_two_stage import CoarseTable, top_scores_two_stage
 
 INSTRUCTION, HISTORY, BLOCK = 30, 30, 16
+PARTS = ("qkv", "gate_up", "down")  # of a layer's matrices
 WIDTHS = {"text": 384, "image": 256, "collaborative": 64}
 
 
@@ -41,7 +46,7 @@ class Maker:
     dtype: torch.dtype
 
     def draw(self, *size: int) -> Tensor:
-        return torch.randn(*size, device=self.device, dtype=self.dtype)
+        return torch.randn(size, device=self.device, dtype=self.dtype)
 
     def below(self, most: int, *size: int) -> Tensor:
         return torch.randint(0, most, size, device=self.device)
@@ -55,11 +60,15 @@ class Maker:
         yield lambda: self.embed(num_items)
         yield self.rope
         yield self.attention
-        yield self.linear
+        yield from (lambda part=part: self.linear(part) for part in PARTS)
+        if self.num_rows <= MOST_ROWS:
+            yield from (lambda part=part: self.fused(part) for part in PARTS)
         yield lambda: self.small_linear("int8")
         yield lambda: self.small_linear("fp8")
         yield lambda: self.small_linear("fp8", rows=True)
         yield self.experts
+        yield self.last
+        yield lambda: self.ranked(num_items)
 
     def norm(self) -> Case:
         size, itemsize = self.shape.hidden_size, self.dtype.itemsize
@@ -126,15 +135,30 @@ class Maker:
             "compressed_attention", lambda: compressed_attention(q, k, v, *caches, attention), num_bytes, flops
         )
 
-    def _product(self) -> tuple[Tensor, Tensor, float]:
-        size, wide = self.shape.hidden_size, 2 * self.shape.intermediate_size
-        return self.draw(self.num_rows, size), self.draw(wide, size) * size**-0.5, 2 * self.num_rows * size * wide
+    def _product(self, part: str = "gate_up") -> tuple[Tensor, Tensor, float]:
+        shape = self.shape
+        size, inner, heads = shape.hidden_size, shape.intermediate_size, shape.num_heads + 2 * shape.num_kv_heads
+        sizes = {"qkv": (heads * shape.head_dim, size), "gate_up": (2 * inner, size), "down": (size, inner)}
+        outputs, inputs = sizes[part]
+        weight = self.draw(outputs, inputs) * inputs**-0.5
+        return self.draw(self.num_rows, inputs), weight, 2 * self.num_rows * inputs * outputs
 
-    def linear(self) -> Case:
-        """torch's own, to compare the 8-bit ones with."""
-        x, weight, flops = self._product()
+    def linear(self, part: str = "gate_up") -> Case:
+        """torch's own, to compare the others with."""
+        x, weight, flops = self._product(part)
         num_bytes = (x.numel() + weight.numel() + self.num_rows * weight.shape[0]) * self.dtype.itemsize
-        return self.case("F.linear gate_up", lambda: F.linear(x, weight), num_bytes, flops)
+        return self.case(f"F.linear {part}", lambda: F.linear(x, weight), num_bytes, flops)
+
+    def fused(self, part: str = "gate_up") -> Case:
+        """With what stands around it in a layer: the norm, the gate, the sum."""
+        x, weight, flops = self._product(part)
+        counters, gated = make_counters(self.device), part == "gate_up"
+        norm = None if part == "down" else Norm(self.draw(x.shape[1]), 1e-6)
+        width = weight.shape[0] // (2 if gated else 1)
+        residual = self.draw(self.num_rows, width) if part == "down" else None
+        num_bytes = (x.numel() + weight.numel() + self.num_rows * width) * self.dtype.itemsize
+        given: dict[str, Any] = {"norm": norm, "residual": residual, "gated": gated}
+        return self.case(f"fused_linear {part}", lambda: fused_linear(x, weight, counters, **given), num_bytes, flops)
 
     def small_linear(self, kind: str, rows: bool = False) -> Case:
         """`rows`: they are brought to the kind too."""
@@ -159,6 +183,22 @@ class Maker:
             num_bytes,
             2 * weights * self.num_rows,
         )
+
+    def last(self) -> Case:
+        """Half of the sequences have a new row."""
+        rows, size = self.num_rows, self.shape.hidden_size
+        hidden, kept, each = self.draw(rows, size), self.draw(rows, size), torch.arange(rows, device=self.device)
+        given = (hidden, each, each % 2 == 0, kept, each, each)
+        return self.case("keep_last", lambda: keep_last(*given), 3 * hidden.numel() * self.dtype.itemsize)
+
+    def ranked(self, num_items: int) -> Case:
+        rows, size = self.num_rows, self.shape.hidden_size
+        available = torch.ones(num_items, dtype=torch.bool, device=self.device)
+        table = RankedItems(self.draw(num_items, size), torch.zeros(num_items, device=self.device), available)
+        head = RankWeights(self.draw(size), *(self.draw() for _ in range(3)))
+        given = (self.draw(rows, size), self.draw(rows, size), self.below(rows, rows), self.below(num_items, rows))
+        num_bytes = 3 * rows * size * self.dtype.itemsize
+        return self.case("rank_scores", lambda: rank_scores(*given, table, head), num_bytes)
 
     def search(self, num_items: int, num_users: int, k: int = 10, two_stage: bool = False) -> Case:
         """The whole catalogue, 30 items excluded for each user; `two_stage`: without what is searched again."""

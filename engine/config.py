@@ -279,6 +279,9 @@ def parse_bytes(size: str | int, where: str = "kv_budget") -> int:
 
 
 EIGHT_BITS = ("auto", "int8", "fp8")  # what weights, keys and values may be held in; "auto": as they are computed
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+CPU_PATHS = ("auto", "avx512", "avx2", "plain", "torch")
+LAUNCHES = ("apart", "fused", "overlapped")
 MOST_WAIT_MS = 3_600_000
 MOST_ROWS = 65_536
 ROW_TILE = 16  # rows of a pass are padded to it
@@ -303,6 +306,7 @@ class EngineConfig(Config):
     max_waiting: int = 1024  # submitted requests that may wait; one more is refused
     batch_wait_ms: float = 0.0  # how long a submitted request waits for company while the engine is idle
     graphs: str = "auto"  # CUDA graphs: "auto" captures on a GPU, "on" runs their buckets on a CPU too, "off" never
+    launches: str = "fused"  # of small bf16 passes on a GPU: "apart", "fused" into layers, "overlapped" on Hopper too
     row_buckets: tuple[int, ...] = ROW_BUCKETS  # passes that are captured, by rows; larger ones run without a graph
     cpu_path: str = "auto"  # on a CPU: "auto", "avx512", "avx2", "plain" for native kernels, "torch" for none of them
     weights: str = "auto"  # of the decoder's linear layers: "auto" has them in dtype, "int8" and "fp8" in a byte each
@@ -316,8 +320,9 @@ class EngineConfig(Config):
             parse_bytes(getattr(self, name), name)
         if self.user_quota is not None:
             parse_bytes(self.user_quota, "user_quota")
-        dtypes = ("auto", "float32", "bfloat16", "float16")
-        check(self.dtype in dtypes, f"EngineConfig.dtype: {self.dtype!r} is not one of {', '.join(dtypes)}")
+        for name, choices in (("dtype", DTYPES), ("launches", LAUNCHES), ("cpu_path", CPU_PATHS)):
+            value = getattr(self, name)
+            check(value in choices, f"EngineConfig.{name}: {value!r} is not one of {', '.join(choices)}")
         for name in ("max_sessions", "block_size", "max_batch_users", "max_batch_rows", "max_waiting"):
             value = getattr(self, name)
             whole = isinstance(value, int) and 0 < value <= MOST_INT32
@@ -325,8 +330,6 @@ class EngineConfig(Config):
         check(
             self.graphs in ("auto", "on", "off"), f"EngineConfig.graphs: {self.graphs!r}; choose 'auto', 'on' or 'off'"
         )
-        paths = ("auto", "avx512", "avx2", "plain", "torch")
-        check(self.cpu_path in paths, f"EngineConfig.cpu_path: {self.cpu_path!r} is not one of {', '.join(paths)}")
         for name in ("weights", "kv"):
             value = getattr(self, name)
             check(value in EIGHT_BITS, f"EngineConfig.{name}: {value!r}; choose 'auto', 'int8' or 'fp8'")

@@ -15,7 +15,7 @@ from speeder_engine.models.recommender import ServingModel
 from speeder_engine.native.decoder import NativeDecoder, NativeRows
 from speeder_engine.triton_kernels.compressed_attention import AttentionRows, compressed_attention
 from speeder_engine.triton_kernels.item_embed import EmbedRows, embed_rows, item_embed
-from speeder_engine.triton_kernels.language import runs_triton
+from speeder_engine.triton_kernels.language import overlapping, runs_triton
 from speeder_engine.triton_kernels.qk_norm_rope_store import qk_norm_rope_store, rotate
 from speeder_engine.triton_kernels.tree_attention import tree_attention
 
@@ -23,10 +23,14 @@ from speeder_engine.triton_kernels.tree_attention import tree_attention
 class ModelRunner:
     """Runs forward passes over batches; computes the instruction once, into the cache's shared blocks."""
 
-    def __init__(self, model: ServingModel, cache: KVCache, native: NativeDecoder | None = None) -> None:
+    def __init__(
+        self, model: ServingModel, cache: KVCache, native: NativeDecoder | None = None, overlap: bool = False
+    ) -> None:
+        """overlap: kernels of a pass are launched before those ahead of them have ended, where the GPU can."""
         self.model = model
         self.cache = cache
         self.native = native
+        self.overlap = overlap
         self.rows_computed = 0
         prompt = model.config.prompt
         device = model.instruction.device
@@ -50,10 +54,11 @@ class ModelRunner:
         if self.native is not None:
             embedded = embed_rows(tables, _embed_rows(batch, batch.num_rows))
             return self.native.forward(embedded, self._native_rows(batch), self.cache)
-        embedded, normed = item_embed(tables, _embed_rows(batch, pad_rows(batch.num_rows)))
-        positions = pad_to_tile(batch.positions)
-        attend = PagedAttend(self.cache, batch, *self._rotary(batch, positions))
-        hidden: Tensor = self.model.decoder(embedded, positions, attend, pad_to_tile(batch.read_rows), normed)
+        with overlapping(self.overlap):
+            embedded, normed = item_embed(tables, _embed_rows(batch, pad_rows(batch.num_rows)))
+            positions = pad_to_tile(batch.positions)
+            attend = PagedAttend(self.cache, batch, *self._rotary(batch, positions))
+            hidden: Tensor = self.model.decoder(embedded, positions, attend, pad_to_tile(batch.read_rows), normed)
         return hidden[: batch.read_rows.shape[0]]
 
     def _rotary(self, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

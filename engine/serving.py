@@ -102,7 +102,8 @@ class Serving:
         room, two_stage = config.capacity_for(len(parts.catalogue)), config.search == "two_stage"
         self.catalogue = parts.catalogue.to(device, dtype, room, coarse=two_stage)
         self.cache = KVCache(config, parts.config.decoder, self.layout, device, dtype, kv_dtype)
-        self.runner = ModelRunner(self.model, self.cache, native)
+        self.model.decoder.may_fuse = config.launches != "apart"
+        self.runner = ModelRunner(self.model, self.cache, native, overlap=config.launches == "overlapped")
         capture = pick_capture(config.graphs, device)
         staged = capture is not None or device.type == "cuda"
         self.transfer = Transfer(device, transfer_words(config, self.cache.size) if staged else 0)

@@ -11,6 +11,7 @@ from speeder_engine.catalogue import Catalogue
 from speeder_engine.runner import ModelRunner
 from speeder_engine.scorer import HeadScorer
 from speeder_engine.triton_kernels.keep_last import keep_last
+from speeder_engine.triton_kernels.language import overlapping
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class StepModel:
     def read(self, hidden: Tensor, reads: Reads) -> Outcome:
         """hidden [R, d] of the read rows, text behind those of items."""
         items, kept = hidden[: reads.items.shape[0]], self.cache.last_hidden
-        last = keep_last(items, reads.last_read, reads.is_new, kept, reads.kept_slots, reads.keep_slots)
-        vectors = self.scorer.user_vectors(last)
-        return Outcome(vectors, self.scorer.rank_scores(items, vectors, reads), hidden)
+        with overlapping(self.runner.overlap):
+            last = keep_last(items, reads.last_read, reads.is_new, kept, reads.kept_slots, reads.keep_slots)
+            vectors = self.scorer.user_vectors(last)
+            return Outcome(vectors, self.scorer.rank_scores(items, vectors, reads), hidden)

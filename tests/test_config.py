@@ -82,6 +82,7 @@ def test_no_sizes(size):
         ({"batch_wait_ms": float("inf")}, r"batch_wait_ms must be within 0..3600000 \(an hour\), is inf"),
         ({"batch_wait_ms": float("nan")}, "batch_wait_ms must be within"),
         ({"batch_wait_ms": -1.0}, "batch_wait_ms must be within"),
+        ({"launches": "together"}, "launches: 'together' is not one of apart, fused, overlapped"),
         ({"row_buckets": (16, 10**10)}, "row_buckets must be rising multiples of 16 up to 65536"),
     ],
 )

@@ -28,6 +28,14 @@ def test_the_benchmarks_run_on_tiny_shapes(root, tmp_path):
     assert found["failed"] == {}
     assert found["machine"]["ceilings"].keys() == {"copy_bytes", "matmul_flops"}
     names = ("add_rms_norm", "swiglu", "item_embed", "qk_norm_rope_store", "compressed_attention", "linear_w8")
+    names += (
+        "F.linear down",
+        "fused_linear qkv",
+        "fused_linear gate_up",
+        "fused_linear down",
+        "keep_last",
+        "rank_scores",
+    )
     for name in (*names, "modality_experts", "top_scores ", "top_scores_two_stage"):
         rows = [row for case, row in found["kernels"].items() if name in case]
         assert rows and all(row.keys() == {"us", "gb_s", "tflop_s", "of_ceiling"} for row in rows), name
@@ -36,6 +44,7 @@ def test_the_benchmarks_run_on_tiny_shapes(root, tmp_path):
     assert all({"bucket_rows", "p50_ms", "count"} <= row.keys() for row in step["latency"].values())
     assert step["graphs_captured"] == 2
     assert step["graph_replays"] > 0
+    assert found["steps"]["tiny, launches apart"]["latency"].keys() == step["latency"].keys()
     for label in ("tiny, weights fp8", "tiny, weights int8", "tiny, kv fp8"):
         small = found["steps"][label]
         assert small["latency"].keys() == step["latency"].keys()
@@ -53,7 +62,7 @@ def test_every_part_of_the_plan_is_compiled_before_it_is_timed():
     assert set(compile_commands(False)) == {f"compile {part}" for part in range(len(plan(CPU, False)) + 1)}
 
 
-@pytest.mark.parametrize("part", [0, 4])
+@pytest.mark.parametrize("part", [0, 6])
 def test_a_part_is_compiled_alone(monkeypatch, part):
     called = []
     monkeypatch.setattr(gpu, "touch", lambda load, batches: called.append(load.shape.num_layers))

@@ -7,7 +7,15 @@ normed_n = weight * sum_n / sqrt(mean(sum_n ^ 2) + eps)
 import torch
 from torch import Tensor
 
-from speeder_engine.triton_kernels.language import next_power_of_2, on, runs_triton, tl, triton
+from speeder_engine.triton_kernels.language import (
+    await_others,
+    next_power_of_2,
+    on,
+    overlap_options,
+    runs_triton,
+    tl,
+    triton,
+)
 from speeder_engine.triton_kernels.specimen import Specimen
 
 
@@ -47,7 +55,10 @@ def normed_row(x, weight, eps, column, size):
 
 
 @triton.jit
-def _add_rms_norm_kernel(residual, x, rows, weight, total, normed, size, eps, BLOCK: tl.constexpr):
+def _add_rms_norm_kernel(
+    residual, x, rows, weight, total, normed, size, eps, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    await_others(OVERLAP)
     column = tl.arange(0, BLOCK)
     valid = column < size
     at = tl.program_id(0).to(tl.int64) * size + column
@@ -68,7 +79,7 @@ def launch_add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float)
     assert residual.is_contiguous() and x.is_contiguous() and weight.is_contiguous()
     total, normed = torch.empty_like(residual), torch.empty_like(residual)
     if num_rows:
-        options = row_options(size)
+        options = row_options(size) | overlap_options(x.device)
         _add_rms_norm_kernel[(num_rows,)](residual, x, None, weight, total, normed, size, eps, **options)
     return total, normed
 
@@ -79,7 +90,8 @@ def launch_rms_norm(x: Tensor, weight: Tensor, eps: float, rows: Tensor | None =
     assert weight.shape == (size,) and x.dtype == weight.dtype and x.is_contiguous() and weight.is_contiguous()
     normed = torch.empty(num_rows, size, dtype=x.dtype, device=x.device)
     if num_rows:
-        _add_rms_norm_kernel[(num_rows,)](x, None, rows, weight, None, normed, size, eps, **row_options(size))
+        options = row_options(size) | overlap_options(x.device)
+        _add_rms_norm_kernel[(num_rows,)](x, None, rows, weight, None, normed, size, eps, **options)
     return normed
 
 
@@ -89,16 +101,17 @@ def row_options(size: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 
-def _specimen(label: str, size: int, adds: bool = True) -> Specimen:
+def _specimen(label: str, size: int, adds: bool = True, overlap: bool = False) -> Specimen:
     options = row_options(size)
     types: dict[str, str | None] = dict.fromkeys(("residual", "weight", "normed"), "*bf16")
     types |= dict.fromkeys(("x", "total"), "*bf16" if adds else None) | {"rows": None if adds else "*i64"}
-    arguments = {**types, "size": "i32:16", "eps": "fp32", "BLOCK": options["BLOCK"]}
-    return Specimen(label, _add_rms_norm_kernel, arguments, num_warps=options["num_warps"])
+    arguments = {**types, "size": "i32:16", "eps": "fp32", "BLOCK": options["BLOCK"], "OVERLAP": overlap}
+    return Specimen(label, _add_rms_norm_kernel, arguments, num_warps=options["num_warps"], since=90 if overlap else 80)
 
 
 SPECIMENS = (
     _specimen("0.5B bf16", 896),
     _specimen("7B bf16", 3584),
     _specimen("7B bf16, of some rows", 3584, adds=False),
+    _specimen("0.5B bf16, of some rows, overlapped", 896, adds=False, overlap=True),
 )

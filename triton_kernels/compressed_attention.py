@@ -27,7 +27,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from speeder_engine.triton_kernels.language import interpreted, next_power_of_2, on, runs_triton, tl, triton
+from speeder_engine.triton_kernels.language import (
+    await_others,
+    interpreted,
+    next_power_of_2,
+    on,
+    overlap_options,
+    runs_triton,
+    tl,
+    triton,
+)
 from speeder_engine.triton_kernels.specimen import Specimen
 
 BLOCK_M = 32  # rows of a matrix: more of them, by 128 columns, don't fit into the registers of four warps
@@ -256,8 +265,9 @@ def _one_pass_kernel(
     q, k, v, k_cache, v_cache, k_scale, v_scale, out, sequence, local, visible, candidate, tables, shared,
     num_rows, table_width, shared_len, k_stride, v_stride, scale,
     NUM_KV: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE_ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE_ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    await_others(OVERLAP)
     first, kv_head = tl.program_id(0), tl.program_id(1)
     member, dim = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DIM)
     row = first + member // GROUP
@@ -388,7 +398,7 @@ def launch_compressed_attention(
     _one_pass_kernel[(num_rows, shape["NUM_KV"])](
         q, k, v, k_cache, v_cache, *(scales or (None, None)), out, rows.sequence, rows.local, rows.visible,
         rows.candidate, rows.block_tables, rows.shared_blocks, num_rows, rows.block_tables.shape[1], rows.shared_len,
-        *strides, scale, **shape, **tile_options(shape["GROUP"]), WIDE=interpreted(q),
+        *strides, scale, **shape, **tile_options(shape["GROUP"]), WIDE=interpreted(q), **overlap_options(q.device),
     )  # fmt: skip
     return out
 
@@ -487,7 +497,10 @@ def _specimens() -> tuple[Specimen, ...]:
         shape = _shape(*heads)
         common = {**ints, **sizes, **cache, "scale": "fp32", **shape, **tile_options(shape["GROUP"]), "WIDE": False}
         rows = {**_types("q k v out", "*bf16"), "candidate": "*i1", **_types("k_stride v_stride", "i32:16")}
-        found.append(Specimen(label, _one_pass_kernel, {**common, **rows}, since=since))
+        found.append(Specimen(label, _one_pass_kernel, {**common, **rows, "OVERLAP": False}, since=since))
+        if cache is plain:
+            overlapped = {**common, **rows, "OVERLAP": True}
+            found.append(Specimen(f"{label}, overlapped", _one_pass_kernel, overlapped, since=90))
         spans = {"q": "*bf16", **_types("partial lse", "*fp32"), "num_shared": "i32", "SPAN": SPAN}
         found.append(Specimen(label, _span_kernel, {**common, **spans}, since=since))
     shape = {name: value for name, value in _shape(28, 4, 128).items() if name != "BLOCK_SIZE"}

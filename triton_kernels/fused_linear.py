@@ -18,13 +18,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from speeder_engine.triton_kernels.language import interpreted, next_power_of_2, on, runs_triton, tl, triton
+from speeder_engine.triton_kernels.language import (
+    await_others,
+    interpreted,
+    next_power_of_2,
+    on,
+    overlap_options,
+    runs_triton,
+    tl,
+    triton,
+)
 from speeder_engine.triton_kernels.linear_w8 import MULTIPROCESSORS, W8Weight, cast, decoded
 from speeder_engine.triton_kernels.specimen import Specimen
 
 MOST_ROWS = 128  # of a tile: more rows are for the matrix units, and for libraries
 LEAST_PART = 256  # of I: a shorter one costs more to add up than it saves
 MOST_TILES = 1024  # of a matrix that is cut
+FETCHED_LINES = tl.constexpr(16)  # of 128 bytes, of each output's weights: 1,024 elements in bf16
 SHARED_BYTES = 72 << 10  # that a program's loads may be ahead by: every GPU's block has them
 
 
@@ -124,7 +134,7 @@ def launch_fused_linear(
     _fused_linear_kernel[(tiles, splits)](
         x, None if norm is None else norm.weight, values.view(torch.uint8) if fp8 else values, scales, bias, residual,
         out, parts, counters, num_rows, width, 0.0 if norm is None else norm.eps, factor,
-        SIZE=size, GATED=gated, FP8=fp8, WIDE=interpreted(x), **options,
+        SIZE=size, GATED=gated, FP8=fp8, WIDE=interpreted(x), **options, **overlap_options(x.device),
     )  # fmt: skip
     return out
 
@@ -153,11 +163,18 @@ def _fused_linear_kernel(
     x, norm, weight, scales, bias, residual, out, parts, counters, num_rows, width, eps, factor,
     SIZE: tl.constexpr, GATED: tl.constexpr, FP8: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One tile's part of the sums; the tile itself where it is the last to arrive."""
     tile, split = tl.program_id(0), tl.program_id(1)
     rows, outputs = tl.arange(0, BLOCK_ROWS), tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     real, made = rows < num_rows, outputs < width
+    if OVERLAP:
+        first = split * tl.cdiv(tl.cdiv(SIZE, BLOCK_SIZE), SPLITS) * BLOCK_SIZE
+        _fetch_ahead(weight, outputs, made, first, SIZE)
+        if GATED:
+            _fetch_ahead(weight, outputs + width, made, first, SIZE)
+    await_others(OVERLAP)
     total, up, squares = _sums(
         x, norm, weight, rows, outputs, real, made, split, width, SIZE, GATED, FP8, WIDE, BLOCK_SIZE, SPLITS
     )
@@ -174,6 +191,19 @@ def _fused_linear_kernel(
         if residual is not None:
             total += tl.load(residual + at, mask=there, other=0.0).to(tl.float32)
         tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _fetch_ahead(weight, outputs, made, first, SIZE: tl.constexpr):
+    """The beginning of a tile's weights into the L2 cache, while kernels ahead still run: nobody writes weights."""
+    LINE: tl.constexpr = 128 // (weight.dtype.element_ty.primitive_bitwidth // 8)
+    columns = first + tl.arange(0, FETCHED_LINES) * LINE
+    # what is outside fetches the matrix's first line
+    inside = made[:, None] & (columns < SIZE)[None, :]
+    at = tl.where(inside, outputs.to(tl.int64)[:, None] * SIZE + columns[None, :], 0)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [weight + at], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -231,7 +261,7 @@ def _added_up(total, squares, parts, counters, tile, split, SPLITS: tl.constexpr
         tl.store(counters + tile, 0)
         total *= 0
         squares *= 0
-        for each in range(SPLITS):
+        for each in tl.static_range(SPLITS):  # all are on their way at once
             at = parts + (tile * SPLITS + each) * LONG
             # .cg: others wrote it, and this multiprocessor's own cache doesn't know
             total += tl.load(at + within, cache_modifier=".cg")
@@ -255,7 +285,14 @@ def _finished(total, squares, norm, scales, bias, factor, outputs, made, FP8: tl
 
 
 def _specimen(
-    label: str, num_rows: int, size: int, outputs: int, normed: bool = True, gated: bool = False, stored: str = "*bf16"
+    label: str,
+    num_rows: int,
+    size: int,
+    outputs: int,
+    normed: bool = True,
+    gated: bool = False,
+    stored: str = "*bf16",
+    overlap: bool = False,
 ) -> Specimen:
     """A layer's matrices: those that are not behind a norm add to the residual."""
     width = outputs // 2 if gated else outputs
@@ -266,8 +303,8 @@ def _specimen(
     types |= {"scales": None if stored == "*bf16" else "*fp32", "bias": "*bf16" if normed and not gated else None}
     types |= {"parts": "*fp32" if options["SPLITS"] > 1 else None}
     types |= {"num_rows": "i32", "width": "i32:16", "eps": "fp32", "factor": "fp32"}
-    flags = {"SIZE": size, "GATED": gated, "FP8": stored == "*u8", "WIDE": False}
-    return Specimen(label, _fused_linear_kernel, {**types, **flags, **options}, **launch)
+    flags = {"SIZE": size, "GATED": gated, "FP8": stored == "*u8", "WIDE": False, "OVERLAP": overlap}
+    return Specimen(label, _fused_linear_kernel, {**types, **flags, **options}, **launch, since=90 if overlap else 80)
 
 
 SPECIMENS = (
@@ -276,6 +313,8 @@ SPECIMENS = (
     *(_specimen(f"0.5B down {rows} rows", rows, 4864, 896, normed=False) for rows in (16, 32, 64, 128)),
     *(_specimen(f"7B gate_up {rows} rows", rows, 3584, 37888, gated=True) for rows in (32, 64, 128)),
     *(_specimen(f"7B down {rows} rows", rows, 18944, 3584, normed=False) for rows in (32, 128)),
+    _specimen("0.5B gate_up 32 rows, overlapped", 32, 896, 9728, gated=True, overlap=True),
+    _specimen("0.5B down 64 rows, overlapped", 64, 4864, 896, normed=False, overlap=True),
     _specimen("7B int8 gate_up 32 rows", 32, 3584, 37888, gated=True, stored="*i8"),
     _specimen("7B int8 down 64 rows", 64, 18944, 3584, normed=False, stored="*i8"),
     _specimen("7B fp8 qkv 32 rows", 32, 3584, 4608, stored="*u8"),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from speeder_engine.triton_kernels.add_rms_norm import normed_row, rms_norm_ref, row_options
-from speeder_engine.triton_kernels.language import on, runs_triton, tl, triton
+from speeder_engine.triton_kernels.language import await_others, on, overlap_options, runs_triton, tl, triton
 from speeder_engine.triton_kernels.specimen import Specimen
 
 
@@ -87,8 +87,9 @@ def _looked_up(tables: EmbedTables, rows: Tensor) -> Tensor:
 @triton.jit(do_not_specialize=["num_items", "num_rows"])
 def _item_embed_kernel(
     items, item_scale, prompts, role, times, text, norm, item_rows, slots, buckets, candidate, tokens, out, normed,
-    num_items, num_rows, size, eps, BLOCK: tl.constexpr,
+    num_items, num_rows, size, eps, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    await_others(OVERLAP)
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     valid = column < size
     is_item = valid & (row < num_items)
@@ -125,7 +126,7 @@ def launch_item_embed(tables: EmbedTables, rows: EmbedRows) -> tuple[Tensor, Ten
         _item_embed_kernel[(rows.num_padded,)](
             tables.items, tables.item_scale, tables.prompts, tables.role, tables.times, text, tables.norm, rows.items,
             rows.slots, rows.buckets, rows.candidate, rows.tokens, out, normed, num_items, rows.num_rows, size,
-            tables.eps, **row_options(size),
+            tables.eps, **row_options(size), **overlap_options(out.device),
         )  # fmt: skip
     return out, normed
 
@@ -141,17 +142,18 @@ def check_tables(tables: EmbedTables) -> None:
     assert scale is None or (scale.shape == tables.items.shape[:1] and scale.dtype == torch.float32)
 
 
-def _specimen(label: str, size: int, items: str, since: int = 80) -> Specimen:
+def _specimen(label: str, size: int, items: str, since: int = 80, overlap: bool = False) -> Specimen:
     options = row_options(size)
     types: dict[str, Any] = dict.fromkeys(("prompts", "role", "times", "text", "norm", "out", "normed"), "*bf16")
     types |= {"items": items, "item_scale": None if items == "*bf16" else "*fp32"}
     types |= dict.fromkeys(("item_rows", "slots", "buckets", "tokens"), "*i64") | {"candidate": "*i1", "eps": "fp32"}
-    types |= {"num_items": "i32", "num_rows": "i32", "size": "i32:16", "BLOCK": options["BLOCK"]}
+    types |= {"num_items": "i32", "num_rows": "i32", "size": "i32:16", "BLOCK": options["BLOCK"], "OVERLAP": overlap}
     return Specimen(label, _item_embed_kernel, types, num_warps=options["num_warps"], since=since)
 
 
 SPECIMENS = (
     _specimen("0.5B bf16", 896, "*bf16"),
+    _specimen("0.5B bf16, overlapped", 896, "*bf16", since=90, overlap=True),
     _specimen("7B bf16", 3584, "*bf16"),
     _specimen("7B fp8 table", 3584, "*fp8e4nv", since=89),
 )

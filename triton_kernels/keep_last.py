@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from speeder_engine.triton_kernels.add_rms_norm import row_options
-from speeder_engine.triton_kernels.language import on, runs_triton, tl, triton
+from speeder_engine.triton_kernels.language import await_others, on, overlap_options, runs_triton, tl, triton
 from speeder_engine.triton_kernels.specimen import Specimen
 
 
@@ -39,8 +39,9 @@ def keep_last_ref(
 
 @triton.jit
 def _keep_last_kernel(
-    hidden, last_read, is_new, kept, kept_slots, keep_slots, out, size, BLOCK: tl.constexpr
+    hidden, last_read, is_new, kept, kept_slots, keep_slots, out, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
+    await_others(OVERLAP)
     user, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     valid = column < size
     new = tl.load(is_new + user) != 0
@@ -64,16 +65,19 @@ def launch_keep_last(
     out = torch.empty(num_users, size, dtype=kept.dtype, device=kept.device)
     if num_users:
         _keep_last_kernel[(num_users,)](
-            hidden, last_read, is_new, kept, kept_slots, keep_slots, out, size, **row_options(size)
+            hidden, last_read, is_new, kept, kept_slots, keep_slots, out, size, **row_options(size),
+            **overlap_options(kept.device),
         )  # fmt: skip
     return out
 
 
-def _specimen(label: str, size: int) -> Specimen:
+def _specimen(label: str, size: int, overlap: bool = False) -> Specimen:
     options = row_options(size)
     types = dict.fromkeys(("hidden", "kept", "out"), "*bf16")
     types |= dict.fromkeys(("last_read", "kept_slots", "keep_slots"), "*i64") | {"is_new": "*i1", "size": "i32:16"}
-    return Specimen(label, _keep_last_kernel, {**types, "BLOCK": options["BLOCK"]}, num_warps=options["num_warps"])
+    arguments = {**types, "BLOCK": options["BLOCK"], "OVERLAP": overlap}
+    since = 90 if overlap else 80
+    return Specimen(label, _keep_last_kernel, arguments, num_warps=options["num_warps"], since=since)
 
 
-SPECIMENS = (_specimen("0.5B bf16", 896), _specimen("7B bf16", 3584))
+SPECIMENS = (_specimen("0.5B bf16", 896), _specimen("7B bf16", 3584), _specimen("0.5B bf16, overlapped", 896, True))

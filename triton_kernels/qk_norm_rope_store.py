@@ -12,7 +12,15 @@ from torch import Tensor
 
 from speeder_engine.triton_kernels.add_rms_norm import rms_norm_ref
 from speeder_engine.triton_kernels.compressed_attention import QUANTIZED, Scales
-from speeder_engine.triton_kernels.language import next_power_of_2, on, runs_triton, tl, triton
+from speeder_engine.triton_kernels.language import (
+    await_others,
+    next_power_of_2,
+    on,
+    overlap_options,
+    runs_triton,
+    tl,
+    triton,
+)
 from speeder_engine.triton_kernels.specimen import Specimen
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -178,8 +186,9 @@ def _qk_norm_rope_store_kernel(
     q, k, v, cos, sin, positions, k_cache, v_cache, k_scale, v_scale, slot_mapping, norm_q, norm_k, rows, q_out, k_out,
     num_read, num_mapped, q_stride, k_stride, v_stride, eps,
     NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, LARGEST: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, LARGEST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    await_others(OVERLAP)
     # the first programs turn a row of q each, the others a row of k
     row = tl.program_id(0).to(tl.int64)
     if row < num_read:
@@ -224,7 +233,7 @@ def launch_qk_norm_rope_store(
     _qk_norm_rope_store_kernel[(num_read + num_rows,)](
         q, k, v, cos, sin, positions, k_cache, v_cache, *(scales or (None, None)), slot_mapping, *norms, rows, q_out,
         k_out, num_read, slot_mapping.shape[0], q.stride(0), k.stride(0), v.stride(0), eps,
-        **heads_options(num_heads, k_cache.shape[2], head_dim, k_cache.dtype),
+        **heads_options(num_heads, k_cache.shape[2], head_dim, k_cache.dtype), **overlap_options(q.device),
     )  # fmt: skip
     return q_out, k_out
 
@@ -252,7 +261,9 @@ def heads_options(num_heads: int, kv_heads: int, head_dim: int, dtype: torch.dty
     }
 
 
-def _specimen(label: str, shape: tuple[int, int, int], normed: bool, rows: bool, cache: torch.dtype) -> Specimen:
+def _specimen(
+    label: str, shape: tuple[int, int, int], normed: bool, rows: bool, cache: torch.dtype, overlap: bool = False
+) -> Specimen:
     kinds = {torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv"}
     types: dict[str, str | None] = dict.fromkeys(("q", "k", "v", "q_out", "k_out"), "*bf16")
     types |= dict.fromkeys(("k_cache", "v_cache"), kinds.get(cache, "*bf16"))
@@ -260,13 +271,15 @@ def _specimen(label: str, shape: tuple[int, int, int], normed: bool, rows: bool,
     types |= dict.fromkeys(("norm_q", "norm_k"), "*bf16" if normed else None)
     types |= {"cos": "*fp32", "sin": "*fp32", "slot_mapping": "*i64", "rows": "*i64" if rows else None, "eps": "fp32"}
     types |= {"positions": "*i64"}
+    flags = {**heads_options(*shape, cache), "OVERLAP": overlap}
     types |= {"num_read": "i32", "num_mapped": "i32", "q_stride": "i32:16", "k_stride": "i32:16", "v_stride": "i32:16"}
-    since = 89 if cache == torch.float8_e4m3fn else 80
-    return Specimen(label, _qk_norm_rope_store_kernel, {**types, **heads_options(*shape, cache)}, since=since)
+    since = 90 if overlap else 89 if cache == torch.float8_e4m3fn else 80
+    return Specimen(label, _qk_norm_rope_store_kernel, {**types, **flags}, since=since)
 
 
 SPECIMENS = (
     _specimen("0.5B bf16", (14, 2, 64), False, False, torch.bfloat16),
+    _specimen("0.5B bf16, overlapped", (14, 2, 64), False, False, torch.bfloat16, overlap=True),
     _specimen("7B bf16", (28, 4, 128), False, True, torch.bfloat16),
     _specimen("8B with norms, int8 KV", (32, 8, 128), True, False, torch.int8),
     _specimen("8B with norms, fp8 KV", (32, 8, 128), True, False, torch.float8_e4m3fn),

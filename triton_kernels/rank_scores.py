@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from speeder_engine.triton_kernels.add_rms_norm import row_options
-from speeder_engine.triton_kernels.language import on, runs_triton, tl, triton
+from speeder_engine.triton_kernels.language import await_others, on, overlap_options, runs_triton, tl, triton
 from speeder_engine.triton_kernels.specimen import Specimen
 
 
@@ -56,8 +56,9 @@ def rank_scores_ref(
 @triton.jit
 def _rank_scores_kernel(
     hidden, vectors, sequence, items, tokens, prior, available, weight, bias, alpha, beta, out, size,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    await_others(OVERLAP)
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     valid = column < size
     user, item = tl.load(sequence + row).to(tl.int64), tl.load(items + row).to(tl.int64)
@@ -84,17 +85,18 @@ def launch_rank_scores(
     out = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
     if num_rows:
         _rank_scores_kernel[(num_rows,)](
-            hidden, vectors, sequence, items, *table, *head, out, size, **row_options(size)
+            hidden, vectors, sequence, items, *table, *head, out, size, **row_options(size),
+            **overlap_options(hidden.device),
         )  # fmt: skip
     return out
 
 
-def _specimen(label: str, size: int) -> Specimen:
+def _specimen(label: str, size: int, overlap: bool = False) -> Specimen:
     options = row_options(size)
     types = dict.fromkeys(("hidden", "vectors", "tokens", "weight", "bias", "alpha", "beta"), "*bf16")
     types |= {"sequence": "*i64", "items": "*i64", "prior": "*fp32", "available": "*i1", "out": "*fp32"}
-    arguments = {**types, "size": "i32:16", "BLOCK": options["BLOCK"]}
-    return Specimen(label, _rank_scores_kernel, arguments, num_warps=options["num_warps"])
+    arguments = {**types, "size": "i32:16", "BLOCK": options["BLOCK"], "OVERLAP": overlap}
+    return Specimen(label, _rank_scores_kernel, arguments, num_warps=options["num_warps"], since=90 if overlap else 80)
 
 
-SPECIMENS = (_specimen("0.5B bf16", 896), _specimen("7B bf16", 3584))
+SPECIMENS = (_specimen("0.5B bf16", 896), _specimen("7B bf16", 3584), _specimen("0.5B bf16, overlapped", 896, True))

@@ -98,6 +98,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(index, config) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.register_buffer("inv_freq", torch.ones(config.head_dim // 2, dtype=torch.float32))
+        self.may_fuse = True  # few rows on a GPU, with layers' norms, gates and sums in their own launches
         self._counters: Tensor | None = None
 
     @torch.inference_mode()
@@ -118,17 +119,22 @@ class Decoder(nn.Module):
         if attend is None:
             self._check_length(positions)
             attend = CausalAttend(*self.rotary(positions))
-        fused = self._fuses(hidden)
+        fused = self.fuses(hidden) and not self._quantizes_rows
         stream = ResidualStream(hidden, normed, self.counters(hidden.device) if fused else None)
         early, late = (None, read_rows) if fused else (read_rows, None)
         for layer in self.layers:
             layer(stream, attend, early if layer is self.layers[-1] else None)
         return stream.normed(self.norm, late)
 
-    def _fuses(self, hidden: Tensor) -> bool:
-        """Rows that are quantized themselves have a launch of their own before each layer anyway."""
+    def fuses(self, hidden: Tensor) -> bool:
+        """Whether layers of these rows go through `fused_linear`."""
+        return self.may_fuse and suits(hidden)
+
+    @property
+    def _quantizes_rows(self) -> bool:
+        """Before every layer, in a launch of their own."""
         first: Any = self.layers[0]
-        return suits(hidden) and not (isinstance(first.qkv, W8Linear) and first.qkv.quantize)
+        return isinstance(first.qkv, W8Linear) and first.qkv.quantize
 
     def counters(self, device: torch.device) -> Tensor:
         """Of fused layers, for one pass after another."""

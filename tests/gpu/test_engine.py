@@ -5,6 +5,7 @@ Skipped where there is no CUDA device.
 
 import gc
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from reference import make_tiny, make_titled, reference_scores
 from speeder_engine import Engine, EngineConfig, Item, Request
 from speeder_engine.models import linear
 from speeder_engine.models.linear import W8Linear
+from speeder_engine.random_engine import SHAPES, random_parts
 from speeder_engine.triton_kernels.linear_w8 import multiplies_fp8
 
 pytestmark = [
@@ -101,6 +103,31 @@ def test_graphs_warm_cold_and_packed_answer_alike(tiny, dtype):
     on_cpu = Engine(tiny.parts(), EngineConfig(device="cpu", dtype="float32"))
     assert_all_alike(tiny, rng, BOUND[dtype], graphs, eager, cold, on_cpu)
     assert eager.stats().graph_replays == 0
+
+
+@pytest.mark.parametrize("launches", ["apart", "fused", "overlapped"])
+def test_however_passes_are_launched_they_answer_alike(launches):
+    """Matrices of a real shape, cut as those are; in graphs, one by one, and cold, in fp32."""
+    shape = replace(SHAPES["0.5b"], num_layers=3)
+
+    def of_shape(**settings):
+        parts = random_parts(shape, num_items=120, window=12, dtype=torch.bfloat16, device="cuda")
+        return Engine(parts, EngineConfig(**SETTINGS | {"dtype": "bfloat16", "launches": launches, **settings}))
+
+    graphs, eager, wide = of_shape(), of_shape(graphs="off"), of_shape(dtype="float32", kv_budget="0")
+    graphs.warm_up()
+    ids, rng = graphs.catalogue.item_ids, np.random.default_rng(9)
+    for _ in range(20):
+        asked = []
+        for user in rng.permutation(12)[: rng.integers(1, 6)]:
+            history = [ids[row] for row in rng.integers(0, 120, rng.integers(0, 16))]
+            named = [ids[row] for row in rng.permutation(120)[:8]] if rng.random() < 0.6 else None
+            asked.append(Request(history, 10, user_id=f"{user}", candidates=named))
+        found, expected = graphs.recommend_many(asked), wide.recommend_many(asked)
+        bound = 0.05 * max(1.0, *(abs(score) for each in expected for score in each.scores))
+        assert_near(found, expected, bound)
+        assert_near(found, eager.recommend_many(asked), bound)
+    assert graphs.stats().eager_steps == 0
 
 
 def in_8_bits(kind):

@@ -103,6 +103,14 @@ def test_answers_in_8_bits_are_the_same(title, weights, kv, bound, through_kerne
     assert (expected - plain).abs().max() > 1e-2
 
 
+def test_layers_that_are_launched_apart_are_not_fused(through_kernels):
+    tiny = make_tiny(window=6, step=2)
+    ids, (switch, counts) = tuple(tiny.ids(range(30))), through_kernels
+    switch()
+    answers(Engine(tiny.parts(), EngineConfig(dtype="bfloat16", cpu_path="torch", launches="apart")), ids, False)
+    assert launched(counts) == names(KERNELS) - {"tree_attention"}
+
+
 def test_fused_layers_of_8_bit_weights_answer_the_same(through_kernels):
     tiny = make_tiny(family="qwen2", window=6, step=2)
     ids = tuple(tiny.ids(range(30)))
