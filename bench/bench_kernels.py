@@ -18,6 +18,7 @@ CASES = {
     "attention": MAKER.attention,
     "linear": MAKER.linear,
     "fused_linear": MAKER.fused,
+    "fused_qkv": MAKER.fused_heads,
     "linear_int8": lambda: MAKER.small_linear("int8"),
     "experts": MAKER.experts,
     "keep_last": MAKER.last,

@@ -12,7 +12,9 @@ from speeder_engine.config import CompressorConfig, DecoderConfig
 from speeder_engine.models.compressor import Compressor
 from speeder_engine.triton_kernels.add_rms_norm import add_rms_norm
 from speeder_engine.triton_kernels.compressed_attention import AttentionRows, compressed_attention
-from speeder_engine.triton_kernels.fused_linear import MOST_ROWS, Norm, fused_linear, make_counters
+from speeder_engine.triton_kernels.few_rows import MOST_ROWS, Norm, make_counters
+from speeder_engine.triton_kernels.fused_linear import fused_linear
+from speeder_engine.triton_kernels.fused_qkv import HeadsInto, fused_qkv
 from speeder_engine.triton_kernels.item_embed import EmbedRows, EmbedTables, item_embed
 from speeder_engine.triton_kernels.keep_last import keep_last
 from speeder_engine.triton_kernels.linear_w8 import linear_w8, quantize_weight
@@ -62,7 +64,8 @@ class Maker:
         yield self.attention
         yield from (lambda part=part: self.linear(part) for part in PARTS)
         if self.num_rows <= MOST_ROWS:
-            yield from (lambda part=part: self.fused(part) for part in PARTS)
+            yield self.fused_heads
+            yield from (lambda part=part: self.fused(part) for part in PARTS if part != "qkv")
         yield lambda: self.small_linear("int8")
         yield lambda: self.small_linear("fp8")
         yield lambda: self.small_linear("fp8", rows=True)
@@ -153,12 +156,25 @@ class Maker:
         """With what stands around it in a layer: the norm, the gate, the sum."""
         x, weight, flops = self._product(part)
         counters, gated = make_counters(self.device), part == "gate_up"
-        norm = None if part == "down" else Norm(self.draw(x.shape[1]), 1e-6)
+        norm = Norm(self.draw(x.shape[1]), 1e-6) if gated else None
         width = weight.shape[0] // (2 if gated else 1)
         residual = self.draw(self.num_rows, width) if part == "down" else None
         num_bytes = (x.numel() + weight.numel() + self.num_rows * width) * self.dtype.itemsize
         given: dict[str, Any] = {"norm": norm, "residual": residual, "gated": gated}
         return self.case(f"fused_linear {part}", lambda: fused_linear(x, weight, counters, **given), num_bytes, flops)
+
+    def fused_heads(self) -> Case:
+        """Norm, projection, rotation and the write into the cache."""
+        shape, rows = self.shape, self.num_rows
+        x, weight, flops = self._product("qkv")
+        caches = [self.draw(rows // BLOCK + 1, BLOCK, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
+        angles = torch.randn(INSTRUCTION + HISTORY + 1, shape.head_dim, device=self.device)
+        slots = torch.arange(rows, device=self.device)
+        places = angles.cos(), angles.sin(), self.below(len(angles), rows)
+        into = HeadsInto(*places, *caches, None, slots, (None, None), 0.0, shape.num_heads)
+        counters, norm = make_counters(self.device), Norm(self.draw(shape.hidden_size), 1e-6)
+        num_bytes = (x.numel() + weight.numel() + rows * weight.shape[0]) * self.dtype.itemsize
+        return self.case("fused_qkv", lambda: fused_qkv(x, weight, counters, None, norm, into), num_bytes, flops)
 
     def small_linear(self, kind: str, rows: bool = False) -> Case:
         """`rows`: they are brought to the kind too."""

@@ -14,6 +14,8 @@ from speeder_engine.models.decoder import CausalAttend, DecoderLayer
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.native.decoder import NativeDecoder, NativeRows
 from speeder_engine.triton_kernels.compressed_attention import AttentionRows, compressed_attention
+from speeder_engine.triton_kernels.few_rows import Norm
+from speeder_engine.triton_kernels.fused_qkv import HeadsInto, fused_qkv
 from speeder_engine.triton_kernels.item_embed import EmbedRows, embed_rows, item_embed
 from speeder_engine.triton_kernels.language import overlapping, runs_triton
 from speeder_engine.triton_kernels.qk_norm_rope_store import qk_norm_rope_store, rotate
@@ -141,6 +143,22 @@ class PagedAttend:
         q, k = qk_norm_rope_store(
             q, k, v, self.cos, self.sin, keys, values, batch.slot_mapping, norms, eps, rows, scales, self.positions
         )  # fmt: skip
+        return self._attended(layer, q, k, v, rows)
+
+    def project(self, layer: DecoderLayer, hidden: Tensor, counters: Tensor) -> Tensor:
+        keys, values, scales = self.cache.layer(layer.index)
+        norm, linear = layer.input_norm, layer.qkv
+        into = HeadsInto(
+            self.cos, self.sin, self.positions, keys, values, scales, self.batch.slot_mapping, layer.head_norms,
+            norm.eps, layer.heads,
+        )  # fmt: skip
+        q, k, v = fused_qkv(hidden, linear.weight, counters, linear.bias, Norm(norm.weight, norm.eps), into)
+        return self._attended(layer, q, k, v, None)
+
+    def _attended(self, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+        """q [R, H, D] of `rows` over their prefixes, k and v [N, H_kv, D] beside them."""
+        batch = self.batch
+        keys, values, scales = self.cache.layer(layer.index)
         attention, real = self._rows(rows, batch.num_item_rows)
         own_k, own_v = (k, v) if rows is None else (k[rows], v[rows])
         # rows that attend to nothing are padding

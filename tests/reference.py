@@ -57,6 +57,7 @@ def make_tiny(
     kv_heads=2,
     followers=None,
     mixing="experts",
+    head_dim=8,
 ) -> Tiny:
     torch.manual_seed(seed)
     table = None
@@ -70,7 +71,7 @@ def make_tiny(
         num_hidden_layers=num_layers,
         num_attention_heads=6,
         num_key_value_heads=kv_heads,
-        head_dim=8,
+        head_dim=head_dim,
         intermediate_size=80,
     )
     backbone = AutoModel.from_config(shape).eval()

@@ -37,11 +37,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) 
     if runs_triton(x, weight):
         with on(x.device):
             return launch_rms_norm(x, weight, eps, rows)
-    return rms_norm_ref(x if rows is None else x[rows], weight, eps)
+    return rms_norm_ref(x, weight, eps, rows)
 
 
-def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
     """Over the last dimension, in fp32; rounded to x's dtype before the weight, as transformers does it."""
+    x = x if rows is None else x[rows]
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)

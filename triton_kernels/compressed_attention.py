@@ -267,12 +267,13 @@ def _one_pass_kernel(
     NUM_KV: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE_ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    await_others(OVERLAP)
     first, kv_head = tl.program_id(0), tl.program_id(1)
     member, dim = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DIM)
     row = first + member // GROUP
     inside = (member < TILE_ROWS * GROUP) & (row < num_rows)
+    # where rows stand was sent before the pass
     begins, own, live = tile_of_sequence(first, row, inside, sequence, local, TILE_ROWS)
+    await_others(OVERLAP)
     if begins:
         origin = first * 0  # a loop can't count on from a literal
         wide_row = row.to(tl.int64)

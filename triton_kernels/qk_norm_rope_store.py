@@ -122,16 +122,23 @@ def turned_heads(x, norm, cos, sin, head, half, inside, eps, DIM: tl.constexpr):
 
 
 @triton.jit
+def quantized_halves(first, second, LARGEST):
+    """Both halves [n, D / 2] of heads as numbers of an 8-bit type, and the scales [n] that they are multiplied with."""
+    largest = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))
+    factor = tl.maximum(largest, 1e-20 * LARGEST) / LARGEST
+    first = tl.minimum(tl.maximum(first / factor[:, None], -LARGEST), LARGEST)
+    second = tl.minimum(tl.maximum(second / factor[:, None], -LARGEST), LARGEST)
+    if LARGEST == 127:
+        first, second = tl.floor(first + 0.5), tl.floor(second + 0.5)
+    return first, second, factor
+
+
+@triton.jit
 def store_heads(out, scale, row, first, second, head, half, inside, HEADS: tl.constexpr, DIM: tl.constexpr, LARGEST):
     """Writes a row's heads into out [rows, HEADS, DIM], quantized where it has scales [rows, HEADS]."""
     if scale is not None:
-        largest = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))
-        factor = tl.maximum(largest, 1e-20 * LARGEST) / LARGEST
+        first, second, factor = quantized_halves(first, second, LARGEST)
         tl.store(scale + row * HEADS + head, factor, mask=head < HEADS)
-        first = tl.minimum(tl.maximum(first / factor[:, None], -LARGEST), LARGEST)
-        second = tl.minimum(tl.maximum(second / factor[:, None], -LARGEST), LARGEST)
-        if LARGEST == 127:
-            first, second = tl.floor(first + 0.5), tl.floor(second + 0.5)
     at = row * (HEADS * DIM) + head[:, None] * DIM + half[None, :]
     tl.store(out + at, first.to(out.dtype.element_ty), mask=inside)
     tl.store(out + at + DIM // 2, second.to(out.dtype.element_ty), mask=inside)
@@ -220,12 +227,7 @@ def launch_qk_norm_rope_store(
     check_projected(q, k, v, k_cache, v_cache, scales)
     assert slot_mapping.dim() == 1 and slot_mapping.shape[0] <= num_rows and slot_mapping.is_contiguous()
     assert num_read == num_rows if rows is None else rows.shape == (num_read,) and rows.is_contiguous()
-    for each in (cos, sin):
-        assert each.shape[1] == head_dim and each.dtype == torch.float32 and each.is_contiguous()
-        assert each.shape[0] == num_rows or positions is not None
-    assert positions is None or (positions.shape == (num_rows,) and positions.is_contiguous())
-    for norm in norms:
-        assert norm is None or (norm.shape == (head_dim,) and norm.is_contiguous())
+    check_rotation(cos, sin, positions, norms, num_rows, head_dim)
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     if num_read + num_rows == 0:
@@ -236,6 +238,22 @@ def launch_qk_norm_rope_store(
         **heads_options(num_heads, k_cache.shape[2], head_dim, k_cache.dtype), **overlap_options(q.device),
     )  # fmt: skip
     return q_out, k_out
+
+
+def check_rotation(
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    norms: tuple[Tensor | None, Tensor | None],
+    num_rows: int,
+    head_dim: int,
+) -> None:
+    for each in (cos, sin):
+        assert each.shape[1] == head_dim and each.dtype == torch.float32 and each.is_contiguous()
+        assert each.shape[0] == num_rows or positions is not None
+    assert positions is None or (positions.shape == (num_rows,) and positions.is_contiguous())
+    for norm in norms:
+        assert norm is None or (norm.shape == (head_dim,) and norm.is_contiguous())
 
 
 def check_projected(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, scales: Scales | None) -> None:

@@ -5,7 +5,7 @@ default is plain causal attention over one sequence, the engine's is paged. tran
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from speeder_engine.errors import ConfigError
 from speeder_engine.models.families import decoder_config, fuse_weights, rotary_frequencies
 from speeder_engine.models.linear import W8Linear, linear_part, quantize_linears
 from speeder_engine.models.residual import ResidualStream, RMSNorm
-from speeder_engine.triton_kernels.fused_linear import make_counters, suits
+from speeder_engine.triton_kernels.few_rows import make_counters, suits
+from speeder_engine.triton_kernels.fused_qkv import fits
 from speeder_engine.triton_kernels.linear_w8 import Kind
 from speeder_engine.triton_kernels.qk_norm_rope_store import rotate
 
@@ -28,6 +29,16 @@ class Attend(Protocol):
         All as the layer's projection gives them: `layer.norm_q` and `layer.norm_k` (the identity where the family has
         none) come first, then the rotation. `layer.index` says which layer's keys and values these are.
         """
+        ...
+
+
+@runtime_checkable
+class FusedAttend(Protocol):
+    """An `Attend` that can project too."""
+
+    def project(self, layer: "DecoderLayer", hidden: Tensor, counters: Tensor) -> Tensor:
+        """hidden [N, d] before the layer's input norm -> what `__call__` gives of all rows; `counters` as of
+        `fused_linear`."""
         ...
 
 
@@ -58,13 +69,19 @@ class DecoderLayer(nn.Module):
     def forward(self, stream: ResidualStream, attend: Attend, rows: Tensor | None) -> None:
         """Adds this layer to the stream; to `rows` of it [R] alone where only those are read afterwards. Keys and
         values are of all rows all the same, since later steps read them from the cache."""
-        if rows is None:
-            q, k, v = self.heads_of(stream.read(self.input_norm, self.qkv))
-        else:
+        stream.add(self.out, self._mixed(stream, attend, rows).flatten(1))
+        stream.add(self.down, stream.read(self.post_norm, self.gate_up, gated=True))
+
+    def _mixed(self, stream: ResidualStream, attend: Attend, rows: Tensor | None) -> Tensor:
+        """What attention makes of the stream [R, H, D], of which only `rows` are left."""
+        if rows is not None:
             q, k, v = self.project(stream.normed(self.input_norm), rows)
             stream.select(rows)
-        stream.add(self.out, attend(self, q, k, v, rows).flatten(1))
-        stream.add(self.down, stream.read(self.post_norm, self.gate_up, gated=True))
+        elif stream.counters is not None and isinstance(attend, FusedAttend) and fits(self.head_dim):
+            return attend.project(self, stream.hidden, stream.counters)
+        else:
+            q, k, v = self.heads_of(stream.read(self.input_norm, self.qkv))
+        return attend(self, q, k, v, rows)
 
     def project(self, normed: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """normed [..., d] -> q [..., H, D] and k, v [..., H_kv, D]; of flat rows [N, d], q for `rows` [R] alone."""

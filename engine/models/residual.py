@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from speeder_engine.models.linear import W8Linear, gated_linear
 from speeder_engine.triton_kernels.add_rms_norm import add_rms_norm, rms_norm, rms_norm_ref
-from speeder_engine.triton_kernels.fused_linear import Norm, fused_linear
+from speeder_engine.triton_kernels.few_rows import Norm
+from speeder_engine.triton_kernels.fused_linear import fused_linear
 
 
 class RMSNorm(nn.Module):
@@ -22,19 +23,19 @@ class RMSNorm(nn.Module):
 
 class ResidualStream:
     """The hidden states [N, d] of a pass. What is added waits for the norm that reads it, and goes with it; where
-    layers are fused, norms and sums are part of the layers' own launches."""
+    layers are fused, norms and sums are part of the layers' own launches and nothing waits."""
 
     def __init__(self, hidden: Tensor, normed: Tensor | None = None, counters: Tensor | None = None) -> None:
         """`normed`: hidden under the first norm, where the caller has it. `counters`: of `fused_linear`; none where
         layers are not fused."""
-        self._hidden, self._normed = hidden, normed
+        self.hidden, self._normed = hidden, normed
         self._waiting: Tensor | None = None
-        self._counters = counters
+        self.counters = counters
 
     def read(self, norm: RMSNorm, linear: nn.Module, gated: bool = False) -> Tensor:
         """The layer's outputs [N, O], or [N, O / 2] where `gated`."""
-        if self._counters is not None:
-            return self._fused(linear, self._hidden, norm=Norm(norm.weight, norm.eps), gated=gated)
+        if self.counters is not None:
+            return self._fused(linear, self.hidden, norm=Norm(norm.weight, norm.eps), gated=gated)
         normed = self.normed(norm)
         outputs: Tensor = gated_linear(linear, normed) if gated else linear(normed)
         return outputs
@@ -43,26 +44,26 @@ class ResidualStream:
         """All that was added, under a norm; `rows` of it alone where nothing waits."""
         assert self._waiting is None or rows is None
         if self._waiting is not None:
-            self._hidden, normed = add_rms_norm(self._hidden, self._waiting, norm.weight, norm.eps)
+            self.hidden, normed = add_rms_norm(self.hidden, self._waiting, norm.weight, norm.eps)
             self._waiting = None
             return normed
         if self._normed is not None and rows is None:
             return self._normed
-        return rms_norm(self._hidden, norm.weight, norm.eps, rows)
+        return rms_norm(self.hidden, norm.weight, norm.eps, rows)
 
     def add(self, linear: nn.Module, x: Tensor) -> None:
         """Adds the layer's outputs of x [N, I]."""
         self._normed = None
-        if self._counters is not None:
-            self._hidden = self._fused(linear, x, residual=self._hidden)
+        if self.counters is not None:
+            self.hidden = self._fused(linear, x, residual=self.hidden)
         else:
             self._waiting = linear(x)
 
     def select(self, rows: Tensor) -> None:
         """Only these rows from now on; before anything waits."""
         assert self._waiting is None
-        self._hidden, self._normed = self._hidden[rows], None
+        self.hidden, self._normed = self.hidden[rows], None
 
     def _fused(self, linear: nn.Module, x: Tensor, **around: Any) -> Tensor:
-        assert isinstance(linear, W8Linear | nn.Linear) and self._counters is not None
-        return fused_linear(x, linear.weight, self._counters, linear.bias, **around)
+        assert isinstance(linear, W8Linear | nn.Linear) and self.counters is not None
+        return fused_linear(x, linear.weight, self.counters, linear.bias, **around)

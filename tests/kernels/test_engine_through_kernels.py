@@ -8,7 +8,9 @@ from speeder_engine import Engine, EngineConfig, Request, runner
 from speeder_engine.triton_kernels import (
     add_rms_norm,
     compressed_attention,
+    few_rows,
     fused_linear,
+    fused_qkv,
     item_embed,
     keep_last,
     linear_w8,
@@ -22,8 +24,8 @@ from speeder_engine.triton_kernels import (
 BODY = (add_rms_norm, compressed_attention, item_embed, keep_last, qk_norm_rope_store, rank_scores, top_scores)
 KERNELS = (*BODY, swiglu, tree_attention)
 SMALL = (*(kernel for kernel in KERNELS if kernel is not swiglu), linear_w8)  # which computes swiglu's gate too
-FUSED = (*(kernel for kernel in KERNELS if kernel is not swiglu), fused_linear)  # in bf16, few rows as all here
-ALL = (*KERNELS, linear_w8, fused_linear)
+FUSED = (*(kernel for kernel in KERNELS if kernel is not swiglu), few_rows, fused_linear)  # in bf16, few rows as here
+ALL = (*KERNELS, linear_w8, few_rows, fused_linear, fused_qkv)
 
 
 @pytest.fixture
@@ -101,6 +103,17 @@ def test_answers_in_8_bits_are_the_same(title, weights, kv, bound, through_kerne
     assert launched(counts) == names(SMALL) - (set() if title else {"tree_attention"})
     torch.testing.assert_close(found, expected, atol=bound, rtol=bound)
     assert (expected - plain).abs().max() > 1e-2
+
+
+def test_heads_as_wide_as_tiles_are_projected_and_rotated_at_once(through_kernels):
+    tiny = make_tiny(family="qwen3", window=6, step=2, head_dim=32)
+    ids, config = tuple(tiny.ids(range(30))), EngineConfig(dtype="bfloat16", kv_budget="4MiB", cpu_path="torch")
+    expected = answers(Engine(tiny.parts(), config), ids, False)
+    switch, counts = through_kernels
+    switch()
+    found = answers(Engine(tiny.parts(), config), ids, False)
+    assert launched(counts) == names((*FUSED, fused_qkv)) - {"qk_norm_rope_store", "tree_attention"}
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.1)
 
 
 def test_layers_that_are_launched_apart_are_not_fused(through_kernels):

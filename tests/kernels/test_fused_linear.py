@@ -6,16 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_bounds import DTYPES, assert_as_near, huge
 
-from speeder_engine.triton_kernels import fused_linear as module
-from speeder_engine.triton_kernels.fused_linear import (
-    Norm,
-    fused_linear,
-    fused_linear_ref,
-    fused_options,
-    launch_fused_linear,
-    make_counters,
-    suits,
-)
+from speeder_engine.triton_kernels import few_rows as module
+from speeder_engine.triton_kernels.few_rows import Norm, few_rows_options, make_counters, suits
+from speeder_engine.triton_kernels.fused_linear import fused_linear, fused_linear_ref, launch_fused_linear
 from speeder_engine.triton_kernels.language import tl, triton
 from speeder_engine.triton_kernels.linear_w8 import W8Weight, quantize_weight
 
@@ -98,7 +91,7 @@ def test_a_loud_neighbour_changes_nothing(around):
 def test_a_matrix_that_is_cut_adds_up_to_the_same_bits():
     """Whichever part arrives last: on a GPU that is another one each time."""
     case = make_case(40, 2048, 64, "norm and bias")
-    assert fused_options(40, 2048, 64, False, 4)["SPLITS"] == 8
+    assert few_rows_options(40, 2048, 64, False, 4)["SPLITS"] == 9
     first = launch_fused_linear(**case)
     assert all(torch.equal(launch_fused_linear(**case), first) for _ in range(3))
     assert not case["counters"].any()
@@ -109,7 +102,7 @@ def test_a_matrix_that_is_cut_adds_up_to_the_same_bits():
     [(896, 1152, False), (896, 4864, True), (4864, 896, False), (3584, 18944, True), (18944, 3584, False)],
 )
 def test_tiles_fill_a_gpu_and_only_rows_follow_the_rows(size, width, gated):
-    found = [fused_options(num_rows, size, width, gated, 2) for num_rows in (1, 16, 17, 32, 33, 64, 65, 128)]
+    found = [few_rows_options(num_rows, size, width, gated, 2) for num_rows in (1, 16, 17, 32, 33, 64, 65, 128)]
     assert [options["BLOCK_ROWS"] for options in found] == [16, 16, 32, 32, 64, 64, 128, 128]
     cuts = {(options["BLOCK_OUT"], options["SPLITS"]) for options in found}
     assert len(cuts) == 1
@@ -138,7 +131,10 @@ def test_a_gradient_goes_through_the_reference():
 def one_tile_kernel(x, weight, out, first, width, SIZE: tl.constexpr, GATED: tl.constexpr):
     rows, outputs = tl.arange(0, 16), first + tl.arange(0, 16)
     real, made = rows < 1, outputs < first + 2
-    total, up, _ = module._sums(x, None, weight, rows, outputs, real, made, 0, width, SIZE, GATED, False, True, 64, 1)
+    paired = outputs + width
+    total, up, _ = module.sums_of(
+        x, None, weight, rows, outputs, paired, real, made, 0, SIZE, GATED, False, True, 64, 1
+    )
     tl.store(out + rows[:, None] * 16 + tl.arange(0, 16)[None, :], up if GATED else total)
 
 

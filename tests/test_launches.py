@@ -1,0 +1,85 @@
+"""How many kernels a captured pass is: counted on the CPU, of what a GPU would be sent."""
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+from reference import make_tiny
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from speeder_engine import Engine, EngineConfig, runner, triton_kernels
+from speeder_engine.triton_kernels import few_rows
+
+ALLOCATES = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::_unsafe_view")
+NUM_LAYERS = 3  # of make_tiny
+
+
+class Launches(TorchDispatchMode):
+    """Names of operations that are neither views nor mere memory; an operation of ours is one, whatever its reference
+    does."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_view = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
+        if not is_view and func._schema.name not in ALLOCATES:
+            self.names.append(func._schema.name)
+        return func(*args, **kwargs or {})
+
+    def stands_for(self, name, reference):
+        def launch(*args, **kwargs):
+            self.names.append(name)
+            with _disable_current_modes():
+                return reference(*args, **kwargs)
+
+        return launch
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """All operations as on a GPU, their kernels replaced by references."""
+    counted = Launches()
+    for each in pkgutil.iter_modules(triton_kernels.__path__):
+        module = importlib.import_module(f"{triton_kernels.__name__}.{each.name}")
+        for name, launch in inspect.getmembers(module, inspect.isfunction):
+            operation = name.removeprefix("launch_")
+            reference = getattr(module, f"{operation}_ref", None)
+            if name.startswith("launch_") and launch.__module__ == module.__name__ and reference is not None:
+                if operation == "compressed_attention":
+                    reference = into_out(reference)
+                monkeypatch.setattr(module, "runs_triton", lambda *tensors: True)
+                monkeypatch.setattr(module, name, counted.stands_for(operation, reference))
+    for module in (runner, few_rows):
+        monkeypatch.setattr(module, "runs_triton", lambda *tensors: True)
+    return counted
+
+
+def into_out(reference):
+    """Its launcher takes the tensor to write into, behind what the reference takes."""
+    return lambda *args: args[-1].copy_(reference(*args[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "settings", "a_layer", "around"),
+    [
+        (32, {"dtype": "bfloat16"}, 5, 5),
+        (32, {"dtype": "bfloat16", "weights": "int8", "kv": "int8"}, 5, 5),
+        (8, {"dtype": "bfloat16"}, 6, 5),
+        (32, {"dtype": "bfloat16", "launches": "apart"}, 9, 10),
+        (32, {"dtype": "float32"}, 9, 10),
+    ],
+)
+def test_launches_of_a_captured_pass(head_dim, settings, a_layer, around, launches):
+    tiny = make_tiny(window=6, step=2, head_dim=head_dim)
+    config = {"cpu_path": "torch", "graphs": "on", "row_buckets": (16,), "freeze_gc": False, "max_batch_users": 2}
+    engine = Engine(tiny.parts(), EngineConfig(**config | settings))
+    engine.warm_up()
+    [graph] = engine._now().graphs._graphs.values()
+    graph.buffers.clear()  # the warm-up's steps have left theirs
+    launches.names.clear()
+    with launches:
+        graph._replay()
+    assert len(launches.names) == a_layer * NUM_LAYERS + around, launches.names
