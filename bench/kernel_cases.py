@@ -10,16 +10,17 @@ from torch.nn import functional as F
 
 from speeder_engine.config import CompressorConfig, DecoderConfig
 from speeder_engine.models.compressor import Compressor
-from speeder_engine.triton_kernels.add_rms_norm import add_rms_norm
+from speeder_engine.triton_kernels.add_rms_norm import Norm, add_rms_norm
 from speeder_engine.triton_kernels.compressed_attention import AttentionRows, compressed_attention
-from speeder_engine.triton_kernels.few_rows import MOST_ROWS, Norm, make_counters
+from speeder_engine.triton_kernels.few_rows import MOST_ROWS, make_counters
 from speeder_engine.triton_kernels.fused_linear import fused_linear
 from speeder_engine.triton_kernels.fused_qkv import HeadsInto, fused_qkv
 from speeder_engine.triton_kernels.item_embed import EmbedRows, EmbedTables, item_embed
 from speeder_engine.triton_kernels.keep_last import keep_last
-from speeder_engine.triton_kernels.linear_w8 import linear_w8, quantize_weight
+from speeder_engine.triton_kernels.linear_w8 import linear_w8, linear_w8_rows
 from speeder_engine.triton_kernels.modality_experts import modality_experts
 from speeder_engine.triton_kernels.qk_norm_rope_store import qk_norm_rope_store
+from speeder_engine.triton_kernels.quantize_rows import quantize_rows, quantize_weight
 from speeder_engine.triton_kernels.rank_scores import RankedItems, RankWeights, rank_scores
 from speeder_engine.triton_kernels.swiglu import swiglu
 from speeder_engine.triton_kernels.top_scores import MAX_K, Answerable, top_scores
@@ -182,7 +183,12 @@ class Maker:
         small = quantize_weight(weight, kind)  # type: ignore[arg-type]
         num_bytes = weight.numel() + (x.numel() + self.num_rows * weight.shape[0]) * self.dtype.itemsize
         name = f"linear_w8 {kind} gate_up{f', rows of {kind}' * rows}"
-        return self.case(name, lambda: linear_w8(x, small, quantize=rows), num_bytes, flops)
+        call = (
+            (lambda: linear_w8_rows(quantize_rows(x, small.kind), small, x.dtype))
+            if rows
+            else (lambda: linear_w8(x, small))
+        )
+        return self.case(name, call, num_bytes, flops)
 
     def experts(self) -> Case:
         """Items of an upsert, by the compressor."""

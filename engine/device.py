@@ -6,8 +6,9 @@ import torch
 
 from speeder_engine.config import check
 from speeder_engine.errors import ConfigError
-from speeder_engine.triton_kernels.linear_w8 import DTYPES as EIGHT_BITS
-from speeder_engine.triton_kernels.linear_w8 import Kind, multiplies_fp8
+from speeder_engine.triton_kernels.linear_w8 import multiplies_fp8
+from speeder_engine.triton_kernels.quantize_rows import DTYPES as EIGHT_BITS
+from speeder_engine.triton_kernels.quantize_rows import Kind
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -13,8 +13,8 @@ from speeder_engine.cache import KVCache
 from speeder_engine.models.decoder import CausalAttend, DecoderLayer
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.native.decoder import NativeDecoder, NativeRows
+from speeder_engine.triton_kernels.add_rms_norm import Norm
 from speeder_engine.triton_kernels.compressed_attention import AttentionRows, compressed_attention
-from speeder_engine.triton_kernels.few_rows import Norm
 from speeder_engine.triton_kernels.fused_qkv import HeadsInto, fused_qkv
 from speeder_engine.triton_kernels.item_embed import EmbedRows, embed_rows, item_embed
 from speeder_engine.triton_kernels.language import overlapping, runs_triton

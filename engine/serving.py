@@ -37,7 +37,7 @@ from speeder_engine.text_rows import TextRows, make_text_rows
 from speeder_engine.title import TitleTrie
 from speeder_engine.title_text import TitleText, rows_by_answer
 from speeder_engine.transfer import Transfer
-from speeder_engine.triton_kernels.linear_w8 import Kind
+from speeder_engine.triton_kernels.quantize_rows import Kind
 
 Floats = NDArray[np.float32]
 WARM_K, WARM_CANDIDATES = 10, 20

@@ -22,7 +22,7 @@ from speeder_engine.export.onnx_config import OnnxConfig
 from speeder_engine.export.static_followers import StaticFollowers
 from speeder_engine.models.compressor import make_compressor
 from speeder_engine.models.decoder import CausalAttend, Decoder, DecoderLayer
-from speeder_engine.models.residual import RMSNorm
+from speeder_engine.models.norm import RMSNorm
 from speeder_engine.parts import EngineParts
 from speeder_engine.triton_kernels.qk_norm_rope_store import rotate
 from speeder_engine.triton_kernels.swiglu import swiglu_ref

@@ -9,6 +9,7 @@ from reference import make_tiny
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from speeder_engine import Engine, EngineConfig, runner, triton_kernels
+from speeder_engine.models import linear
 from speeder_engine.triton_kernels import few_rows
 
 ALLOCATES = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::_unsafe_view")
@@ -68,11 +69,13 @@ def into_out(reference):
         (32, {"dtype": "bfloat16"}, 5, 5),
         (32, {"dtype": "bfloat16", "weights": "int8", "kv": "int8"}, 5, 5),
         (8, {"dtype": "bfloat16"}, 6, 5),
+        (32, {"dtype": "bfloat16", "weights": "fp8"}, 10, 6),
         (32, {"dtype": "bfloat16", "launches": "apart"}, 9, 10),
         (32, {"dtype": "float32"}, 9, 10),
     ],
 )
-def test_launches_of_a_captured_pass(head_dim, settings, a_layer, around, launches):
+def test_launches_of_a_captured_pass(head_dim, settings, a_layer, around, launches, monkeypatch):
+    monkeypatch.setattr(linear, "multiplies_fp8", lambda device: True)
     tiny = make_tiny(window=6, step=2, head_dim=head_dim)
     config = {"cpu_path": "torch", "graphs": "on", "row_buckets": (16,), "freeze_gc": False, "max_batch_users": 2}
     engine = Engine(tiny.parts(), EngineConfig(**config | settings))

@@ -4,6 +4,8 @@ sum_n    = residual_n + x_n
 normed_n = weight * sum_n / sqrt(mean(sum_n ^ 2) + eps)
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,13 @@ from speeder_engine.triton_kernels.language import (
     triton,
 )
 from speeder_engine.triton_kernels.specimen import Specimen
+
+
+class Norm(NamedTuple):
+    """What an RMSNorm is beside its rows."""
+
+    weight: Tensor  # [d]
+    eps: float
 
 
 def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -11,21 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from speeder_engine.triton_kernels.add_rms_norm import Norm
 from speeder_engine.triton_kernels.language import next_power_of_2, runs_triton, tl, triton
-from speeder_engine.triton_kernels.linear_w8 import MULTIPROCESSORS, W8Weight, cast, decoded
+from speeder_engine.triton_kernels.linear_w8 import MULTIPROCESSORS, cast, decoded
+from speeder_engine.triton_kernels.quantize_rows import W8Weight
 
 MOST_ROWS = 128  # of a tile: more rows are for the matrix units, and for libraries
 LEAST_PART = 224  # of I: a shorter one costs more to add up than it saves
 MOST_TILES = 1024  # of a matrix that is cut
 FETCHED_LINES = tl.constexpr(16)  # of 128 bytes, of each output's weights: 1,024 elements in bf16
 SHARED_BYTES = 72 << 10  # that a program's loads may be ahead by: every GPU's block has them
-
-
-class Norm(NamedTuple):
-    """An RMSNorm before the layer."""
-
-    weight: Tensor  # [I]
-    eps: float
 
 
 def suits(x: Tensor) -> bool:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from speeder_engine.triton_kernels.add_rms_norm import Norm
 from speeder_engine.triton_kernels.few_rows import (
-    Norm,
     Stored,
     added_up,
     fetch_ahead,
@@ -32,7 +32,7 @@ from speeder_engine.triton_kernels.language import (
     tl,
     triton,
 )
-from speeder_engine.triton_kernels.linear_w8 import W8Weight
+from speeder_engine.triton_kernels.quantize_rows import W8Weight
 from speeder_engine.triton_kernels.specimen import Specimen
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from speeder_engine.triton_kernels.add_rms_norm import Norm
 from speeder_engine.triton_kernels.compressed_attention import QUANTIZED, Scales
 from speeder_engine.triton_kernels.few_rows import (
-    Norm,
     Stored,
     added_up,
     fetch_ahead,
@@ -34,13 +34,13 @@ from speeder_engine.triton_kernels.language import (
     tl,
     triton,
 )
-from speeder_engine.triton_kernels.linear_w8 import W8Weight
 from speeder_engine.triton_kernels.qk_norm_rope_store import (
     LARGEST,
     check_rotation,
     qk_norm_rope_store_ref,
     quantized_halves,
 )
+from speeder_engine.triton_kernels.quantize_rows import W8Weight
 from speeder_engine.triton_kernels.specimen import Specimen
 
 HALVES = (16, 32, 64, 128)  # of a head: what a tile can be wide

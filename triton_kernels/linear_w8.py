@@ -8,122 +8,92 @@ Every row has a scale t_n of its own: with one for all, a neighbour would change
 or fp32; fp8 is read bit by bit where a GPU has no instruction for it.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from speeder_engine.triton_kernels.language import interpreted, on, runs_triton, tl, triton
+from speeder_engine.triton_kernels.quantize_rows import W8Weight
 from speeder_engine.triton_kernels.specimen import Specimen
 
-Kind = Literal["int8", "fp8"]
-DTYPES: dict[Kind, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-LARGEST: dict[Kind, float] = {"int8": 127.0, "fp8": 448.0}
 NATIVE_FP8 = (8, 9)  # the first compute capability that multiplies it
-QUANTIZED_AT_ONCE = 2048
 MULTIPROCESSORS = 132  # of an H100
 
 
-@dataclass(frozen=True)
-class W8Weight:
-    """A matrix [O, I] in 8 bits, quantised row by row: a weight's output channels, or rows of activations."""
-
-    values: Tensor  # int8 or float8_e4m3fn [O, I]
-    scales: Tensor  # fp32 [O]
-
-    @property
-    def kind(self) -> Kind:
-        return "int8" if self.values.dtype == torch.int8 else "fp8"
-
-    def dequantized(self) -> Tensor:
-        """fp32 [O, I]."""
-        return self.values.float() * self.scales.unsqueeze(1)
-
-
-def quantize_weight(weight: Tensor, kind: Kind) -> W8Weight:
-    """[O, I] of any dtype; the largest element of an output channel becomes the largest number of the kind."""
-    return quantize_rows(weight.detach(), kind)
-
-
-def quantize_rows(x: Tensor, kind: Kind) -> W8Weight:
-    """x [N, I], each row by its own largest element."""
-    if runs_triton(x):
-        with on(x.device):
-            return launch_quantize_rows(x, kind)
-    return quantize_rows_ref(x, kind)
-
-
-def quantize_rows_ref(x: Tensor, kind: Kind) -> W8Weight:
-    wide = x.float()
-    largest = wide.abs().amax(dim=1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
-    scales = torch.where(largest > 0, largest / LARGEST[kind], 1.0)
-    scaled = (wide / scales.unsqueeze(1)).clamp(-LARGEST[kind], LARGEST[kind])
-    return W8Weight((scaled.round() if kind == "int8" else scaled).to(DTYPES[kind]), scales)
-
-
-def linear_w8(
-    x: Tensor, weight: W8Weight, bias: Tensor | None = None, gated: bool = False, quantize: bool = False
-) -> Tensor:
-    """x [N, I] -> [N, O], or [N, O / 2] where `gated`. `quantize`: x is brought to the weight's kind, row by row."""
+def linear_w8(x: Tensor, weight: W8Weight, bias: Tensor | None = None, gated: bool = False) -> Tensor:
+    """x [N, I] -> [N, O], or [N, O / 2] where `gated`."""
     if runs_triton(x, weight.values, weight.scales, bias):
         with on(x.device):
-            return launch_linear_w8(x, weight, bias, gated, quantize)
-    return linear_w8_ref(x, weight, bias, gated, quantize)
+            return launch_linear_w8(x, weight, bias, gated)
+    return linear_w8_ref(x, weight, bias, gated)
 
 
-def linear_w8_ref(
-    x: Tensor, weight: W8Weight, bias: Tensor | None = None, gated: bool = False, quantize: bool = False
+def linear_w8_rows(
+    rows: W8Weight, weight: W8Weight, dtype: torch.dtype, bias: Tensor | None = None, gated: bool = False
 ) -> Tensor:
-    """Computed in fp64 where both sides are 8-bit: their products are integers or nearly so, and must be exact."""
-    if quantize:
-        rows = quantize_rows_ref(x, weight.kind)
-        products = (rows.values.double() @ weight.values.double().T).float() * rows.scales.unsqueeze(1)
-    else:
-        products = x.float() @ weight.values.float().T
+    """The same of rows in the weight's kind, as `quantize_rows` gives them -> `dtype`."""
+    if runs_triton(rows.values, weight.values, weight.scales, bias):
+        with on(rows.values.device):
+            return launch_linear_w8_rows(rows, weight, dtype, bias, gated)
+    return linear_w8_rows_ref(rows, weight, dtype, bias, gated)
+
+
+def linear_w8_ref(x: Tensor, weight: W8Weight, bias: Tensor | None = None, gated: bool = False) -> Tensor:
+    return _behind(x.float() @ weight.values.float().T, weight, x.dtype, bias, gated)
+
+
+def linear_w8_rows_ref(
+    rows: W8Weight, weight: W8Weight, dtype: torch.dtype, bias: Tensor | None = None, gated: bool = False
+) -> Tensor:
+    """Computed in fp64: products of 8-bit numbers are integers or nearly so, and must be exact."""
+    products = (rows.values.double() @ weight.values.double().T).float() * rows.scales.unsqueeze(1)
+    return _behind(products, weight, dtype, bias, gated)
+
+
+def _behind(products: Tensor, weight: W8Weight, dtype: torch.dtype, bias: Tensor | None, gated: bool) -> Tensor:
+    """Scales, bias and gate."""
     out = products * weight.scales
     if bias is not None:
         out = out + bias.float()
     if gated:
         gate, up = out.chunk(2, dim=-1)
         out = F.silu(gate) * up
-    return out.to(x.dtype)
+    return out.to(dtype)
 
 
-def launch_quantize_rows(x: Tensor, kind: Kind) -> W8Weight:
-    assert x.dim() == 2 and x.is_contiguous()
-    num_rows, size = x.shape
-    values = torch.empty(num_rows, size, dtype=torch.int8, device=x.device)
-    scales = torch.ones(num_rows, dtype=torch.float32, device=x.device)
-    if x.numel():
-        _quantize_rows_kernel[(num_rows,)](x, values, scales, SIZE=size, BLOCK=QUANTIZED_AT_ONCE, FP8=kind == "fp8")
-    return W8Weight(values.view(DTYPES[kind]), scales)
+def launch_linear_w8(x: Tensor, weight: W8Weight, bias: Tensor | None = None, gated: bool = False) -> Tensor:
+    return _launch(x, None, weight, x.dtype, bias, gated)
 
 
-def launch_linear_w8(
-    x: Tensor, weight: W8Weight, bias: Tensor | None = None, gated: bool = False, quantize: bool = False
+def launch_linear_w8_rows(
+    rows: W8Weight, weight: W8Weight, dtype: torch.dtype, bias: Tensor | None = None, gated: bool = False
 ) -> Tensor:
-    (num_rows, size), num_outputs = x.shape, weight.values.shape[0]
-    assert x.is_contiguous() and weight.values.is_contiguous() and weight.values.shape[1] == size
+    assert rows.kind == weight.kind
+    return _launch(rows.values, rows.scales, weight, dtype, bias, gated)
+
+
+def _launch(
+    left: Tensor, row_scales: Tensor | None, weight: W8Weight, dtype: torch.dtype, bias: Tensor | None, gated: bool
+) -> Tensor:
+    """left [N, I]: as it comes, or of the weight's kind with a scale a row."""
+    (num_rows, size), num_outputs = left.shape, weight.values.shape[0]
+    assert left.is_contiguous() and weight.values.is_contiguous() and weight.values.shape[1] == size
     assert weight.scales.dtype == torch.float32 and weight.scales.shape == (num_outputs,)
     assert bias is None or (bias.is_contiguous() and bias.shape == (num_outputs,))
     assert not gated or num_outputs % 2 == 0
     width = num_outputs // 2 if gated else num_outputs
-    out = torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
+    out = torch.empty(num_rows, width, dtype=dtype, device=left.device)
     if out.numel() == 0:
         return out
-    fp8, wide = weight.kind == "fp8", interpreted(x)
-    native = fp8 and quantize and multiplies_fp8(x.device)
-    rows = launch_quantize_rows(x, weight.kind) if quantize else None
-    left, right = x if rows is None else rows.values, weight.values
+    fp8, has_rows, right = weight.kind == "fp8", row_scales is not None, weight.values
+    native = fp8 and has_rows and multiplies_fp8(left.device)
     if fp8 and not native:
-        left, right = left if rows is None else left.view(torch.uint8), right.view(torch.uint8)
-    options = linear_options(num_rows, width, x.element_size())
+        left, right = left.view(torch.uint8) if has_rows else left, right.view(torch.uint8)
+    options = linear_options(num_rows, width, dtype.itemsize)
     blocks = triton.cdiv(num_rows, options["BLOCK_ROWS"]) * triton.cdiv(width, options["BLOCK_OUT"])
     _linear_w8_kernel[(blocks,)](
-        left, None if rows is None else rows.scales, right, weight.scales, bias, out, num_rows, width,
-        SIZE=size, FP8=fp8, NATIVE=native, ROWS=quantize, BIAS=bias is not None, GATED=gated, WIDE=wide, **options,
+        left, row_scales, right, weight.scales, bias, out, num_rows, width, SIZE=size, FP8=fp8, NATIVE=native,
+        ROWS=has_rows, BIAS=bias is not None, GATED=gated, WIDE=interpreted(left), **options,
     )  # fmt: skip
     return out
 
@@ -231,43 +201,6 @@ def cast(x, DTYPE: tl.constexpr):
     return x if x.dtype == DTYPE else x.to(tl.float32).to(DTYPE)
 
 
-@triton.jit
-def _quantize_rows_kernel(x, values, scales, SIZE: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr):
-    """A row a program, read twice: its largest element first."""
-    LARGEST: tl.constexpr = 448.0 if FP8 else 127.0
-    start = tl.program_id(0).to(tl.int64) * SIZE
-    columns = tl.arange(0, BLOCK)
-    largest = tl.zeros([BLOCK], tl.float32)
-    for at in range(0, SIZE, BLOCK):
-        part = tl.load(x + start + at + columns, mask=columns < SIZE - at, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(part))
-    top = tl.max(largest, axis=0)
-    scale = tl.where(top > 0, tl.div_rn(top, top * 0 + LARGEST), 1.0)
-    tl.store(scales + tl.program_id(0), scale)
-    for at in range(0, SIZE, BLOCK):
-        inside = columns < SIZE - at
-        part = tl.load(x + start + at + columns, mask=inside, other=0.0).to(tl.float32)
-        scaled = tl.div_rn(part, tl.zeros([BLOCK], tl.float32) + scale)
-        code = _e4m3(scaled) if FP8 else _whole(tl.minimum(tl.maximum(scaled, -127.0), 127.0)).to(tl.int32)
-        tl.store(values + start + at + columns, code.to(tl.int8), mask=inside)
-
-
-@triton.jit
-def _whole(x):
-    """To the nearest whole number, halves to the even one, for |x| < 2 ** 22."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _e4m3(x):
-    """The eight bits of the nearest e4m3, as torch rounds to it."""
-    size = tl.minimum(tl.abs(x), 448.0)
-    exponent = tl.maximum((size.to(tl.int32, bitcast=True) >> 23) - 127, -6)
-    steps = _whole(size * ((130 - exponent) << 23).to(tl.float32, bitcast=True))  # eighths of 2 ** exponent
-    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
-    return sign | (((exponent + 6) << 3) + steps.to(tl.int32))
-
-
 def _linear_specimen(
     label: str, kind: str, stored: str, outputs: int, size: int, num_rows: int, since: int = 80
 ) -> Specimen:
@@ -281,11 +214,6 @@ def _linear_specimen(
     flags = {"SIZE": size, "FP8": stored != "*i8", "NATIVE": stored == "*fp8e4nv", "ROWS": rows}
     flags |= {"BIAS": True, "GATED": gated, "WIDE": False}
     return Specimen(label, _linear_w8_kernel, {**types, **flags, **options}, **launch, since=since)
-
-
-def _quantize_specimen(label: str, kind: str, fp8: bool) -> Specimen:
-    arguments = {"x": kind, "values": "*i8", "scales": "*fp32", "SIZE": 3584, "BLOCK": QUANTIZED_AT_ONCE, "FP8": fp8}
-    return Specimen(label, _quantize_rows_kernel, arguments)
 
 
 SPECIMENS = (
@@ -306,6 +234,4 @@ SPECIMENS = (
     _linear_specimen("0.5B fp8 out 32 rows of fp8", "*fp8e4nv", "*fp8e4nv", 896, 896, 32, since=89),
     _linear_specimen("0.5B fp8 out 128 rows of fp8", "*fp8e4nv", "*fp8e4nv", 896, 896, 128, since=89),
     _linear_specimen("0.5B fp8 16 rows of fp8", "*fp8e4nv", "*fp8e4nv", 9728, 896, 16, since=89),
-    _quantize_specimen("7B int8", "*bf16", False),
-    _quantize_specimen("7B fp8", "*bf16", True),
 )

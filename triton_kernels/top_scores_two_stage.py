@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from speeder_engine.triton_kernels.language import next_power_of_2, on, runs_triton, tl, triton
-from speeder_engine.triton_kernels.linear_w8 import W8Weight, quantize_rows
+from speeder_engine.triton_kernels.quantize_rows import W8Weight, quantize_rows
 from speeder_engine.triton_kernels.specimen import Specimen
 from speeder_engine.triton_kernels.top_scores import MAX_K, Answerable, answer_keys, merge_lists, top_scores
 

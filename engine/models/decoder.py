@@ -15,11 +15,12 @@ from speeder_engine.config import EXACT_LEN_ENDS, DecoderConfig
 from speeder_engine.errors import ConfigError
 from speeder_engine.models.families import decoder_config, fuse_weights, rotary_frequencies
 from speeder_engine.models.linear import W8Linear, linear_part, quantize_linears
-from speeder_engine.models.residual import ResidualStream, RMSNorm
+from speeder_engine.models.norm import RMSNorm
+from speeder_engine.models.residual import ResidualStream
 from speeder_engine.triton_kernels.few_rows import make_counters, suits
 from speeder_engine.triton_kernels.fused_qkv import fits
-from speeder_engine.triton_kernels.linear_w8 import Kind
 from speeder_engine.triton_kernels.qk_norm_rope_store import rotate
+from speeder_engine.triton_kernels.quantize_rows import Kind
 
 
 class Attend(Protocol):
@@ -130,21 +131,23 @@ class Decoder(nn.Module):
         """hidden [N, d], positions [N] -> [N, d], or [R, d] for `read_rows` [R].
 
         Without `attend` the rows are one sequence under causal attention. `normed` is hidden under the first layer's
-        `input_norm`, where the caller has it. The last layer computes only the rows that are read; where layers are
-        fused all are: these few cost no more, and to pick them out would.
+        `input_norm`, where the caller has it. The last layer computes only the rows that are read; of few rows on a
+        GPU all: they cost no more, and to pick them out would.
         """
         if attend is None:
             self._check_length(positions)
             attend = CausalAttend(*self.rotary(positions))
-        fused = self.fuses(hidden) and not self._quantizes_rows
-        stream = ResidualStream(hidden, normed, self.counters(hidden.device) if fused else None)
-        early, late = (None, read_rows) if fused else (read_rows, None)
+        few = self.fuses(hidden)
+        stream = ResidualStream(
+            hidden, normed, self.counters(hidden.device) if few and not self._quantizes_rows else None
+        )
+        early, late = (None, read_rows) if few else (read_rows, None)
         for layer in self.layers:
             layer(stream, attend, early if layer is self.layers[-1] else None)
         return stream.normed(self.norm, late)
 
     def fuses(self, hidden: Tensor) -> bool:
-        """Whether layers of these rows go through `fused_linear`."""
+        """Whether layers of these rows, so few, go through `fused_linear`; all but those that round rows to 8 bits."""
         return self.may_fuse and suits(hidden)
 
     @property

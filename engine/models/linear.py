@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from speeder_engine.triton_kernels.linear_w8 import Kind, W8Weight, linear_w8, multiplies_fp8, quantize_weight
+from speeder_engine.triton_kernels.linear_w8 import linear_w8, linear_w8_rows, multiplies_fp8
+from speeder_engine.triton_kernels.quantize_rows import Kind, W8Weight, quantize_rows, quantize_weight
 from speeder_engine.triton_kernels.swiglu import swiglu
 
 
@@ -38,12 +39,21 @@ class W8Linear(nn.Module):
 
     def forward(self, x: Tensor, gated: bool = False) -> Tensor:
         """x [N, I] -> [N, O], or [N, O / 2] where `gated`: [gate | up] in one matrix."""
-        return linear_w8(x, self.weight, self.bias, gated, self.quantize)
+        return self._of(x, self.weight, self.bias, gated)
+
+    def of_rows(self, rows: W8Weight, dtype: torch.dtype, gated: bool = False) -> Tensor:
+        """The same of rows that are quantized already."""
+        return linear_w8_rows(rows, self.weight, dtype, self.bias, gated)
 
     def part(self, x: Tensor, outputs: slice) -> Tensor:
         """Some of the outputs."""
         bias = None if self.bias is None else self.bias[outputs]
-        return linear_w8(x, W8Weight(self.values[outputs], self.scales[outputs]), bias, quantize=self.quantize)
+        return self._of(x, W8Weight(self.values[outputs], self.scales[outputs]), bias)
+
+    def _of(self, x: Tensor, weight: W8Weight, bias: Tensor | None, gated: bool = False) -> Tensor:
+        if self.quantize:
+            return linear_w8_rows(quantize_rows(x, weight.kind), weight, x.dtype, bias, gated)
+        return linear_w8(x, weight, bias, gated)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves values and scales and leaves their types alone: in bf16 they would be what they were made from."""

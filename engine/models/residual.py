@@ -2,23 +2,13 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from speeder_engine.models.linear import W8Linear, gated_linear
-from speeder_engine.triton_kernels.add_rms_norm import add_rms_norm, rms_norm, rms_norm_ref
-from speeder_engine.triton_kernels.few_rows import Norm
+from speeder_engine.models.norm import RMSNorm
+from speeder_engine.triton_kernels.add_rms_norm import Norm, add_rms_norm, rms_norm
 from speeder_engine.triton_kernels.fused_linear import fused_linear
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm_ref(x, self.weight, self.eps)
+from speeder_engine.triton_kernels.quantize_rows import Kind, W8Weight, quantize_normed_rows
 
 
 class ResidualStream:
@@ -36,20 +26,31 @@ class ResidualStream:
         """The layer's outputs [N, O], or [N, O / 2] where `gated`."""
         if self.counters is not None:
             return self._fused(linear, self.hidden, norm=Norm(norm.weight, norm.eps), gated=gated)
+        if isinstance(linear, W8Linear) and linear.quantize and self._normed is None:
+            rows = self._quantized(norm, linear.weight.kind)
+            return linear.of_rows(rows, self.hidden.dtype, gated)
         normed = self.normed(norm)
         outputs: Tensor = gated_linear(linear, normed) if gated else linear(normed)
         return outputs
 
     def normed(self, norm: RMSNorm, rows: Tensor | None = None) -> Tensor:
-        """All that was added, under a norm; `rows` of it alone where nothing waits."""
-        assert self._waiting is None or rows is None
+        """All that was added, under a norm; of `rows` alone, if any are named."""
         if self._waiting is not None:
             self.hidden, normed = add_rms_norm(self.hidden, self._waiting, norm.weight, norm.eps)
             self._waiting = None
-            return normed
+            return normed if rows is None else normed[rows]
         if self._normed is not None and rows is None:
             return self._normed
         return rms_norm(self.hidden, norm.weight, norm.eps, rows)
+
+    def _quantized(self, norm: RMSNorm, kind: Kind) -> W8Weight:
+        """The same in 8 bits, row by row."""
+        given = Norm(norm.weight, norm.eps)
+        if self._waiting is None:
+            return quantize_normed_rows(self.hidden, kind, given)[1]
+        self.hidden, rows = quantize_normed_rows(self._waiting, kind, given, self.hidden)
+        self._waiting = None
+        return rows
 
     def add(self, linear: nn.Module, x: Tensor) -> None:
         """Adds the layer's outputs of x [N, I]."""

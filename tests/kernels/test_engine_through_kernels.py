@@ -5,6 +5,7 @@ import torch
 from reference import make_tiny, make_titled
 
 from speeder_engine import Engine, EngineConfig, Request, runner
+from speeder_engine.models import linear
 from speeder_engine.triton_kernels import (
     add_rms_norm,
     compressed_attention,
@@ -15,6 +16,7 @@ from speeder_engine.triton_kernels import (
     keep_last,
     linear_w8,
     qk_norm_rope_store,
+    quantize_rows,
     rank_scores,
     swiglu,
     top_scores,
@@ -23,9 +25,9 @@ from speeder_engine.triton_kernels import (
 
 BODY = (add_rms_norm, compressed_attention, item_embed, keep_last, qk_norm_rope_store, rank_scores, top_scores)
 KERNELS = (*BODY, swiglu, tree_attention)
-SMALL = (*(kernel for kernel in KERNELS if kernel is not swiglu), linear_w8)  # which computes swiglu's gate too
+SMALL = (*(kernel for kernel in KERNELS if kernel is not swiglu), linear_w8, quantize_rows)  # which gates too
 FUSED = (*(kernel for kernel in KERNELS if kernel is not swiglu), few_rows, fused_linear)  # in bf16, few rows as here
-ALL = (*KERNELS, linear_w8, few_rows, fused_linear, fused_qkv)
+ALL = (*KERNELS, linear_w8, quantize_rows, few_rows, fused_linear, fused_qkv)
 
 
 @pytest.fixture
@@ -105,6 +107,19 @@ def test_answers_in_8_bits_are_the_same(title, weights, kv, bound, through_kerne
     assert (expected - plain).abs().max() > 1e-2
 
 
+def test_rows_in_fp8_answer_the_same(through_kernels, monkeypatch):
+    """As on a GPU that multiplies fp8: norms and sums on the way to it."""
+    monkeypatch.setattr(linear, "multiplies_fp8", lambda device: True)
+    tiny = make_tiny(family="qwen2", window=6, step=2)
+    ids, config = tuple(tiny.ids(range(30))), EngineConfig(dtype="float32", weights="fp8", cpu_path="torch")
+    expected = answers(Engine(tiny.parts(), config), ids, False)
+    switch, counts = through_kernels
+    switch()
+    found = answers(Engine(tiny.parts(), config), ids, False)
+    assert launched(counts) == names(SMALL) - {"tree_attention"}
+    torch.testing.assert_close(found, expected, atol=0.03, rtol=0.03)
+
+
 def test_heads_as_wide_as_tiles_are_projected_and_rotated_at_once(through_kernels):
     tiny = make_tiny(family="qwen3", window=6, step=2, head_dim=32)
     ids, config = tuple(tiny.ids(range(30))), EngineConfig(dtype="bfloat16", kv_budget="4MiB", cpu_path="torch")
@@ -132,6 +147,5 @@ def test_fused_layers_of_8_bit_weights_answer_the_same(through_kernels):
     switch, counts = through_kernels
     switch()
     found = answers(Engine(tiny.parts(), config), ids, False)
-    # weights are quantised by linear_w8's file
-    assert launched(counts) == names((*FUSED, linear_w8)) - {"tree_attention"}
+    assert launched(counts) == names((*FUSED, quantize_rows)) - {"tree_attention"}
     torch.testing.assert_close(found, expected, atol=0.1, rtol=0.1)

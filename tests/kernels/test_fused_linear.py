@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from kernel_bounds import DTYPES, assert_as_near, huge
 
 from speeder_engine.triton_kernels import few_rows as module
-from speeder_engine.triton_kernels.few_rows import Norm, few_rows_options, make_counters, suits
+from speeder_engine.triton_kernels.add_rms_norm import Norm
+from speeder_engine.triton_kernels.few_rows import few_rows_options, make_counters, suits
 from speeder_engine.triton_kernels.fused_linear import fused_linear, fused_linear_ref, launch_fused_linear
 from speeder_engine.triton_kernels.language import tl, triton
-from speeder_engine.triton_kernels.linear_w8 import W8Weight, quantize_weight
+from speeder_engine.triton_kernels.quantize_rows import W8Weight, quantize_weight
 
 AROUND = ["factor", "norm and bias", "norm, gated", "residual and bias"]
 STORED = [None, "int8", "fp8"]

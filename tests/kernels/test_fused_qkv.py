@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_bounds import DTYPES, SLACK, huge
 
-from speeder_engine.triton_kernels.few_rows import Norm, make_counters
+from speeder_engine.triton_kernels.add_rms_norm import Norm
+from speeder_engine.triton_kernels.few_rows import make_counters
 from speeder_engine.triton_kernels.fused_linear import fused_linear_ref
 from speeder_engine.triton_kernels.fused_qkv import HeadsInto, fits, fused_qkv, fused_qkv_ref, launch_fused_qkv
-from speeder_engine.triton_kernels.linear_w8 import quantize_weight
 from speeder_engine.triton_kernels.qk_norm_rope_store import LARGEST, qk_norm_rope_store_ref
+from speeder_engine.triton_kernels.quantize_rows import quantize_weight
 
 BLOCKS, BLOCK_SIZE, POSITIONS = 40, 4, 50
 SHAPE = (4, 2, 32)
