@@ -55,7 +55,7 @@ def there(value, moved):
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(value, **{f.name: there(getattr(value, f.name), moved) for f in fields(value)})
     if isinstance(value, tuple | list):
-        return type(value)(there(each, moved) for each in value)
+        return again(value, [there(each, moved) for each in value])
     return value
 
 
@@ -65,8 +65,13 @@ def here(value, back):
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(value, **{f.name: here(getattr(value, f.name), back) for f in fields(value)})
     if isinstance(value, tuple | list):
-        return type(value)(here(each, back) for each in value)
+        return again(value, [here(each, back) for each in value])
     return value
+
+
+def again(value, parts):
+    """The same kind of tuple or list, of other parts."""
+    return value._make(parts) if hasattr(value, "_make") else type(value)(parts)
 
 
 def fields(value):
