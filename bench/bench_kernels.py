@@ -22,7 +22,7 @@ CASES = {
     "linear_int8": lambda: MAKER.small_linear("int8"),
     "experts": MAKER.experts,
     "keep_last": MAKER.last,
-    "rank_scores": lambda: MAKER.ranked(1000),
+    "candidate_scores": lambda: MAKER.ranked(1000),
     "search": lambda: MAKER.search(10_000, 8),
 }
 

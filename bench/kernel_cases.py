@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from speeder_engine.config import CompressorConfig, DecoderConfig
 from speeder_engine.models.compressor import Compressor
 from speeder_engine.triton_kernels.add_rms_norm import Norm, add_rms_norm
+from speeder_engine.triton_kernels.candidate_scores import CandidateTable, RankedRows, candidate_scores
 from speeder_engine.triton_kernels.compressed_attention import AttentionRows, compressed_attention
 from speeder_engine.triton_kernels.few_rows import MOST_ROWS, make_counters
 from speeder_engine.triton_kernels.fused_linear import fused_linear
@@ -21,7 +22,6 @@ from speeder_engine.triton_kernels.linear_w8 import linear_w8, linear_w8_rows
 from speeder_engine.triton_kernels.modality_experts import modality_experts
 from speeder_engine.triton_kernels.qk_norm_rope_store import qk_norm_rope_store
 from speeder_engine.triton_kernels.quantize_rows import quantize_rows, quantize_weight
-from speeder_engine.triton_kernels.rank_scores import RankedItems, RankWeights, rank_scores
 from speeder_engine.triton_kernels.swiglu import swiglu
 from speeder_engine.triton_kernels.top_scores import MAX_K, Answerable, top_scores
 from speeder_engine.triton_kernels.top_scores_two_stage import CoarseTable, top_scores_two_stage
@@ -216,11 +216,12 @@ class Maker:
     def ranked(self, num_items: int) -> Case:
         rows, size = self.num_rows, self.shape.hidden_size
         available = torch.ones(num_items, dtype=torch.bool, device=self.device)
-        table = RankedItems(self.draw(num_items, size), torch.zeros(num_items, device=self.device), available)
-        head = RankWeights(self.draw(size), *(self.draw() for _ in range(3)))
-        given = (self.draw(rows, size), self.draw(rows, size), self.below(rows, rows), self.below(num_items, rows))
+        prior = torch.zeros(num_items, device=self.device)
+        table = CandidateTable(self.draw(num_items, size), prior, available, self.draw())
+        ranked = RankedRows(self.draw(rows, size), self.draw(size), self.draw(), self.draw())
+        given = (self.draw(rows, size), self.below(rows, rows), self.below(num_items, rows))
         num_bytes = 3 * rows * size * self.dtype.itemsize
-        return self.case("rank_scores", lambda: rank_scores(*given, table, head), num_bytes)
+        return self.case("candidate_scores", lambda: candidate_scores(*given, table, ranked), num_bytes)
 
     def search(self, num_items: int, num_users: int, k: int = 10, two_stage: bool = False) -> Case:
         """The whole catalogue, 30 items excluded for each user; `two_stage`: without what is searched again."""

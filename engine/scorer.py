@@ -16,7 +16,7 @@ from speeder_engine.native.search import search_catalogue
 from speeder_engine.query import Query, Rows
 from speeder_engine.title_scorer import title_scores
 from speeder_engine.transfer import Transfer
-from speeder_engine.triton_kernels.rank_scores import RankedItems, RankWeights, rank_scores
+from speeder_engine.triton_kernels.candidate_scores import CandidateTable, RankedRows, candidate_scores
 from speeder_engine.triton_kernels.top_scores import (
     MAX_K,
     WIDENED_AT_ONCE,
@@ -43,6 +43,7 @@ class HeadScorer:
         self.transfer = transfer
         self.kernels = kernels
         self.searched_again = 0  # users
+        self._nothing = catalogue.tokens.new_zeros(0, dtype=torch.float32)
 
     @torch.inference_mode()
     def user_vectors(self, last_hidden: Tensor) -> Tensor:
@@ -55,10 +56,9 @@ class HeadScorer:
         without such a head."""
         if not self.model.config.heads.rank:
             return None
-        head, catalogue = self.model.rank, self.catalogue
-        weights = RankWeights(head.weight, head.bias, head.alpha, head.beta)
-        table = RankedItems(catalogue.tokens, catalogue.prior, catalogue.available)
-        return rank_scores(hidden, vectors, reads.sequence, reads.items, table, weights)
+        head = self.model.rank
+        ranked = RankedRows(hidden, head.weight, head.bias, head.alpha)
+        return candidate_scores(vectors, reads.sequence, reads.items, self._table(head.beta), ranked)
 
     @torch.inference_mode()
     def score(
@@ -89,7 +89,7 @@ class HeadScorer:
             self._retrieve(following, searching if following else (), vectors),
             self._retrieve([_named(queries[b]) for b in retrieved], retrieved, vectors),
             self._titles([queries[b] for b in titled], title_hidden),
-            rank_scores if rank_scores is not None and ranked else _nothing(vectors),
+            rank_scores if rank_scores is not None and ranked else self._nothing,
         )
         top, rows, certain, by_follower, by_retrieve, by_title, by_rank = self.transfer.fetch(launched)
         unsure = [b for b, sure in zip(searches, certain, strict=False) if not sure]
@@ -143,7 +143,7 @@ class HeadScorer:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The best of the whole catalogue: scores and rows [S, k], and bool [S]: whose is certain, in two stages."""
         if not queries:
-            return _nothing(vectors), _nothing(vectors), _nothing(vectors)
+            return self._nothing, self._nothing, self._nothing
         answerable = self._answerable(queries)
         coarse = None if exact else self.catalogue.coarse
         places = np.array([query.request.k for query in queries]) - 1
@@ -157,7 +157,7 @@ class HeadScorer:
         tokens = self.catalogue.tokens[:num_items]
         if coarse is None:
             found = search_catalogue(vectors, tokens, prior, answerable, deepest, self.kernels)
-            return *found, _nothing(vectors)
+            return *found, self._nothing
         return top_scores_two_stage(vectors, tokens, prior, answerable, deepest, coarse.first(num_items), MAX_K, last)
 
     def _is_deep(self, query: Query) -> bool:
@@ -181,28 +181,25 @@ class HeadScorer:
     def _retrieve(self, named: Sequence[Rows], members: Sequence[int], vectors: Tensor) -> Tensor:
         """fp32 [C] of each member's named rows, by the retrieve head."""
         if not sum(map(len, named)):
-            return _nothing(vectors)
+            return self._nothing
         rows = self.transfer.put(np.concatenate(named))
         users = self.transfer.put(np.repeat(members, [len(each) for each in named]))
         self.transfer.send()
-        # summed per candidate: its score must not depend on which others were named; in fp32, as a search does
-        scores = (vectors[users].float() * self.catalogue.tokens[rows].float()).sum(dim=-1)
-        scores = scores + self.model.retrieve.beta.float() * self.catalogue.prior[rows].float()
-        return scores.masked_fill(~self.catalogue.available[rows], float("-inf"))
+        return candidate_scores(vectors, users, rows, self._table(self.model.retrieve.beta))
+
+    def _table(self, beta: Tensor) -> CandidateTable:
+        catalogue = self.catalogue
+        return CandidateTable(catalogue.tokens, catalogue.prior, catalogue.available, beta)
 
     def _titles(self, queries: Sequence[Query], hidden: Sequence[Tensor]) -> Tensor:
         """fp32 [C] of all named candidates, by their titles' likelihood: no prior, which is learned with the other
         heads."""
         if not queries:
-            return _nothing(self.catalogue.tokens)
+            return self._nothing
         rows = self.transfer.put(np.concatenate([_named(query) for query in queries]))
         self.transfer.send()
         scores = torch.cat(title_scores(self.model, [q.trie for q in queries if q.trie is not None], hidden))
         return scores.masked_fill(~self.catalogue.available[rows], float("-inf"))
-
-
-def _nothing(like: Tensor) -> Tensor:
-    return like.new_zeros(0, dtype=torch.float32)
 
 
 def _named(query: Query) -> Rows:

@@ -29,7 +29,7 @@ def test_the_benchmarks_run_on_tiny_shapes(root, tmp_path):
     assert found["machine"]["ceilings"].keys() == {"copy_bytes", "matmul_flops"}
     names = ("add_rms_norm", "swiglu", "item_embed", "qk_norm_rope_store", "compressed_attention", "linear_w8")
     names += ("fused_qkv", "fused_linear gate_up", "fused_linear down", "F.linear qkv", "F.linear down")
-    for name in (*names, "keep_last", "rank_scores", "modality_experts", "top_scores ", "top_scores_two_stage"):
+    for name in (*names, "keep_last", "candidate_scores", "modality_experts", "top_scores ", "top_scores_two_stage"):
         rows = [row for case, row in found["kernels"].items() if name in case]
         assert rows and all(row.keys() == {"us", "gb_s", "tflop_s", "of_ceiling"} for row in rows), name
     step = found["steps"]["tiny"]

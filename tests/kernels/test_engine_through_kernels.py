@@ -8,6 +8,7 @@ from speeder_engine import Engine, EngineConfig, Request, runner
 from speeder_engine.models import linear
 from speeder_engine.triton_kernels import (
     add_rms_norm,
+    candidate_scores,
     compressed_attention,
     few_rows,
     fused_linear,
@@ -17,13 +18,12 @@ from speeder_engine.triton_kernels import (
     linear_w8,
     qk_norm_rope_store,
     quantize_rows,
-    rank_scores,
     swiglu,
     top_scores,
     tree_attention,
 )
 
-BODY = (add_rms_norm, compressed_attention, item_embed, keep_last, qk_norm_rope_store, rank_scores, top_scores)
+BODY = (add_rms_norm, compressed_attention, item_embed, keep_last, qk_norm_rope_store, candidate_scores, top_scores)
 KERNELS = (*BODY, swiglu, tree_attention)
 SMALL = (*(kernel for kernel in KERNELS if kernel is not swiglu), linear_w8, quantize_rows)  # which gates too
 FUSED = (*(kernel for kernel in KERNELS if kernel is not swiglu), few_rows, fused_linear)  # in bf16, few rows as here

@@ -7,6 +7,7 @@ from reference import make_tiny
 from speeder_engine import Engine, EngineConfig, Request
 from speeder_engine.triton_kernels import (
     add_rms_norm,
+    candidate_scores,
     compressed_attention,
     few_rows,
     fused_linear,
@@ -14,12 +15,11 @@ from speeder_engine.triton_kernels import (
     item_embed,
     keep_last,
     qk_norm_rope_store,
-    rank_scores,
     swiglu,
 )
 
 APART, FUSED = {swiglu, qk_norm_rope_store}, {few_rows, fused_linear, fused_qkv}
-KERNELS = {add_rms_norm, compressed_attention, item_embed, keep_last, rank_scores} | APART | FUSED
+KERNELS = {add_rms_norm, compressed_attention, item_embed, keep_last, candidate_scores} | APART | FUSED
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.1)])
