@@ -104,7 +104,8 @@ class _Scratch:
             return self._native(self.runner.native, embedded, positions, slots, rows, read_rows)
         positions = pad_to_tile(positions)
         attend = _ScratchAttend(self, slots, rows, read_rows, *model.decoder.rotary(positions))
-        hidden: Tensor = model.decoder(pad_to_tile(embedded), positions, attend, pad_to_tile(read_rows))
+        read, counters = pad_to_tile(read_rows), self.runner.counters
+        hidden: Tensor = model.decoder(pad_to_tile(embedded), positions, attend, read, counters=counters)
         return hidden[: len(members)]
 
     def _native(

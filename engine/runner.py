@@ -15,6 +15,7 @@ from speeder_engine.models.recommender import ServingModel
 from speeder_engine.native.decoder import NativeDecoder, NativeRows
 from speeder_engine.triton_kernels.add_rms_norm import Norm
 from speeder_engine.triton_kernels.compressed_attention import AttentionRows, compressed_attention
+from speeder_engine.triton_kernels.few_rows import make_counters
 from speeder_engine.triton_kernels.fused_qkv import HeadsInto, fused_qkv
 from speeder_engine.triton_kernels.item_embed import EmbedRows, embed_rows, item_embed
 from speeder_engine.triton_kernels.language import overlapping, runs_triton
@@ -26,13 +27,15 @@ class ModelRunner:
     """Runs forward passes over batches; computes the instruction once, into the cache's shared blocks."""
 
     def __init__(
-        self, model: ServingModel, cache: KVCache, native: NativeDecoder | None = None, overlap: bool = False
+        self, model: ServingModel, cache: KVCache, native: NativeDecoder | None = None, launches: str = "fused"
     ) -> None:
-        """overlap: kernels of a pass are launched before those ahead of them have ended, where the GPU can."""
+        """launches: `EngineConfig.launches`."""
         self.model = model
         self.cache = cache
         self.native = native
-        self.overlap = overlap
+        self.overlap = launches == "overlapped"
+        # its own: another engine on the same model may run beside this one
+        self.counters = None if launches == "apart" else make_counters(model.instruction.device)
         self.rows_computed = 0
         prompt = model.config.prompt
         device = model.instruction.device
@@ -60,7 +63,8 @@ class ModelRunner:
             embedded, normed = item_embed(tables, _embed_rows(batch, pad_rows(batch.num_rows)))
             positions = pad_to_tile(batch.positions)
             attend = PagedAttend(self.cache, batch, *self._rotary(batch, positions))
-            hidden: Tensor = self.model.decoder(embedded, positions, attend, pad_to_tile(batch.read_rows), normed)
+            read_rows = pad_to_tile(batch.read_rows)
+            hidden: Tensor = self.model.decoder(embedded, positions, attend, read_rows, normed, self.counters)
         return hidden[: batch.read_rows.shape[0]]
 
     def _rotary(self, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -96,7 +100,7 @@ class ModelRunner:
             return self.native.forward(rows, self._instruction_rows(), self.cache)
         positions = torch.arange(rows.shape[0], device=rows.device)
         attend = _StoringAttend(self.cache, *decoder.rotary(positions))
-        hidden: Tensor = decoder(rows, positions, attend)
+        hidden: Tensor = decoder(rows, positions, attend, counters=self.counters)
         return hidden[-1:]
 
     def _instruction_rows(self) -> NativeRows:

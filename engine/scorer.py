@@ -35,20 +35,27 @@ class HeadScorer:
     """Scores queries with the model's heads over one catalogue."""
 
     def __init__(
-        self, model: ServingModel, catalogue: Catalogue, transfer: Transfer, kernels: str | None = None
+        self,
+        model: ServingModel,
+        catalogue: Catalogue,
+        transfer: Transfer,
+        kernels: str | None = None,
+        counters: Tensor | None = None,
     ) -> None:
-        """kernels: native ones that search the catalogue, as `pick_kernels` found; None: torch, or kernels on a GPU."""
+        """kernels: native ones that search the catalogue, as `pick_kernels` found; None: torch, or kernels on a GPU.
+        counters: the runner's."""
         self.model = model
         self.catalogue = catalogue
         self.transfer = transfer
         self.kernels = kernels
+        self.counters = counters
         self.searched_again = 0  # users
         self._nothing = catalogue.tokens.new_zeros(0, dtype=torch.float32)
 
     @torch.inference_mode()
     def user_vectors(self, last_hidden: Tensor) -> Tensor:
         """h(last) [B, d] -> [B, d]; padded to the row tile, so that one user's vector doesn't depend on the others."""
-        return self.model.user_vectors(pad_to_tile(last_hidden))[: last_hidden.shape[0]]
+        return self.model.user_vectors(pad_to_tile(last_hidden), self.counters)[: last_hidden.shape[0]]
 
     @torch.inference_mode()
     def rank_scores(self, hidden: Tensor, vectors: Tensor, reads: Reads) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from speeder_engine.batch import RowLayout, lay_out, make_batch, make_reads
 from speeder_engine.cache import CachePlan, KVCache
-from speeder_engine.config import EngineConfig, check
+from speeder_engine.config import ROW_TILE, EngineConfig, check
 from speeder_engine.device import pick_kv_dtype
 from speeder_engine.embedder import ItemEmbedder
 from speeder_engine.generation import TitleGenerator
@@ -102,14 +102,13 @@ class Serving:
         room, two_stage = config.capacity_for(len(parts.catalogue)), config.search == "two_stage"
         self.catalogue = parts.catalogue.to(device, dtype, room, coarse=two_stage)
         self.cache = KVCache(config, parts.config.decoder, self.layout, device, dtype, kv_dtype)
-        self.model.decoder.may_fuse = config.launches != "apart"
-        self.runner = ModelRunner(self.model, self.cache, native, overlap=config.launches == "overlapped")
+        self.runner = ModelRunner(self.model, self.cache, native, config.launches)
         capture = pick_capture(config.graphs, device)
         staged = capture is not None or device.type == "cuda"
         self.transfer = Transfer(device, transfer_words(config, self.cache.size) if staged else 0)
         if self.kernels is not None:
             advise_huge(self.catalogue.tokens)
-        self.scorer = HeadScorer(self.model, self.catalogue, self.transfer, self.kernels)
+        self.scorer = HeadScorer(self.model, self.catalogue, self.transfer, self.kernels, self.runner.counters)
         self.model_step = StepModel(self.runner, self.scorer, self.cache, self.catalogue)
         self.graphs = StepGraphs(capture, self.model_step, self.layout, self.transfer, config)
         self.embedder = ItemEmbedder(parts.config.compressor, parts.compressor, parts.find_encoder, device)
@@ -129,6 +128,9 @@ class Serving:
             alone = Request([], WARM_K)
             # a search for many is cut otherwise than one for few, one with an allow list is another kernel
             steps = [[alone], [alone] * self.config.max_batch_users, [Request([], WARM_K, allow=some)], *steps]
+        # steps beyond the largest bucket find the user vectors of any number of users
+        for users in range(1, self.config.max_batch_users + 1, ROW_TILE):
+            self.scorer.user_vectors(self.cache.last_hidden[:1].expand(users, -1).contiguous())
         counted = self.num_requests, self.num_steps, self.eager_steps, self.runner.rows_computed, self.graphs.replays
         again = self.scorer.searched_again
         for requests in steps:

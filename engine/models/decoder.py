@@ -17,7 +17,7 @@ from speeder_engine.models.families import decoder_config, fuse_weights, rotary_
 from speeder_engine.models.linear import W8Linear, linear_part, quantize_linears
 from speeder_engine.models.norm import RMSNorm
 from speeder_engine.models.residual import ResidualStream
-from speeder_engine.triton_kernels.few_rows import make_counters, suits
+from speeder_engine.triton_kernels.few_rows import suits
 from speeder_engine.triton_kernels.fused_qkv import fits
 from speeder_engine.triton_kernels.qk_norm_rope_store import rotate
 from speeder_engine.triton_kernels.quantize_rows import Kind
@@ -116,8 +116,6 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(index, config) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.register_buffer("inv_freq", torch.ones(config.head_dim // 2, dtype=torch.float32))
-        self.may_fuse = True  # few rows on a GPU, with layers' norms, gates and sums in their own launches
-        self._counters: Tensor | None = None
 
     @torch.inference_mode()
     def forward(
@@ -127,40 +125,30 @@ class Decoder(nn.Module):
         attend: Attend | None = None,
         read_rows: Tensor | None = None,
         normed: Tensor | None = None,
+        counters: Tensor | None = None,
     ) -> Tensor:
         """hidden [N, d], positions [N] -> [N, d], or [R, d] for `read_rows` [R].
 
         Without `attend` the rows are one sequence under causal attention. `normed` is hidden under the first layer's
-        `input_norm`, where the caller has it. The last layer computes only the rows that are read; of few rows on a
-        GPU all: they cost no more, and to pick them out would.
+        `input_norm`, where the caller has it. `counters` are `fused_linear`'s; without them few rows on a GPU are not
+        fused either. The last layer computes only the rows that are read; of few rows all: they cost no more, and to
+        pick them out would.
         """
         if attend is None:
             self._check_length(positions)
             attend = CausalAttend(*self.rotary(positions))
-        few = self.fuses(hidden)
-        stream = ResidualStream(
-            hidden, normed, self.counters(hidden.device) if few and not self._quantizes_rows else None
-        )
+        few = counters is not None and suits(hidden)
+        stream = ResidualStream(hidden, normed, counters if few and not self._quantizes_rows else None)
         early, late = (None, read_rows) if few else (read_rows, None)
         for layer in self.layers:
             layer(stream, attend, early if layer is self.layers[-1] else None)
         return stream.normed(self.norm, late)
-
-    def fuses(self, hidden: Tensor) -> bool:
-        """Whether layers of these rows, so few, go through `fused_linear`; all but those that round rows to 8 bits."""
-        return self.may_fuse and suits(hidden)
 
     @property
     def _quantizes_rows(self) -> bool:
         """Before every layer, in a launch of their own."""
         first: Any = self.layers[0]
         return isinstance(first.qkv, W8Linear) and first.qkv.quantize
-
-    def counters(self, device: torch.device) -> Tensor:
-        """Of fused layers, for one pass after another."""
-        if self._counters is None or self._counters.device != device:
-            self._counters = make_counters(device)
-        return self._counters
 
     @property
     def weight_kind(self) -> Kind | None:

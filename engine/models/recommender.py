@@ -15,6 +15,7 @@ from speeder_engine.models.follower_table import FollowerTable
 from speeder_engine.models.heads import RankHead, RetrieveHead
 from speeder_engine.models.position import OrderHead, PositionPrompts
 from speeder_engine.models.vocabulary import Vocabulary
+from speeder_engine.triton_kernels.few_rows import suits
 from speeder_engine.triton_kernels.fused_linear import fused_linear
 from speeder_engine.triton_kernels.item_embed import EmbedTables
 
@@ -144,10 +145,9 @@ class ServingModel(nn.Module):
             text=None if self.vocabulary is None else self.vocabulary.embedding,
         )
 
-    def user_vectors(self, last_hidden: Tensor) -> Tensor:
-        """h(last) [B, d] -> [B, d], by the retrieve head."""
-        if self.decoder.fuses(last_hidden):
-            counters = self.decoder.counters(last_hidden.device)
+    def user_vectors(self, last_hidden: Tensor, counters: Tensor | None = None) -> Tensor:
+        """h(last) [B, d] -> [B, d], by the retrieve head; `counters` as of the decoder."""
+        if counters is not None and suits(last_hidden):
             return fused_linear(last_hidden, self.retrieve.project.weight, counters, factor=self.retrieve.factor)
         vectors: Tensor = self.retrieve(last_hidden)
         return vectors
