@@ -75,7 +75,7 @@ def names(kernels):
 
 @pytest.mark.parametrize(("title", "dtype"), [(False, "bfloat16"), (True, "float32"), (True, "bfloat16")])
 def test_answers_are_the_same(title, dtype, through_kernels):
-    tiny = make_titled(window=6, step=2) if title else make_tiny(family="qwen3", window=6, step=2)
+    tiny = make_titled(window=6, step=2) if title else make_tiny(family="qwen3", window=6, step=2, num_layers=2)
     ids = tuple(tiny.ids(range(30)))
     config = EngineConfig(dtype=dtype, kv_budget="4MiB", cpu_path="torch", debug=True)
     expected = answers(Engine(tiny.parts(), config), ids, title)
@@ -94,7 +94,7 @@ def test_answers_are_the_same(title, dtype, through_kernels):
 )
 def test_answers_in_8_bits_are_the_same(title, weights, kv, bound, through_kernels):
     """In fp32, so that both ways round the same numbers to 8 bits."""
-    tiny = make_titled(window=6, step=2) if title else make_tiny(family="qwen2", window=6, step=2)
+    tiny = make_titled(window=6, step=2) if title else make_tiny(family="qwen2", window=6, step=2, num_layers=2)
     ids = tuple(tiny.ids(range(30)))
     settings = {"dtype": "float32", "kv_budget": "4MiB", "cpu_path": "torch", "debug": True}
     config = EngineConfig(**settings, weights=weights, kv=kv)
@@ -110,7 +110,7 @@ def test_answers_in_8_bits_are_the_same(title, weights, kv, bound, through_kerne
 def test_rows_in_fp8_answer_the_same(through_kernels, monkeypatch):
     """As on a GPU that multiplies fp8: norms and sums on the way to it."""
     monkeypatch.setattr(linear, "multiplies_fp8", lambda device: True)
-    tiny = make_tiny(family="qwen2", window=6, step=2)
+    tiny = make_tiny(family="qwen2", window=6, step=2, num_layers=2)
     ids, config = tuple(tiny.ids(range(30))), EngineConfig(dtype="float32", weights="fp8", cpu_path="torch")
     expected = answers(Engine(tiny.parts(), config), ids, False)
     switch, counts = through_kernels
@@ -121,7 +121,7 @@ def test_rows_in_fp8_answer_the_same(through_kernels, monkeypatch):
 
 
 def test_heads_as_wide_as_tiles_are_projected_and_rotated_at_once(through_kernels):
-    tiny = make_tiny(family="qwen3", window=6, step=2, head_dim=32)
+    tiny = make_tiny(family="qwen3", window=6, step=2, head_dim=32, num_layers=2)
     ids, config = tuple(tiny.ids(range(30))), EngineConfig(dtype="bfloat16", kv_budget="4MiB", cpu_path="torch")
     expected = answers(Engine(tiny.parts(), config), ids, False)
     switch, counts = through_kernels
@@ -132,7 +132,7 @@ def test_heads_as_wide_as_tiles_are_projected_and_rotated_at_once(through_kernel
 
 
 def test_layers_that_are_launched_apart_are_not_fused(through_kernels):
-    tiny = make_tiny(window=6, step=2)
+    tiny = make_tiny(window=6, step=2, num_layers=2)
     ids, (switch, counts) = tuple(tiny.ids(range(30))), through_kernels
     switch()
     answers(Engine(tiny.parts(), EngineConfig(dtype="bfloat16", cpu_path="torch", launches="apart")), ids, False)
@@ -140,7 +140,7 @@ def test_layers_that_are_launched_apart_are_not_fused(through_kernels):
 
 
 def test_fused_layers_of_8_bit_weights_answer_the_same(through_kernels):
-    tiny = make_tiny(family="qwen2", window=6, step=2)
+    tiny = make_tiny(family="qwen2", window=6, step=2, num_layers=2)
     ids = tuple(tiny.ids(range(30)))
     config = EngineConfig(dtype="bfloat16", weights="int8", kv_budget="4MiB", cpu_path="torch")
     expected = answers(Engine(tiny.parts(), config), ids, False)
