@@ -24,6 +24,7 @@ from speeder_engine.prompt import PromptLayout
 from speeder_engine.step import Outcome, StepModel
 from speeder_engine.step_buffers import Bucket, StepBuffers, bucket_words, make_buckets
 from speeder_engine.transfer import Transfer
+from speeder_engine.triton_kernels.few_rows import BLOCKS_OF_ROWS, MOST_ROWS, block_of
 
 WARM_RUNS = 2  # before a capture: what is compiled, tuned or allocated at first must be
 EXTRA_WORDS = 1 << 17  # of a step beside its rows: lists of excluded items, named candidates
@@ -145,6 +146,15 @@ class StepGraphs:
                 graphs[bucket] = StepGraph(buffers, self._model, self._capture)
                 self.captured += 1
         self._graphs = graphs
+
+    def meet_few_rows(self) -> None:
+        """Padding through the passes of few rows that no graph covers, as they are: kernels for every block of rows are
+        compiled then, and not in a request."""
+        covered = {block_of(bucket.rows) for bucket in self._graphs if bucket.rows <= MOST_ROWS}
+        for rows in BLOCKS_OF_ROWS:
+            if rows not in covered:
+                buffers = StepBuffers(Bucket(rows, rows), self._model.cache, self._layout, self._transfer)
+                StepGraph(buffers, self._model, run_again)
 
     def find(self, rows: RowLayout) -> StepGraph | None:
         """The smallest that holds these rows; none for no rows at all, or more than any holds."""

@@ -71,7 +71,9 @@ class ModelRunner:
         """cos and sin, row by row; or the tables, and where each row finds its own: the kernel looks them up itself."""
         if batch.text is not None:
             cos, sin = self.model.decoder.rotary(positions)
-            return cos, sin, None
+            # each its own: kernels that are given positions are compiled already
+            each = torch.arange(len(positions), device=positions.device) if runs_triton(self.cos) else None
+            return cos, sin, each
         if runs_triton(self.cos):
             return self.cos, self.sin, positions
         return self.cos[positions], self.sin[positions], None

@@ -37,6 +37,8 @@ from speeder_engine.text_rows import TextRows, make_text_rows
 from speeder_engine.title import TitleTrie
 from speeder_engine.title_text import TitleText, rows_by_answer
 from speeder_engine.transfer import Transfer
+from speeder_engine.triton_kernels.few_rows import MOST_ROWS
+from speeder_engine.triton_kernels.language import overlapping
 from speeder_engine.triton_kernels.quantize_rows import Kind
 
 Floats = NDArray[np.float32]
@@ -120,6 +122,8 @@ class Serving:
     def warm_up(self) -> None:
         """Captures the graphs and answers once with each head, so that nothing is compiled or allocated later."""
         self.graphs.warm_up()
+        if self.device.type == "cuda":
+            self.graphs.meet_few_rows()
         some = self.catalogue.item_ids[: min(len(self.catalogue), WARM_CANDIDATES)]
         trained = self.parts.config.heads
         heads: list[Head] = [head for head in ("retrieve", "rank") if head in trained.names]
@@ -128,9 +132,10 @@ class Serving:
             alone = Request([], WARM_K)
             # a search for many is cut otherwise than one for few, one with an allow list is another kernel
             steps = [[alone], [alone] * self.config.max_batch_users, [Request([], WARM_K, allow=some)], *steps]
-        # steps beyond the largest bucket find the user vectors of any number of users
-        for users in range(1, self.config.max_batch_users + 1, ROW_TILE):
-            self.scorer.user_vectors(self.cache.last_hidden[:1].expand(users, -1).contiguous())
+        # steps without a row to compute, or beyond the largest bucket, find the vectors of any number of users
+        with overlapping(self.runner.overlap):
+            for users in range(1, min(self.config.max_batch_users, MOST_ROWS) + 1, ROW_TILE):
+                self.scorer.user_vectors(self.cache.last_hidden[:1].expand(users, -1).contiguous())
         counted = self.num_requests, self.num_steps, self.eager_steps, self.runner.rows_computed, self.graphs.replays
         again = self.scorer.searched_again
         for requests in steps:

@@ -18,8 +18,9 @@ from speeder_engine.cache import CacheSize, KVCache
 from speeder_engine.prompt import PromptLayout
 from speeder_engine.transfer import Transfer, words_of
 from speeder_engine.triton_kernels.compressed_attention import AttentionRows
+from speeder_engine.triton_kernels.few_rows import MOST_ROWS
 
-PRUNED_FROM = 128  # rows; below, a pass takes as long as its weights take to be read, however many rows are read
+PRUNED_FROM = MOST_ROWS  # below, a pass takes as long as its weights take to be read, however many rows are read
 Array = NDArray[Any]
 Dtype = np.dtype[Any]
 

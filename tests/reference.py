@@ -93,13 +93,15 @@ QUESTION = "Its title:"
 END_ID = 2
 
 
-def make_titled(num_items=120, window=12, step=4, seed=0, tied=False, title_score="sum", calendar=None) -> Tiny:
+def make_titled(
+    num_items=120, window=12, step=4, seed=0, tied=False, title_score="sum", calendar=None, head_dim=8
+) -> Tiny:
     """The same with a title head: a causal LM whose words are the titles'. Some titles are nested, equal or empty."""
     rng = np.random.default_rng(seed)
     titles = [" ".join(rng.choice(WORDS, rng.integers(1, 7))) for _ in range(num_items)]
     titles[10:16] = ["the old", "the old man", "the old man and the sea", "the old man", "", "the old\nman"]
     tokenizer = make_tokenizer(titles)
-    tiny = make_tiny(num_items, window, step, seed, calendar=calendar)
+    tiny = make_tiny(num_items, window, step, seed, calendar=calendar, head_dim=head_dim)
     torch.manual_seed(seed)
     shape = LlamaConfig(**{**tiny.model.backbone.config.to_dict(), "vocab_size": 400, "tie_word_embeddings": tied})
     lm = LlamaForCausalLM(shape).eval()

@@ -8,9 +8,11 @@ import pytest
 from reference import make_tiny
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from speeder_engine import Engine, EngineConfig, runner, triton_kernels
+from speeder_engine import Engine, EngineConfig, Request, runner, triton_kernels
 from speeder_engine.models import linear
-from speeder_engine.triton_kernels import few_rows
+from speeder_engine.triton_kernels import few_rows, language
+from speeder_engine.triton_kernels.few_rows import block_of
+from speeder_engine.triton_kernels.quantize_rows import W8Weight
 
 ALLOCATES = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::_unsafe_view")
 NUM_LAYERS = 3  # of make_tiny
@@ -23,6 +25,7 @@ class Launches(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.names = []
+        self.compiled = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         is_view = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
@@ -33,6 +36,9 @@ class Launches(TorchDispatchMode):
     def stands_for(self, name, reference):
         def launch(*args, **kwargs):
             self.names.append(name)
+            # what a kernel is compiled for
+            block = (block_of(args[0].shape[0]), *matrix(args[1]).shape) if name.startswith("fused") else None
+            self.compiled.add((name, block, language._launches.overlap))
             with _disable_current_modes():
                 return reference(*args, **kwargs)
 
@@ -56,6 +62,10 @@ def launches(monkeypatch):
     for module in (runner, few_rows):
         monkeypatch.setattr(module, "runs_triton", lambda *tensors: True)
     return counted
+
+
+def matrix(weight):
+    return weight.values if isinstance(weight, W8Weight) else weight
 
 
 def into_out(reference):
@@ -86,3 +96,28 @@ def test_launches_of_a_captured_pass(head_dim, settings, a_layer, around, launch
     with launches:
         graph._replay()
     assert len(launches.names) == a_layer * NUM_LAYERS + around, launches.names
+
+
+@pytest.mark.parametrize("kind", ["fused", "overlapped"])
+@pytest.mark.parametrize("graphs", ["on", "off"])
+def test_no_request_meets_a_kernel_that_the_warm_up_has_not(graphs, kind, launches):
+    """With hardly a bucket, so that most passes are launched as they are; then users whose histories are all cached."""
+    tiny = make_tiny(window=12, step=4, head_dim=32)
+    config = {"cpu_path": "torch", "graphs": "on", "row_buckets": (16,), "freeze_gc": False, "max_batch_users": 40}
+    engine = Engine(tiny.parts(), EngineConfig(**config, dtype="bfloat16", launches=kind))
+    serving = engine._now()
+    if graphs == "off":
+        serving.graphs._capture = None
+    engine.warm_up()
+    serving.graphs.meet_few_rows()  # as on a GPU
+    known = set(launches.compiled)
+    for users in (1, 3, 20, 36):
+        for head in ("retrieve", "rank"):
+            named = tiny.ids(range(40, 43))
+            histories = [tiny.ids(range(user, user + 3)) for user in range(users)]
+            asked = [Request(each, user_id=each[0], candidates=named, head=head) for each in histories]
+            for _ in range(2):
+                serving.step([serving.resolve(each) for each in asked])
+                serving.step([serving.resolve(Request(each.history, 5, user_id=each.user_id)) for each in asked])
+    assert launches.compiled == known
+    assert {block[0] for name, block, _ in known if name == "fused_qkv"} == {16, 32, 64, 128}

@@ -459,15 +459,20 @@ def check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, rows: AttentionRow
     """What every kernel over a paged prefix relies on."""
     num_rows, num_heads, head_dim = q.shape
     assert q.is_contiguous() and num_heads % k_cache.shape[2] == 0 and head_dim == k_cache.shape[3]
-    assert k_cache.shape == v_cache.shape and k_cache.is_contiguous() and v_cache.is_contiguous()
-    assert k_cache.dtype == v_cache.dtype and (k_cache.dtype in QUANTIZED) == (scales is not None)
+    check_pair(k_cache, v_cache, scales)
     assert scales is not None or k_cache.dtype == q.dtype
-    for each in scales or ():
-        assert each.shape == k_cache.shape[:3] and each.dtype == torch.float32 and each.is_contiguous()
     for each in (rows.sequence, rows.local, rows.visible):
         assert each.shape == (num_rows,) and each.is_contiguous()
     assert rows.block_tables.is_contiguous() and rows.shared_blocks.is_contiguous()
     assert 0 < rows.shared_len <= rows.shared_blocks.shape[0] * k_cache.shape[1]
+
+
+def check_pair(k_cache: Tensor, v_cache: Tensor, scales: Scales | None) -> None:
+    """A cache's tensors, and their scales where they are 8-bit."""
+    assert k_cache.shape == v_cache.shape and k_cache.is_contiguous() and v_cache.is_contiguous()
+    assert k_cache.dtype == v_cache.dtype and (k_cache.dtype in QUANTIZED) == (scales is not None)
+    for each in scales or ():
+        assert each.shape == k_cache.shape[:3] and each.dtype == torch.float32 and each.is_contiguous()
 
 
 def check_own(k: Tensor, v: Tensor, k_cache: Tensor) -> None:

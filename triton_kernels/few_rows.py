@@ -3,7 +3,7 @@
 Few rows leave a pass to its weights' bytes and to its number of launches. A tile of outputs, or two of them that belong
 together, is a program's. Where a matrix is too narrow to fill a GPU it is cut along I: the program of a tile that
 arrives last adds the parts up in their order, whoever that is, so that equal rows have equal results. How a matrix is
-cut depends on its shape alone, not on the rows.
+cut depends on its shape alone; a block of more rows takes other matrix instructions, which may round otherwise.
 """
 
 from typing import NamedTuple
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from speeder_engine.triton_kernels.add_rms_norm import Norm
-from speeder_engine.triton_kernels.language import next_power_of_2, runs_triton, tl, triton
+from speeder_engine.triton_kernels.language import runs_triton, tl, triton
 from speeder_engine.triton_kernels.linear_w8 import MULTIPROCESSORS, cast, decoded
 from speeder_engine.triton_kernels.quantize_rows import W8Weight
 
-MOST_ROWS = 128  # of a tile: more rows are for the matrix units, and for libraries
+BLOCKS_OF_ROWS = (16, 32, 64, 128)  # of a tile
+MOST_ROWS = BLOCKS_OF_ROWS[-1]  # more are for the matrix units, and for libraries
 LEAST_PART = 224  # of I: a shorter one costs more to add up than it saves
-MOST_TILES = 1024  # of a matrix that is cut
+CUT_AT = 128  # multiples of I, whatever a block is long
+MOST_TILES = 128  # of a matrix that is cut
 FETCHED_LINES = tl.constexpr(16)  # of 128 bytes, of each output's weights: 1,024 elements in bf16
 SHARED_BYTES = 72 << 10  # that a program's loads may be ahead by: every GPU's block has them
 
@@ -67,12 +69,17 @@ def make_parts(tiles: int, options: dict[str, int], pair: bool, counters: Tensor
     return torch.empty(size, dtype=torch.float32, device=counters.device)
 
 
+def block_of(num_rows: int) -> int:
+    """The smallest block that holds them."""
+    return next(rows for rows in BLOCKS_OF_ROWS if rows >= num_rows)
+
+
 def few_rows_options(
     num_rows: int, size: int, width: int, pair: bool, element_size: int, outputs: int | None = None
 ) -> dict[str, int]:
-    """Tiles and cuts of a matrix [width, size], or [2 width, size] in pairs of tiles. Blocks of rows follow the rows;
-    what is multiplied in which order doesn't. `outputs`: of a tile, where the caller knows."""
-    rows = min(max(next_power_of_2(num_rows), 16), MOST_ROWS)
+    """Tiles and cuts of a matrix [width, size], or [2 width, size] in pairs of tiles. Only blocks of rows, and how much
+    is loaded at once, follow the rows. `outputs`: of a tile, where the caller knows."""
+    rows = block_of(num_rows)
     outputs = outputs or (32 if width < 64 * 2 * MULTIPROCESSORS else 64)
     tiles = -(-width // outputs)
     splits = max(1, min((MULTIPROCESSORS * 5 // 4) // tiles, size // LEAST_PART))
@@ -83,6 +90,7 @@ def few_rows_options(
         "BLOCK_OUT": outputs,
         "BLOCK_SIZE": length,
         "SPLITS": splits,
+        "PART": -(-size // (splits * CUT_AT)) * CUT_AT,
         "num_warps": 8 if rows == 128 else 4,
         "num_stages": min(max(SHARED_BYTES // at_once, 2), 5) + 1,
     }
@@ -104,20 +112,19 @@ def fetch_ahead(weight, outputs, made, first, SIZE: tl.constexpr):
 @triton.jit
 def sums_of(
     x, norm, weight, rows, outputs, paired, real, made, split, SIZE: tl.constexpr, PAIR: tl.constexpr,
-    FP8: tl.constexpr, WIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr,
+    FP8: tl.constexpr, WIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """x' . w [rows, outputs] over one part of I in fp32, not yet normed; that of `paired` outputs too, where PAIR; each
     row's squares."""
     DOT: tl.constexpr = tl.float32 if WIDE else x.dtype.element_ty
-    LENGTH: tl.constexpr = tl.cdiv(tl.cdiv(SIZE, BLOCK_SIZE), SPLITS) * BLOCK_SIZE
-    columns = split * LENGTH + tl.arange(0, BLOCK_SIZE)
+    columns = split * PART + tl.arange(0, BLOCK_SIZE)
     left_at = x + rows[:, None] * SIZE + columns[None, :]
     right_at = weight + outputs.to(tl.int64)[None, :] * SIZE + columns[:, None]
     pair_at = weight + paired.to(tl.int64)[None, :] * SIZE + columns[:, None]
     total = tl.zeros([rows.shape[0], outputs.shape[0]], tl.float32)
     pair = tl.zeros([rows.shape[0], outputs.shape[0]], tl.float32)
     squares = tl.zeros([rows.shape[0]], tl.float32)
-    for start in range(0, LENGTH, BLOCK_SIZE):
+    for start in range(0, PART, BLOCK_SIZE):
         inside = columns < SIZE - start
         left = tl.load(left_at + start, mask=real[:, None] & inside[None, :], other=0.0)
         if norm is not None:

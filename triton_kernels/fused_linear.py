@@ -111,20 +111,19 @@ def _fused_linear_kernel(
     x, norm, weight, scales, bias, residual, out, parts, counters, num_rows, width, eps, factor,
     SIZE: tl.constexpr, GATED: tl.constexpr, FP8: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PART: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One tile's part of the sums; the tile itself where it is the last to arrive."""
     tile, split = tl.program_id(0), tl.program_id(1)
     rows, outputs = tl.arange(0, BLOCK_ROWS), tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     real, made = rows < num_rows, outputs < width
     if OVERLAP:
-        first = split * tl.cdiv(tl.cdiv(SIZE, BLOCK_SIZE), SPLITS) * BLOCK_SIZE
-        fetch_ahead(weight, outputs, made, first, SIZE)
+        fetch_ahead(weight, outputs, made, split * PART, SIZE)
         if GATED:
-            fetch_ahead(weight, outputs + width, made, first, SIZE)
+            fetch_ahead(weight, outputs + width, made, split * PART, SIZE)
     await_others(OVERLAP)
     total, up, squares = sums_of(
-        x, norm, weight, rows, outputs, outputs + width, real, made, split, SIZE, GATED, FP8, WIDE, BLOCK_SIZE, SPLITS
+        x, norm, weight, rows, outputs, outputs + width, real, made, split, SIZE, GATED, FP8, WIDE, BLOCK_SIZE, PART
     )
     whole = True
     if SPLITS > 1:

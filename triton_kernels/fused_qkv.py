@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from speeder_engine.triton_kernels.add_rms_norm import Norm
-from speeder_engine.triton_kernels.compressed_attention import QUANTIZED, Scales
+from speeder_engine.triton_kernels.compressed_attention import Scales, check_pair
 from speeder_engine.triton_kernels.few_rows import (
     Stored,
     added_up,
@@ -43,7 +43,7 @@ from speeder_engine.triton_kernels.qk_norm_rope_store import (
 from speeder_engine.triton_kernels.quantize_rows import W8Weight
 from speeder_engine.triton_kernels.specimen import Specimen
 
-HALVES = (16, 32, 64, 128)  # of a head: what a tile can be wide
+HALVES = (16, 32, 64)  # of a head: what a tile can be wide; a pair of 128 does not fit into registers
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,7 @@ def launch_fused_qkv(
 
 def check_into(into: HeadsInto, num_rows: int) -> None:
     check_rotation(into.cos, into.sin, into.positions, into.norms, num_rows, into.head_dim)
-    assert into.k_cache.shape == into.v_cache.shape and into.k_cache.is_contiguous() and into.v_cache.is_contiguous()
-    assert into.k_cache.dtype == into.v_cache.dtype and (into.k_cache.dtype in QUANTIZED) == (into.scales is not None)
-    for scale in into.scales or ():
-        assert scale.shape == into.k_cache.shape[:3] and scale.dtype == torch.float32 and scale.is_contiguous()
+    check_pair(into.k_cache, into.v_cache, into.scales)
     slots = into.slot_mapping
     assert slots.dim() == 1 and slots.shape[0] <= num_rows and slots.is_contiguous()
 
@@ -145,21 +142,20 @@ def _fused_qkv_kernel(
     slot_mapping, parts, counters, num_rows, num_mapped, eps, head_eps,
     SIZE: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, LARGEST: tl.constexpr, FP8: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLITS: tl.constexpr, PART: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One head's part of the sums; the head itself where it is the last to arrive."""
     head, split = tl.program_id(0), tl.program_id(1)
     rows, half = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_OUT)
     outputs = head * (2 * BLOCK_OUT) + half
     paired = outputs + BLOCK_OUT
-    real, made = rows < num_rows, half < BLOCK_OUT
+    real, made = rows < num_rows, half >= 0  # heads fill their tiles
     if OVERLAP:
-        begin = split * tl.cdiv(tl.cdiv(SIZE, BLOCK_SIZE), SPLITS) * BLOCK_SIZE
-        fetch_ahead(weight, outputs, made, begin, SIZE)
-        fetch_ahead(weight, paired, made, begin, SIZE)
+        fetch_ahead(weight, outputs, made, split * PART, SIZE)
+        fetch_ahead(weight, paired, made, split * PART, SIZE)
     await_others(OVERLAP)
     first, second, squares = sums_of(
-        x, norm, weight, rows, outputs, paired, real, made, split, SIZE, True, FP8, WIDE, BLOCK_SIZE, SPLITS
+        x, norm, weight, rows, outputs, paired, real, made, split, SIZE, True, FP8, WIDE, BLOCK_SIZE, PART
     )
     whole = True
     if SPLITS > 1:
@@ -257,5 +253,7 @@ SPECIMENS = (
     *(_specimen(f"7B {rows} rows", rows, 3584, (28, 4, 128)) for rows in (16, 32, 64, 128)),
     _specimen("0.5B 32 rows, overlapped", 32, 896, (14, 2, 64), overlap=True),
     _specimen("8B with norms, int8, int8 KV 64 rows", 64, 4096, (32, 8, 128), "*i8", "*i8", normed=True),
+    _specimen("7B int8 128 rows", 128, 3584, (28, 4, 128), "*i8"),
+    _specimen("8B with norms, fp8 128 rows", 128, 4096, (32, 8, 128), "*u8", normed=True),
     _specimen("7B fp8, fp8 KV 32 rows", 32, 3584, (28, 4, 128), "*u8", "*fp8e4nv"),
 )

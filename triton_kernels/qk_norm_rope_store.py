@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from speeder_engine.triton_kernels.add_rms_norm import rms_norm_ref
-from speeder_engine.triton_kernels.compressed_attention import QUANTIZED, Scales
+from speeder_engine.triton_kernels.compressed_attention import Scales, check_pair
 from speeder_engine.triton_kernels.language import (
     await_others,
     next_power_of_2,
@@ -261,10 +261,7 @@ def check_projected(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: T
     for each in (q, k, v):
         assert each.stride()[1:] == (each.shape[2], 1) and each.dtype == q.dtype
     assert k.shape == v.shape and k.shape[1:] == k_cache.shape[2:] and q.shape[2] == k.shape[2] and k.shape[2] % 2 == 0
-    assert k_cache.shape == v_cache.shape and k_cache.is_contiguous() and v_cache.is_contiguous()
-    assert k_cache.dtype == v_cache.dtype and (k_cache.dtype in QUANTIZED) == (scales is not None)
-    for scale in scales or ():
-        assert scale.shape == k_cache.shape[:3] and scale.dtype == torch.float32 and scale.is_contiguous()
+    check_pair(k_cache, v_cache, scales)
 
 
 def heads_options(num_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:

@@ -145,7 +145,7 @@ class ServingModel(nn.Module):
             text=None if self.vocabulary is None else self.vocabulary.embedding,
         )
 
-    def user_vectors(self, last_hidden: Tensor, counters: Tensor | None = None) -> Tensor:
+    def user_vectors(self, last_hidden: Tensor, counters: Tensor | None) -> Tensor:
         """h(last) [B, d] -> [B, d], by the retrieve head; `counters` as of the decoder."""
         if counters is not None and suits(last_hidden):
             return fused_linear(last_hidden, self.retrieve.project.weight, counters, factor=self.retrieve.factor)

@@ -120,14 +120,18 @@ def test_rows_in_fp8_answer_the_same(through_kernels, monkeypatch):
     torch.testing.assert_close(found, expected, atol=0.03, rtol=0.03)
 
 
-def test_heads_as_wide_as_tiles_are_projected_and_rotated_at_once(through_kernels):
-    tiny = make_tiny(family="qwen3", window=6, step=2, head_dim=32, num_layers=2)
+@pytest.mark.parametrize(("title", "num_layers"), [(False, 1), (True, 3)])
+def test_heads_as_wide_as_tiles_are_projected_and_rotated_at_once(title, num_layers, through_kernels):
+    """Text, whose keys are not kept, among the rows; titles that are written are turned by the other kernel."""
+    tiny = make_tiny(family="qwen3", window=6, step=2, head_dim=32, num_layers=num_layers)
+    tiny = make_titled(window=6, step=2, head_dim=32) if title else tiny
     ids, config = tuple(tiny.ids(range(30))), EngineConfig(dtype="bfloat16", kv_budget="4MiB", cpu_path="torch")
-    expected = answers(Engine(tiny.parts(), config), ids, False)
+    expected = answers(Engine(tiny.parts(), config), ids, title)
     switch, counts = through_kernels
     switch()
-    found = answers(Engine(tiny.parts(), config), ids, False)
-    assert launched(counts) == names((*FUSED, fused_qkv)) - {"qk_norm_rope_store", "tree_attention"}
+    found = answers(Engine(tiny.parts(), config), ids, title)
+    unused = set() if title else {"qk_norm_rope_store", "tree_attention"}
+    assert launched(counts) == names((*FUSED, fused_qkv)) - unused
     torch.testing.assert_close(found, expected, atol=0.1, rtol=0.1)
 
 

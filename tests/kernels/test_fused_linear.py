@@ -14,6 +14,8 @@ from speeder_engine.triton_kernels.language import tl, triton
 from speeder_engine.triton_kernels.quantize_rows import W8Weight, quantize_weight
 
 AROUND = ["factor", "norm and bias", "norm, gated", "residual and bias"]
+MATRICES = [(896, 1152, False), (4864, 896, False), (8960, 1536, False), (18944, 3584, False)]
+MATRICES += [(896, 4864, True), (3584, 18944, True)]
 STORED = [None, "int8", "fp8"]
 
 
@@ -90,7 +92,7 @@ def test_a_loud_neighbour_changes_nothing(around):
 
 
 def test_a_matrix_that_is_cut_adds_up_to_the_same_bits():
-    """Whichever part arrives last: on a GPU that is another one each time."""
+    """Whichever part arrives last: on a GPU that is another one each time; the interpreter knows one order."""
     case = make_case(40, 2048, 64, "norm and bias")
     assert few_rows_options(40, 2048, 64, False, 4)["SPLITS"] == 9
     first = launch_fused_linear(**case)
@@ -100,16 +102,23 @@ def test_a_matrix_that_is_cut_adds_up_to_the_same_bits():
 
 @pytest.mark.parametrize(
     ("size", "width", "gated"),
-    [(896, 1152, False), (896, 4864, True), (4864, 896, False), (3584, 18944, True), (18944, 3584, False)],
+    [
+        (896, 1152, False),
+        (896, 4864, True),
+        (4864, 896, False),
+        (3584, 18944, True),
+        (18944, 3584, False),
+        (8960, 1536, False),
+    ],
 )
 def test_tiles_fill_a_gpu_and_only_rows_follow_the_rows(size, width, gated):
     found = [few_rows_options(num_rows, size, width, gated, 2) for num_rows in (1, 16, 17, 32, 33, 64, 65, 128)]
     assert [options["BLOCK_ROWS"] for options in found] == [16, 16, 32, 32, 64, 64, 128, 128]
-    cuts = {(options["BLOCK_OUT"], options["SPLITS"]) for options in found}
+    cuts = {(options["BLOCK_OUT"], options["SPLITS"], options["PART"]) for options in found}
     assert len(cuts) == 1
-    ((outputs, splits),) = cuts
+    ((outputs, splits, part),) = cuts
     tiles = -(-width // outputs)
-    assert splits == 1 or tiles <= module.MOST_TILES
+    assert part * splits >= size > part * (splits - 1) and all(part % options["BLOCK_SIZE"] == 0 for options in found)
     # three quarters of a large GPU's multiprocessors have a program, or parts are as short as they may be
     assert tiles * splits >= 96 or size // (splits + 1) < module.LEAST_PART
 
@@ -134,7 +143,7 @@ def one_tile_kernel(x, weight, out, first, width, SIZE: tl.constexpr, GATED: tl.
     real, made = rows < 1, outputs < first + 2
     paired = outputs + width
     total, up, _ = module.sums_of(
-        x, None, weight, rows, outputs, paired, real, made, 0, SIZE, GATED, False, True, 64, 1
+        x, None, weight, rows, outputs, paired, real, made, 0, SIZE, GATED, False, True, 64, SIZE
     )
     tl.store(out + rows[:, None] * 16 + tl.arange(0, 16)[None, :], up if GATED else total)
 

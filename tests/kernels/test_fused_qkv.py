@@ -126,6 +126,7 @@ def test_it_is_the_layer_and_the_rotation_one_after_the_other():
 
 
 def test_a_matrix_that_is_cut_has_the_same_bits():
+    """On a GPU, where parts arrive in any order."""
     case = make_case(20, 500)
     first = launch_fused_qkv(*case)
     for _ in range(3):
@@ -152,4 +153,4 @@ def test_slots_beyond_two_gigabytes():
 
 
 def test_which_heads_are_tiles():
-    assert fits(64) and fits(128) and not fits(48) and not fits(16)
+    assert fits(64) and fits(128) and not fits(48) and not fits(16) and not fits(256)
