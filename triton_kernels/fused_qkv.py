@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from speeder_engine.triton_kernels.add_rms_norm import Norm
 from speeder_engine.triton_kernels.compressed_attention import Scales, check_pair
@@ -25,6 +24,7 @@ from speeder_engine.triton_kernels.few_rows import (
     make_parts,
     sums_of,
 )
+from speeder_engine.triton_kernels.fused_linear import fused_linear_ref
 from speeder_engine.triton_kernels.language import (
     await_others,
     interpreted,
@@ -91,9 +91,7 @@ def fused_qkv_ref(
     x: Tensor, weight: Tensor | W8Weight, counters: Tensor, bias: Tensor | None, norm: Norm, into: HeadsInto
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In fp32, rounded once."""
-    rows, matrix = x.float(), weight.dequantized() if isinstance(weight, W8Weight) else weight.float()
-    rows = rows * torch.rsqrt(rows.square().mean(dim=-1, keepdim=True) + norm.eps) * norm.weight.float()
-    heads = F.linear(rows, matrix, None if bias is None else bias.float()).unflatten(-1, (-1, into.head_dim))
+    heads = fused_linear_ref(x.float(), weight, counters, bias, norm).unflatten(-1, (-1, into.head_dim))
     q, k, v = heads.split([into.num_heads, into.kv_heads, into.kv_heads], dim=1)
     norm_q, norm_k = (None if each is None else each.float() for each in into.norms)
     q, k = qk_norm_rope_store_ref(

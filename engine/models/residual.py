@@ -45,10 +45,8 @@ class ResidualStream:
 
     def _quantized(self, norm: RMSNorm, kind: Kind) -> W8Weight:
         """The same in 8 bits, row by row."""
-        given = Norm(norm.weight, norm.eps)
-        if self._waiting is None:
-            return quantize_normed_rows(self.hidden, kind, given)[1]
-        self.hidden, rows = quantize_normed_rows(self._waiting, kind, given, self.hidden)
+        x, residual = (self.hidden, None) if self._waiting is None else (self._waiting, self.hidden)
+        self.hidden, rows = quantize_normed_rows(x, kind, Norm(norm.weight, norm.eps), residual)
         self._waiting = None
         return rows
 
