@@ -11,10 +11,10 @@ The kernels lay a few rows of one sequence, times the query heads of one key hea
 groups of 7 are six matrices of 4 x 7 rows. Which rows, how many keys at a time and how the prefix is cut is fixed for a
 model: no row's arithmetic depends on its company.
 
-- Up to ONE_PASS_KEYS keys (instruction and a whole window), one kernel walks the instruction, the history and the
-  row's own key. Every matrix reads the instruction again, but from the L2 cache, where a layer's few dozen keys stay;
-  laying the rows of all sequences into common matrices would save that, and would cost a second launch and partial
-  results in fp32, which are more bytes than the instruction's.
+- Up to ONE_PASS_KEYS keys (instruction and a whole window), one kernel walks the instruction with the history right
+  behind it, as if they were one, and the row's own key. Every matrix reads the instruction again, but from the L2
+  cache, where a layer's few dozen keys stay; laying the rows of all sequences into common matrices would save that, and
+  would cost a second launch and partial results in fp32, which are more bytes than the instruction's.
 - Beyond it the prefix is cut into spans of SPAN keys, each its own program (few rows alone would leave most of a GPU
   idle). A span of the instruction takes rows of whatever sequences into one matrix, once for the whole batch. Then
   one small kernel merges the spans by their log-sum-exp and folds the own key in.
@@ -40,7 +40,8 @@ from speeder_engine.triton_kernels.language import (
 from speeder_engine.triton_kernels.specimen import Specimen
 
 BLOCK_M = 32  # rows of a matrix: more of them, by 128 columns, don't fit into the registers of four warps
-KEYS = 32  # at a time
+KEYS = 64  # at a time: an instruction and a history are often no longer, and read in one round of loads then
+WIDE_KEYS = 32  # of heads beyond 64: 64 keys of those don't fit into the registers
 SPAN = 256  # keys of one program, where the prefix is cut
 ONE_PASS_KEYS = 512
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)  # what a cache may hold beside the model's own type
@@ -196,16 +197,21 @@ def fold_keys(acc, top, total, logits, values, value_scale):
 
 @triton.jit
 def attend_blocks(
-    acc, top, total, queries, k_cache, v_cache, k_scale, v_scale, table, kv_head, start, end, limit, scale,
-    NUM_KV: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
+    acc, top, total, queries, k_cache, v_cache, k_scale, v_scale, shared, table, shared_len, kv_head, start, end, limit,
+    scale, NUM_KV: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Folds the positions start..end of a block table in; matrix row m sees those below limit[m]."""
+    """Folds the positions start..end of a prefix in, `shared_len` in the block table `shared` and the rest in `table`;
+    matrix row m sees those below limit[m]."""
     dim = tl.arange(0, acc.shape[1])
     while start < end:
         position = start + tl.arange(0, KEYS)
         valid = position < end
-        block = tl.load(table + position // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-        slot = (block * BLOCK_SIZE + position % BLOCK_SIZE) * NUM_KV + kv_head
+        common = position < shared_len
+        place = tl.where(common, position, position - shared_len)
+        # neither waits for the other
+        block = tl.load(shared + place // BLOCK_SIZE, mask=valid & common, other=0)
+        block += tl.load(table + place // BLOCK_SIZE, mask=valid & (common == 0), other=0)
+        slot = (block.to(tl.int64) * BLOCK_SIZE + place % BLOCK_SIZE) * NUM_KV + kv_head
         at = slot[:, None] * DIM + dim[None, :]
         inside = valid[:, None] & (dim < DIM)[None, :]
         keys = tl.load(k_cache + at, mask=inside, other=0.0).to(queries.dtype)
@@ -286,13 +292,10 @@ def _one_pass_kernel(
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         seen = tl.load(visible + row, mask=live, other=0).to(tl.int32)
+        limit = seen + shared_len
         acc, top, total = attend_blocks(
-            acc, top, total, queries, k_cache, v_cache, k_scale, v_scale, shared, kv_head, origin, shared_len,
-            seen * 0 + shared_len, scale, NUM_KV, DIM, BLOCK_SIZE, KEYS,
-        )  # fmt: skip
-        acc, top, total = attend_blocks(
-            acc, top, total, queries, k_cache, v_cache, k_scale, v_scale, tables + own * table_width, kv_head,
-            origin, tl.max(seen, axis=0), seen, scale, NUM_KV, DIM, BLOCK_SIZE, KEYS,
+            acc, top, total, queries, k_cache, v_cache, k_scale, v_scale, shared, tables + own * table_width,
+            shared_len, kv_head, origin, tl.max(limit, axis=0), limit, scale, NUM_KV, DIM, BLOCK_SIZE, KEYS,
         )  # fmt: skip
         folded = tl.load(candidate + row, mask=live, other=0) != 0
         own_k, own_v = k + wide_row * k_stride + kv_head * DIM, v + wide_row * v_stride + kv_head * DIM
@@ -313,12 +316,12 @@ def _span_kernel(
     inside = (member < TILE_ROWS * GROUP) & (row < num_rows)
     begins, own, live = tile_of_sequence(first, row, inside, sequence, local, TILE_ROWS)
     seen = tl.load(visible + row, mask=live, other=0).to(tl.int32)
-    table, start, end = tables + own * table_width, (span - num_shared) * SPAN, tl.max(seen, axis=0)
+    limit = seen + shared_len
+    start, end = shared_len + (span - num_shared) * SPAN, tl.max(limit, axis=0)
     if span < num_shared:
         # of the instruction: rows of whatever sequences
         begins, live = first % TILE_ROWS == 0, inside
-        seen = seen * 0 + shared_len
-        table, start, end = shared, span * SPAN, shared_len
+        start, end = span * SPAN, shared_len
     if begins & (start < end):
         at = ((row.to(tl.int64) * NUM_KV + kv_head) * GROUP + member % GROUP)[:, None] * DIM + dim[None, :]
         there = live[:, None] & (dim < DIM)[None, :]
@@ -329,8 +332,8 @@ def _span_kernel(
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc, top, total = attend_blocks(
-            acc, top, total, queries, k_cache, v_cache, k_scale, v_scale, table, kv_head, start,
-            tl.minimum(start + SPAN, end), seen, scale, NUM_KV, DIM, BLOCK_SIZE, KEYS,
+            acc, top, total, queries, k_cache, v_cache, k_scale, v_scale, shared, tables + own * table_width,
+            shared_len, kv_head, start, tl.minimum(start + SPAN, end), limit, scale, NUM_KV, DIM, BLOCK_SIZE, KEYS,
         )  # fmt: skip
         at = (span.to(tl.int64) * num_rows + row) * (NUM_KV * GROUP) + kv_head * GROUP + member % GROUP
         # a row that sees nothing of this span is not asked for it
@@ -399,7 +402,7 @@ def launch_compressed_attention(
     _one_pass_kernel[(num_rows, shape["NUM_KV"])](
         q, k, v, k_cache, v_cache, *(scales or (None, None)), out, rows.sequence, rows.local, rows.visible,
         rows.candidate, rows.block_tables, rows.shared_blocks, num_rows, rows.block_tables.shape[1], rows.shared_len,
-        *strides, scale, **shape, **tile_options(shape["GROUP"]), WIDE=interpreted(q), **overlap_options(q.device),
+        *strides, scale, **shape, **tile_options(shape), WIDE=interpreted(q), **overlap_options(q.device),
     )  # fmt: skip
     return out
 
@@ -426,7 +429,7 @@ def launch_spans(
     _span_kernel[(num_rows, shape["NUM_KV"], num_spans)](
         q, k_cache, v_cache, *(scales or (None, None)), partial, lse, rows.sequence, rows.local, rows.visible, tables,
         rows.shared_blocks, num_rows, tables.shape[1], rows.shared_len, num_shared, softmax_scale(head_dim),
-        **shape, **tile_options(shape["GROUP"]), SPAN=SPAN, WIDE=interpreted(q),
+        **shape, **tile_options(shape), SPAN=SPAN, WIDE=interpreted(q),
     )  # fmt: skip
     return Spans(partial, lse, num_shared, SPAN)
 
@@ -449,10 +452,10 @@ def shape_options(num_heads: int, k_cache: Tensor) -> dict[str, int]:
     }
 
 
-def tile_options(group: int) -> dict[str, int]:
+def tile_options(shape: dict[str, int]) -> dict[str, int]:
     """A tile is a fixed number of rows, each with the query heads of one key head."""
-    wide = next_power_of_2(group)
-    return {"BLOCK_M": max(wide, BLOCK_M), "TILE_ROWS": max(BLOCK_M // wide, 1), "KEYS": KEYS}
+    wide, keys = next_power_of_2(shape["GROUP"]), WIDE_KEYS if shape["BLOCK_DIM"] > 64 else KEYS
+    return {"BLOCK_M": max(wide, BLOCK_M), "TILE_ROWS": max(BLOCK_M // wide, 1), "KEYS": keys}
 
 
 def check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, rows: AttentionRows, scales: Scales | None) -> None:
@@ -501,7 +504,7 @@ def _specimens() -> tuple[Specimen, ...]:
         ("7B fp8 KV", (28, 4, 128), _types("k_cache v_cache", "*fp8e4nv") | _types("k_scale v_scale", "*fp32"), 89),
     ):
         shape = _shape(*heads)
-        common = {**ints, **sizes, **cache, "scale": "fp32", **shape, **tile_options(shape["GROUP"]), "WIDE": False}
+        common = {**ints, **sizes, **cache, "scale": "fp32", **shape, **tile_options(shape), "WIDE": False}
         rows = {**_types("q k v out", "*bf16"), "candidate": "*i1", **_types("k_stride v_stride", "i32:16")}
         found.append(Specimen(label, _one_pass_kernel, {**common, **rows, "OVERLAP": False}, since=since))
         if cache is plain:
