@@ -102,10 +102,8 @@ def train(
 
     keep_freed_memory()
     processes = join_processes() if fsdp else ALONE
-    if recipe is None and start_from is not None:
-        base = recipe_to_continue(Checkpoint.load(start_from))
-    else:
-        base = load_recipe(recipe or "small")
+    previous = None if start_from is None else Checkpoint.load(start_from)
+    base = recipe_to_continue(previous) if previous and recipe is None else load_recipe(recipe or "small")
     config = override(base, [*(changes or []), *([] if seed is None else [f"seed={seed}"])])
     dataset = load_dataset(data, columns=Columns.parse(column or []), min_interactions=min_interactions)
     if not as_json:
@@ -117,7 +115,7 @@ def train(
         resume=resume,
         tensorboard=tensorboard,
         processes=processes,
-        start_from=start_from,
+        start_from=previous,
     )
     if not processes.is_first:
         return

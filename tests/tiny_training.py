@@ -1,5 +1,6 @@
 """Settings of a training run that takes a second on the counting data set."""
 
+import json
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -61,6 +62,11 @@ def together() -> TrainingConfig:
     stages = (Stage("S1", ("text",), 1, 3e-4), Stage("S2", ("text", "collaborative"), 2, 3e-4))
     config = replace(without_dropout(CONFIG), stages=stages, validation_users=30, averaging=0.9)
     return replace(config, collaborative=replace(config.collaborative, tune=True))
+
+
+def log_of(out) -> list[dict]:
+    """The records of a run into `out`, one an epoch."""
+    return [json.loads(line) for line in out.with_name(f"{out.name}.log.jsonl").read_text().splitlines()]
 
 
 def resumed_after(saves: int, split, config: TrainingConfig, out) -> Checkpoint:

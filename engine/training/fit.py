@@ -56,14 +56,14 @@ def train(
     resume: bool = False,
     tensorboard: Path | None = None,
     processes: Processes = ALONE,
-    start_from: Path | None = None,
+    start_from: Checkpoint | None = None,
 ) -> Checkpoint:
     """Trains on `split.train` and leaves a checkpoint in `out`, saved after every epoch.
 
     cache_dir: where encoded features are kept (default: beside `out`). resume: go on from the epoch `out` stopped at;
     raises ConfigError where it was made with other settings or other data. tensorboard: a folder for its scalars.
     processes: those that train together, each calling this; the first writes. start_from: a finished checkpoint whose
-    model goes on learning, over the items of `split`; it is validated before it is trained.
+    model goes on learning (that very object), over the items of `split`; it is validated before it is trained.
     """
     config = TrainingConfig.from_json(config.to_json())  # one made in Python hasn't had its types checked
     if not len(split.users):
@@ -82,6 +82,8 @@ def train(
             write_atomic(_log_path(out), b"")
     if checkpoint.state is None:
         return checkpoint
+    if resume and first:
+        log.rewind(checkpoint.state.epochs_done)
     # a model that is trained in shards can't be saved: its weights are gathered into the checkpoint's
     trained = checkpoint if processes.size == 1 else replace(checkpoint, model=deepcopy(checkpoint.model))
     trainer = _trainer(trained, split, config, log, processes)
@@ -104,11 +106,10 @@ def train(
     return checkpoint
 
 
-def _beginning(split: Split, config: TrainingConfig, cache_dir: Path, start_from: Path | None) -> Checkpoint:
+def _beginning(split: Split, config: TrainingConfig, cache_dir: Path, start_from: Checkpoint | None) -> Checkpoint:
     if start_from is None:
         return new_checkpoint(split, config, make_features(split, config, cache_dir))
-    prior = item_prior(split, config)
-    return continued_checkpoint(Checkpoint.load(start_from), split, config, prior, cache_dir)
+    return continued_checkpoint(start_from, split, config, item_prior(split, config), cache_dir)
 
 
 def _take_learned(checkpoint: Checkpoint, trainer: Trainer, split: Split) -> None:

@@ -5,6 +5,7 @@ Text and images are encoded by the checkpoint's own encoders. Collaborative vect
 """
 
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,14 @@ from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.features import read_images
 from speeder_engine.training.follower_counts import follower_table
 
-# what the weights were made for
+# what the weights and the item vectors were made for
 SHAPE = (
     "instruction",
     "question",
     "text_encoder",
     "image_encoder",
+    "collaborative.dim",
+    "collaborative.neighbours",
     "window",
     "window_step",
     "backbone",
@@ -60,7 +63,7 @@ def continued_checkpoint(
     wants another model."""
     trained = TrainingConfig.from_json(previous.training["config"])
     for name in SHAPE:
-        if getattr(trained, name) != getattr(config, name):
+        if attrgetter(name)(trained) != attrgetter(name)(config):
             raise ConfigError(f"--start-from: the checkpoint was made with another {name}; keep its recipe's")
     items = split.dataset.items
     names = previous.model.compressor.modalities
@@ -68,7 +71,7 @@ def continued_checkpoint(
         model=_grown_model(previous.model, split),
         tokenizer=previous.tokenizer,
         table=ItemTable.fresh(items.item_ids, items.titles, prior),
-        features={name: _features(name, previous, split, trained, cache_dir) for name in names},
+        features={name: _features(name, previous, split, config, cache_dir) for name in names},
         encoders=previous.encoders,
         training={"config": config.to_json(), "data": split.dataset.fingerprint()},
         state=TrainingState(),
@@ -100,14 +103,15 @@ def _grown_model(model: Recommender, split: Split) -> Recommender:
     return grown
 
 
-def _features(name: str, previous: Checkpoint, split: Split, trained: TrainingConfig, cache_dir: Path) -> Features:
+def _features(name: str, previous: Checkpoint, split: Split, config: TrainingConfig, cache_dir: Path) -> Features:
     items = split.dataset.items
     kept = carried(previous.features[name], previous.table.item_ids, items.item_ids)
     given = items.vectors.get(name)
     if name == "collaborative":
         if given is None:
-            return fit_new_items(split, kept, trained)
-        return overlaid(given, kept) if trained.collaborative.tune else overlaid(kept, given)
+            return fit_new_items(split, kept, config)
+        tuned = TrainingConfig.from_json(previous.training["config"]).collaborative.tune
+        return overlaid(given, kept) if tuned else overlaid(kept, given)
     if given is None and name in previous.encoders:
         inputs: list[str | bytes | None] = list(items.texts) if name == "text" else []
         if name == "image" and items.images is not None:
@@ -133,34 +137,34 @@ def overlaid(under: Features, over: Features) -> Features:
     return Features(values, over.present | under.present)
 
 
-def fit_new_items(split: Split, known: Features, trained: TrainingConfig) -> Features:
+def fit_new_items(split: Split, known: Features, config: TrainingConfig) -> Features:
     """Vectors for the items with events that have none, fitted to the known ones, which stand still."""
-    train, wanted = split.train, trained.collaborative
+    train, wanted = split.train, config.collaborative
     new = (np.bincount(train.rows, minlength=len(known)) > 0) & ~known.present
     if not new.any():
         return known
     # vectors that came with the data hold no factors, whatever the recipe says
     if not wanted.neighbours or known.dim != wanted.dim + 2 * wanted.neighbours:
-        return overlaid(known, _fitted_by_sasrec(split, known, new, trained))
+        return overlaid(known, _fitted_by_sasrec(split, known, new, config))
     learned, factors = np.split(known.values, [wanted.dim], axis=1)
     # beside factors they have unit variance; a SASRec learns new ones at the spread that its own begin with
     spread = np.float32(wanted.dim**-0.5 / max(float(learned[known.present].std()), 1e-12))
-    beside = _fitted_by_sasrec(split, Features(learned * spread, known.present), new, trained)
+    beside = _fitted_by_sasrec(split, Features(learned * spread, known.present), new, config)
     folded = fold_in(train.offsets, train.rows, Features(factors, known.present), new)
     return overlaid(known, Features(np.concatenate([beside.values / spread, folded.values], axis=1), new))
 
 
-def _fitted_by_sasrec(split: Split, known: Features, new: Flags, trained: TrainingConfig) -> Features:
+def _fitted_by_sasrec(split: Split, known: Features, new: Flags, config: TrainingConfig) -> Features:
     """Of the `new` items, learned as item embeddings of a SASRec between the known ones."""
-    wanted = trained.collaborative
-    config = SASRecConfig(
+    wanted = config.collaborative
+    shape = SASRecConfig(
         dim=known.dim,
         num_heads=1 if known.dim % 2 else 2,
-        window=trained.window,
+        window=config.window,
         epochs=wanted.epochs,
         dropout=wanted.dropout,
         learning_rate=wanted.learning_rate,
-        seed=trained.seed,
+        seed=config.seed,
     )
 
     class AnchoredSASRec(SASRec):
@@ -170,7 +174,7 @@ def _fitted_by_sasrec(split: Split, known: Features, new: Flags, trained: Traini
 
     title = f"collaborative vectors of {int(new.sum()):,} new items"
     train = split.train
-    model = fit_sequence_model(AnchoredSASRec, config, train.offsets, train.rows, len(known), title=title)
+    model = fit_sequence_model(AnchoredSASRec, shape, train.offsets, train.rows, len(known), title=title)
     return Features.of_present(model.items.weight.detach().numpy()[new], new)
 
 

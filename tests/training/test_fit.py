@@ -1,6 +1,5 @@
 """Training learns, resumes bit for bit, and stops with a clear word."""
 
-import json
 import shutil
 from dataclasses import replace
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from counting import make_dataset
-from tiny_training import CONFIG, pretrained, resumed_after
+from tiny_training import CONFIG, log_of, pretrained, resumed_after
 
 from speeder_engine import Engine
 from speeder_engine.checkpoint import Checkpoint
@@ -42,7 +41,7 @@ def test_it_learns_the_rule(split, finished):
     )
     report = evaluate(scorer, split.queries("test"), None, ks=(1, 10))
     assert report.metrics["hr@1"] > 0.8  # by chance 1 in 24
-    log = [json.loads(line) for line in (folder / "c.log.jsonl").read_text().splitlines()]
+    log = log_of(folder / "c")
     assert [record["stage"] for record in log][:2] == ["S1", "S1"]
     assert log[-1]["loss"] < log[0]["loss"] / 2
     assert checkpoint.metrics["hr@10"] == log[-1]["hr@10"]
@@ -55,8 +54,8 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(split, finished, tmp_
     expected = weights(finished[0])
     for name, value in weights(resumed).items():
         assert torch.equal(value, expected[name]), name
-    first = [json.loads(line) for line in (finished[1] / "c.log.jsonl").read_text().splitlines()]
-    second = [json.loads(line) for line in (tmp_path / "c.log.jsonl").read_text().splitlines()]
+    first = log_of(finished[1] / "c")
+    second = log_of(tmp_path / "c")
     assert [(r["stage"], r["epoch"], r["loss"]) for r in first] == [(r["stage"], r["epoch"], r["loss"]) for r in second]
 
 

@@ -1,12 +1,11 @@
 """A trained model goes on over a grown data set: better than from scratch from the first moment, new items learned."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from tiny_training import CONFIG
+from tiny_training import CONFIG, log_of
 
 from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.config import FollowersConfig
@@ -23,6 +22,7 @@ from speeder_engine.runs import offsets_of
 from speeder_engine.training.features import make_features
 from speeder_engine.training.fit import new_checkpoint, train
 from speeder_engine.training.incremental import carried, fit_new_items, recipe_to_continue
+from speeder_engine.training.overrides import override
 
 DAY = 86_400
 OLD, GROWN = 24, 32
@@ -57,10 +57,6 @@ def old(tmp_path_factory):
     return train(counting(OLD, 120, days=100), RECIPE, folder), folder
 
 
-def log_of(folder):
-    return [json.loads(line) for line in folder.with_name(f"{folder.name}.log.jsonl").read_text().splitlines()]
-
-
 def test_it_starts_where_the_old_one_stopped_and_learns_new_items(old, tmp_path):
     checkpoint, folder = old
     split = counting(GROWN, 200, days=200, seed=1, unseen=2)
@@ -68,7 +64,7 @@ def test_it_starts_where_the_old_one_stopped_and_learns_new_items(old, tmp_path)
     assert [(s.name, s.epochs, s.ramp) for s in config.stages] == [("S2", 1, 0.0)]
     config = replace(config, stages=(replace(config.stages[0], epochs=3),))
     with pytest.warns(SpeederWarning, match="2 of 32 items have no training event"):
-        grown = train(split, config, tmp_path / "new", start_from=folder)
+        grown = train(split, config, tmp_path / "new", start_from=Checkpoint.load(folder))
     log = log_of(tmp_path / "new")
     assert [record["epoch"] for record in log] == [0, 1, 2, 3]
     short = replace(config, stages=(replace(config.stages[0], epochs=1),))
@@ -100,7 +96,7 @@ def test_who_follows_whom_is_counted_anew(tmp_path):
     train(split, recipe, tmp_path / "old")
     still = recipe_to_continue(Checkpoint.load(tmp_path / "old"))
     still = replace(still, stages=(replace(still.stages[0], epochs=0),))
-    grown = train(grown_split, still, tmp_path / "new", start_from=tmp_path / "old")
+    grown = train(grown_split, still, tmp_path / "new", start_from=Checkpoint.load(tmp_path / "old"))
     again = Checkpoint.load(tmp_path / "new").model
     assert again.config.followers.num_items == GROWN
     torch.testing.assert_close(again.followers.weights, grown.model.followers.weights)
@@ -108,7 +104,9 @@ def test_who_follows_whom_is_counted_anew(tmp_path):
     following = again.followers.scorer().following(np.array([row_of["027"]], np.int32))
     assert following.rows.tolist() == [row_of["028"]]  # an item that the old model didn't know
     with pytest.raises(ConfigError, match="another followers"):
-        train(grown_split, replace(still, followers=None), tmp_path / "no", start_from=tmp_path / "old")
+        train(
+            grown_split, replace(still, followers=None), tmp_path / "no", start_from=Checkpoint.load(tmp_path / "old")
+        )
 
 
 def test_untrained_it_is_the_old_model_over_more_items(old, tmp_path):
@@ -117,7 +115,7 @@ def test_untrained_it_is_the_old_model_over_more_items(old, tmp_path):
     split = counting(GROWN, 60, days=200, seed=1)
     still = recipe_to_continue(checkpoint)
     still = replace(still, stages=(replace(still.stages[0], epochs=0),))
-    grown = train(split, still, tmp_path / "new", start_from=folder)
+    grown = train(split, still, tmp_path / "new", start_from=Checkpoint.load(folder))
     before, after = checkpoint.model.state_dict(), grown.model.state_dict()
     assert len(after["times.weight"]) > len(before["times.weight"])
     assert torch.equal(after["times.weight"][: len(before["times.weight"])], before["times.weight"])
@@ -168,14 +166,16 @@ def test_new_items_get_factors_of_who_follows_whom(tmp_path):
 def test_another_model_is_refused(old, tmp_path):
     checkpoint, folder = old
     split = counting(GROWN, 60, days=200)
-    with pytest.raises(ConfigError, match="--start-from: the checkpoint was made with another window; keep its"):
-        train(split, replace(recipe_to_continue(checkpoint), window=12), tmp_path / "new", start_from=folder)
-    for change in ({"question": "Next:"}, {"text_encoder": "fitted"}, {"image_encoder": "fitted"}):
-        with pytest.raises(
-            ConfigError, match=f"--start-from: the checkpoint was made with another {next(iter(change))}"
-        ):
-            train(split, replace(recipe_to_continue(checkpoint), **change), tmp_path / "new", start_from=folder)
+
+    def go_on(*changes, data=split):
+        config = override(recipe_to_continue(checkpoint), list(changes))
+        train(data, config, tmp_path / "new", start_from=Checkpoint.load(folder))
+
+    for change in ("window=12", "question=Next?", "text_encoder=fitted", "image_encoder=fitted", "collaborative.dim=4"):
+        name = change.split("=")[0]
+        with pytest.raises(ConfigError, match=f"--start-from: the checkpoint was made with another {name}; keep its"):
+            go_on(change)
     wide = {"text": Features(np.ones((GROWN, 40), np.float32), np.ones(GROWN, bool))}
     wider = replace(split, dataset=replace(split.dataset, items=replace(split.dataset.items, vectors=wide)))
     with pytest.raises(ConfigError, match="vectors of 40 numbers, the checkpoint's have 32"):
-        train(wider, recipe_to_continue(checkpoint), tmp_path / "new", start_from=folder)
+        go_on(data=wider)

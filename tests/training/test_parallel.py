@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import pretrained, together, without_dropout
+from tiny_training import log_of, pretrained, together, without_dropout
 
 from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.errors import ConfigError
@@ -47,11 +47,7 @@ def hold_together(two, one):
     for name, features in both.features.items():
         vectors = (torch.from_numpy(each.values) for each in (features, alone.features[name]))
         torch.testing.assert_close(*vectors, atol=1e-5, rtol=0)
-    logs = [
-        [json.loads(line) for line in out.with_name(f"{out.name}.log.jsonl").read_text().splitlines()]
-        for out in (one, two)
-    ]
-    for first, second in zip(*logs, strict=True):  # one process writes
+    for first, second in zip(log_of(one), log_of(two), strict=True):  # one process writes
         # the optimizer would forgive gradients that are all too large
         assert second["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-3)
         assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)

@@ -1,6 +1,5 @@
 """A model trained with a title head, from data to answers: the engine's titles, those of transformers, and resuming."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 import torch
 from counting import make_dataset
 from reference import Tiny, reference_generation, reference_title_scores
-from tiny_training import resumed_after
+from tiny_training import log_of, resumed_after
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
 from speeder_engine import Engine, Request
@@ -156,7 +155,7 @@ def test_a_model_of_titles_alone(split, tmp_path):
     off = dict.fromkeys(("retrieve_weight", "rank_weight", "order_weight"), 0.0)
     alone = replace(CONFIG, heads=heads, **off)
     train(split, alone, tmp_path / "c")
-    log = [json.loads(line) for line in (tmp_path / "c.log.jsonl").read_text().splitlines()]
+    log = log_of(tmp_path / "c")
     assert log[-1]["loss"] < log[0]["loss"] / 3  # of titles: there is no other
     assert log[-1]["title_probability"] > 3 * log[0]["title_probability"]
     export_engine(tmp_path / "c", tmp_path / "e")
