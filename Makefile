@@ -83,11 +83,12 @@ $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "speeder-engine needs Python 3.11 or newer: make PYTHON=python3.11")'
 	@$(PYTHON) -m venv .venv
 
-# the first torch stays: the constraint keeps what follows from replacing it
+# the first torch stays: the constraint keeps what follows from replacing it; bytecode on all cores, pip would take one
 $(INSTALLED): $(SOURCES) | $(BIN)/pip
 	@echo "installing $(TORCH)"
-	@$(PIP) install $(TORCH)
+	@$(PIP) install --no-compile $(TORCH)
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv/constraints.txt
 	@echo "installing speeder-engine with its tools, building its C++ extension"
-	@$(PIP) install --constraint .venv/constraints.txt --editable ".[dev]"
+	@$(PIP) install --no-compile --constraint .venv/constraints.txt --editable ".[dev]"
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # some packages ship files of other Pythons
 	@touch $@

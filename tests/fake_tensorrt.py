@@ -134,12 +134,14 @@ def fake_runtime():
     return PlanRuntime(trt, logger, runtime, torch.device("cpu"), stream)
 
 
-def small_parts(num_layers=2):
-    """An engine that is quickly traced and built: a window of 12, 120 items called "0000000", ..., and who follows whom
-    among them."""
+def small_parts(num_layers=2, followers=True):
+    """An engine that is quickly traced and built: a window of 12, 120 items called "0000000", ..., and (or not) who
+    follows whom among them."""
     decoder = DecoderConfig(64, 32, num_layers, 4, 2, 16, 64)
     parts = random_parts(decoder, num_items=120, instruction_len=5, window=12, window_step=4)
     parts.model.rank.role.data.mul_(10)
+    if not followers:
+        return parts
     histories = np.random.default_rng(0).integers(0, 120, 600).astype(np.int32)
     table = follower_table(FollowersConfig(window=3, last=4, keep=5), Histories(np.arange(0, 601, 10), histories), 120)
     config = replace(parts.config, followers=table.config)

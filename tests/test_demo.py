@@ -1,8 +1,13 @@
 """The demo itself, on a recipe of seconds: twice into the same folder, on made data and on a folder of one's own."""
 
+from functools import partial
+
 import pytest
 
+from speeder_engine import demo
 from speeder_engine.demo import make_catalogue, run_demo
+from speeder_engine.encoders import fitted_image
+from speeder_engine.encoders.convnet import ConvNetConfig
 from speeder_engine.engine import Engine
 from speeder_engine.errors import ConfigError
 from speeder_engine.synthetic import write_synthetic_dataset
@@ -22,9 +27,11 @@ stages:
 
 
 @pytest.mark.slow
-def test_made_data_then_a_folder_then_made_data_again(tmp_path, capsys):
+def test_made_data_then_a_folder_then_made_data_again(tmp_path, capsys, monkeypatch):
     recipe = tmp_path / "seconds.yaml"
     recipe.write_text(RECIPE)
+    monkeypatch.setattr(demo, "write_synthetic_dataset", partial(write_synthetic_dataset, num_users=300, num_items=160))
+    monkeypatch.setattr(fitted_image, "ConvNetConfig", partial(ConvNetConfig, steps=3))
     own = write_synthetic_dataset(tmp_path / "own", num_users=200, num_items=120, seed=3)
     sizes = []
     for data in (None, own, None):

@@ -1,12 +1,10 @@
 """The engine directory end to end: what is written loads and answers the same, what was touched is refused by name."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -118,8 +116,8 @@ def test_a_path_that_is_no_engine(tmp_path, what):
 
 KILLED = """
 import sys, pathlib
-from reference import make_tiny
-parts = make_tiny(seed=int(sys.argv[2])).parts()
+from speeder_engine.random_engine import random_parts
+parts = random_parts(num_items=120, seed=int(sys.argv[2]))
 print("ready", flush=True)
 while True:
     parts.save(pathlib.Path(sys.argv[1]))
@@ -130,12 +128,9 @@ while True:
 def test_a_killed_export_leaves_the_old_engine_or_the_new(tmp_path):
     """Killed at several moments of writing."""
     target = tmp_path / "engine"
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     revisions = set()
     for trial in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(target), str(trial % 2)], stdout=subprocess.PIPE, env=env
-        )
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(target), str(trial % 2)], stdout=subprocess.PIPE)
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         time.sleep(0.05 + 0.037 * trial)
         process.send_signal(signal.SIGKILL)

@@ -120,9 +120,9 @@ def test_what_the_first_stage_can_not_tell_apart_is_found_again(tiny):
 
 def test_upserts_keep_the_copy_true(tiny):
     """Never moved, and its bounds hold for every item there is."""
-    engine, exact, rng = made(tiny, graphs="on"), made(tiny, search="exact"), np.random.default_rng(1)
+    engine, exact = made(tiny, graphs="on", row_buckets=(16, 128)), made(tiny, search="exact")
     engine.warm_up()
-    coarse = engine.catalogue.coarse
+    coarse, rng = engine.catalogue.coarse, np.random.default_rng(1)
     pointers = [tensor.data_ptr() for tensor in (coarse.tokens.values, coarse.tokens.scales, coarse.worst_error)]
     for turn in range(6):
         items = [Item(f"new {turn}", vectors={"text": rng.normal(size=8).tolist()})]

@@ -3,6 +3,8 @@
 import fcntl
 import json
 import os
+import resource
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +12,11 @@ import pytest
 from reference import Tiny, make_tiny
 
 from speeder_engine import Engine, EngineConfig
-from speeder_engine.config import CalendarConfig
+from speeder_engine.config import CalendarConfig, FollowersConfig
 from speeder_engine.export import OnnxConfig, export_onnx
 
 CALENDAR = CalendarConfig(first_second=0, bucket_seconds=1000, num_buckets=5)
+FOLLOWERS = FollowersConfig(window=3, last=5, keep=4)
 
 
 @dataclass
@@ -57,10 +60,20 @@ def standard(exports) -> Exported:
 
 @pytest.fixture(scope="session")
 def ort(exports) -> Exported:
-    return make(exports / "ort", OnnxConfig("ort"), family="qwen3", calendar=CALENDAR)
+    """Of a model that reads times and knows who follows whom."""
+    return make(exports / "ort", OnnxConfig("ort"), family="qwen3", calendar=CALENDAR, followers=FOLLOWERS)
 
 
 @pytest.fixture(scope="session")
 def compress(exports) -> Exported:
     """The one graph that is traced in a second; of a model without groups of queries."""
     return make(exports / "compress", OnnxConfig(graphs=("compress",)), kv_heads=6)
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """A limit on the size of files stands for it: it is met while a plan or graph is written."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)

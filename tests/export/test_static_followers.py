@@ -7,7 +7,6 @@ from reference import make_tiny
 
 from speeder_engine import Engine, EngineConfig, Request
 from speeder_engine.config import FollowersConfig
-from speeder_engine.export import OnnxConfig, export_onnx
 from speeder_engine.export.onnx_engine import OnnxEngine
 from speeder_engine.export.static_followers import StaticFollowers
 
@@ -33,27 +32,24 @@ def test_it_is_f_on_the_host(tiny, reduces):
     assert short.shape == (5, CONFIG.last) and (short[:, 3:] == -1).all()
 
 
-@pytest.mark.parametrize("flavour", ["standard", "ort"])
-def test_exports_answer_as_the_engine_does(tiny, tmp_path, flavour):
-    tiny.parts().save(tmp_path / "engine")
-    # compared with the engine for 40 users and every graph before it is published
-    manifest = export_onnx(tmp_path / "engine", tmp_path / "onnx", OnnxConfig(flavour), 40)
-    assert "last_rows" in {each["name"] for each in manifest["graphs"]["extend"]["inputs"]}
-    plain = make_tiny(num_layers=1)
+def test_exports_answer_as_the_engine_does(ort):
+    """The other flavour's do in `test_tensorrt.py`."""
+    assert "last_rows" in {each["name"] for each in ort.manifest["graphs"]["extend"]["inputs"]}
     rng = np.random.default_rng(1)
-    config = EngineConfig(dtype="float32", kv_budget="0")
-    with OnnxEngine.load(tmp_path / "onnx") as exported, Engine(tiny.parts(), config) as engine:
-        history = tiny.ids(rng.integers(0, 120, 6))
+    with OnnxEngine.load(ort.path) as exported, ort.engine() as engine:
+        history = ort.tiny.ids(rng.integers(0, 120, 6))
         for turn in range(4):
-            history = [*history, tiny.item_ids[rng.integers(120)]]
+            history = [*history, ort.tiny.item_ids[rng.integers(120)]]
             if turn == 2:
-                history[3] = tiny.item_ids[rng.integers(120)]
-            request = Request(history, 30, user_id="u")
-            found, expected = exported.recommend_many([request])[0], engine.recommend_many([request])[0]
-            np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
-            assert found.items == expected.items
-            request = Request(history, 9, user_id="u", candidates=tiny.item_ids[:9])
-            found, expected = exported.recommend_many([request])[0], engine.recommend_many([request])[0]
-            np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
-    with Engine(plain.parts(), config) as without:
-        assert without.recommend(history, 30).items != expected.items
+                history[3] = ort.tiny.item_ids[rng.integers(120)]
+            times = list(range(len(history)))
+            for named in ({"k": 30}, {"k": 9, "candidates": ort.tiny.item_ids[:9]}):
+                request = Request(history, user_id="u", times=times, **named)
+                found, expected = exported.recommend_many([request])[0], engine.recommend_many([request])[0]
+                np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+                assert found.items == expected.items
+        asked = [Request(history, 30, times=times)]
+        calendar = ort.tiny.model.config.prompt.calendar
+        plain = make_tiny(num_layers=2, family="qwen3", calendar=calendar)
+        with Engine(plain.parts(), EngineConfig(dtype="float32", kv_budget="0")) as without:
+            assert without.recommend_many(asked)[0].items != engine.recommend_many(asked)[0].items

@@ -21,18 +21,44 @@ from speeder_engine.training.parallel import ALONE, Processes, join_processes
 SCRIPT = Path(__file__).with_name("train_together.py")
 
 
-def torchrun(out, config, *words):
-    settings = out.with_name("config.json")
-    settings.write_text(json.dumps(config.to_json()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]
+def torchrun(*runs):
+    """Two processes; a run is (folder, settings, how), see the script."""
+    jobs = runs[0][0].with_name("runs.json")
+    jobs.write_text(json.dumps([(str(out), config.to_json(), how) for out, config, how in runs]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT, jobs]
     done = subprocess.run(
-        [*map(str, command), str(out), str(settings), *words],
+        [str(each) for each in command],
         env={**os.environ, "OMP_NUM_THREADS": "1", "SPEEDER_PROGRESS": "0"},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def sampled():
+    """A batch of four segments, so that what one part holds the other often doesn't; five drawn items of 24."""
+    stages = (Stage("S2", ("text", "collaborative"), 1, 3e-4),)
+    return replace(together(), stages=stages, batch_size=4, sampled_items=5)
+
+
+def adapters(base):
+    config = pretrained("llama", base)
+    backbone = replace(config.backbone, lora_dropout=0.0)
+    stages = (Stage("S1", ("text",), 2, 3e-4),)
+    return replace(without_dropout(replace(config, backbone=backbone)), stages=stages, validation_users=30)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two processes left: the start of one run, two others whole. In one go, for they import for seconds."""
+    place = tmp_path_factory.mktemp("together")
+    torchrun(
+        (place / "stopped", together(), "stopped"),
+        (place / "sampled", sampled(), "whole"),
+        (place / "adapters", adapters(place / "base"), "whole"),
+    )
+    return place
 
 
 def hold_together(two, one):
@@ -53,35 +79,26 @@ def hold_together(two, one):
         assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
 
 
-def test_two_processes_resumed_once_give_the_weights_of_one(split, tmp_path):
+def test_two_processes_resumed_once_give_the_weights_of_one(split, folder, tmp_path):
     torch.manual_seed(0)
     train(split, together(), tmp_path / "one")
-    torchrun(tmp_path / "two", together(), "stop")
-    assert Checkpoint.load(tmp_path / "two").state.epochs_done == 1
-    torchrun(tmp_path / "two", together(), "resume")
-    assert Checkpoint.load(tmp_path / "two").metrics["stage"] == "S2"
-    hold_together(tmp_path / "two", tmp_path / "one")
+    two = folder / "stopped"
+    assert Checkpoint.load(two).state.epochs_done == 1
+    torchrun((two, together(), "resumed"))
+    assert Checkpoint.load(two).metrics["stage"] == "S2"
+    hold_together(two, tmp_path / "one")
 
 
-def test_two_processes_share_the_drawn_items_of_a_sampled_softmax(split, tmp_path):
-    """A batch of four segments, so that what one part holds the other often doesn't; five drawn items of 24."""
-    stages = (Stage("S2", ("text", "collaborative"), 1, 3e-4),)
-    config = replace(together(), stages=stages, batch_size=4, sampled_items=5)
-    train(split, config, tmp_path / "one")
-    torchrun(tmp_path / "two", config)
-    hold_together(tmp_path / "two", tmp_path / "one")
+def test_two_processes_share_the_drawn_items_of_a_sampled_softmax(split, folder, tmp_path):
+    train(split, sampled(), tmp_path / "one")
+    hold_together(folder / "sampled", tmp_path / "one")
 
 
-def test_two_processes_tune_the_adapters_of_one(split, tmp_path):
-    config = pretrained("llama", tmp_path / "base")
-    backbone = replace(config.backbone, lora_dropout=0.0)
-    stages = (Stage("S1", ("text",), 2, 3e-4),)
-    config = replace(without_dropout(replace(config, backbone=backbone)), stages=stages, validation_users=30)
-    alone = train(split, config, tmp_path / "one")
+def test_two_processes_tune_the_adapters_of_one(split, folder, tmp_path):
+    alone = train(split, adapters(folder / "base"), tmp_path / "one")
     moved = [value.abs().max() for name, value in alone.model.state_dict().items() if "lora_B" in name]
     assert len(moved) == 14 and min(moved) > 1e-3  # seven matrices in each of two layers
-    torchrun(tmp_path / "two", config)
-    hold_together(tmp_path / "two", tmp_path / "one")
+    hold_together(folder / "adapters", tmp_path / "one")
 
 
 def test_parts_of_a_batch_are_the_whole(split):

@@ -1,12 +1,13 @@
-"""One of torchrun's processes in test_parallel.py: trains into argv[1] as the JSON file argv[2] says.
+"""One of torchrun's processes in test_parallel.py: trains one model after the other, as the JSON file argv[1] says.
 
-`stop` ends it at the first checkpoint.
+A run is its folder, its settings, and how: "stopped" at the first checkpoint, "resumed", or "whole".
 """
 
 import json
 import sys
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -22,23 +23,33 @@ torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 
 
-def stopping(self, wait=Processes.wait):
+class Stopped(Exception):
+    pass
+
+
+def stopping(wait, waited):
     """The second time all meet the first checkpoint has been written."""
-    wait(self)
-    waited.append(self)
-    if len(waited) == 2:
-        torch.distributed.destroy_process_group()
-        sys.exit(0)
+
+    def wait_and_stop(self):
+        wait(self)
+        waited.append(self)
+        if len(waited) == 2:
+            raise Stopped
+
+    return wait_and_stop
 
 
-waited = []
-if "stop" in sys.argv:
-    Processes.wait = stopping
-train(
-    leave_one_out(make_dataset()),
-    TrainingConfig.from_json(json.loads(Path(sys.argv[2]).read_text())),
-    Path(sys.argv[1]),
-    resume="resume" in sys.argv,
-    processes=join_processes(),
-)
+processes, split = join_processes(), leave_one_out(make_dataset())
+for out, settings, how in json.loads(Path(sys.argv[1]).read_text()):
+    given = {"resume": how == "resumed", "processes": processes}
+    config = TrainingConfig.from_json(settings)
+    if how != "stopped":
+        train(split, config, Path(out), **given)
+        continue
+    with patch.object(Processes, "wait", stopping(Processes.wait, [])):
+        try:
+            train(split, config, Path(out), **given)
+        except Stopped:
+            continue
+        raise AssertionError(f"{out}: was not stopped")
 torch.distributed.destroy_process_group()
