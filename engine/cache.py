@@ -97,7 +97,7 @@ class CacheSize:
         return min(self.max_sessions, self.budget + self.host) + self.max_users
 
 
-def _whole_blocks(size: str, where: str, block_bytes: int) -> int:
+def _whole_blocks(size: str | int, where: str, block_bytes: int) -> int:
     """How many blocks a setting holds; ConfigError for one that is not nothing and yet holds none."""
     num_bytes = parse_bytes(size, where)
     remedy = f"holds not one block of {block_bytes:,} bytes; raise it, or leave it at nothing to switch it off"

@@ -6,6 +6,7 @@ import sys
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -20,6 +21,7 @@ MAX_TITLE_TOKENS = 64  # of a generated answer, unless more are asked for
 MOST_ANSWER_IDS = 128  # of a longer title the beginning counts
 MOST_INT32 = 2**31 - 1
 MOST_BYTES = 2**60
+NUMBERS = {int: Integral, float: Real}
 EXACT_LEN_ENDS = "attention window slides or its rotary frequencies change (sliding_window, rope_type)"
 
 
@@ -30,7 +32,17 @@ def check(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Config:
-    """Base of all settings: `to_json` and `from_json` are inverse, nested settings included."""
+    """Base of all settings: checked when made, `to_json` and `from_json` inverse, nested settings included."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for each in dataclasses.fields(self):
+            value = _typed(hints[each.name], getattr(self, each.name), f"{type(self).__name__}.{each.name}")
+            object.__setattr__(self, each.name, value)
+        self.check_values()
+
+    def check_values(self) -> None:
+        """Raises ConfigError for what can't be, of fields that have their types."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -38,37 +50,36 @@ class Config:
     @classmethod
     def from_json(cls, value: Any) -> Self:
         check(isinstance(value, dict), f"{cls.__name__}: expected an object, got {type(value).__name__}")
-        hints = get_type_hints(cls)
-        known = {f.name for f in dataclasses.fields(cls) if f.init}
+        known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(value) - known)
         check(not unknown, f"{cls.__name__}: unknown keys {unknown}; known are {sorted(known)}")
         try:
-            return cls(**{name: _typed(hints[name], item, f"{cls.__name__}.{name}") for name, item in value.items()})
+            return cls(**value)
         except TypeError as error:
             raise ConfigError(f"{cls.__name__}: {error}") from None
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
-    """`value` out of JSON as `hint` wants it: nested settings, tuples; numbers and strings are checked."""
+    """`value` as `hint` wants it: nested settings and tuples out of JSON too; numbers and strings are checked."""
     origin, args = get_origin(hint), get_args(hint)
-    if origin in (types.UnionType,) and value is None:
-        return None
     if origin is types.UnionType:
-        return _typed(next(arg for arg in args if arg is not types.NoneType), value, where)
+        if value is None and types.NoneType in args:
+            return None
+        arms = [arg for arg in args if arg is not types.NoneType]
+        return _typed(next((arm for arm in arms if type(value) is arm), arms[0]), value, where)
     if isinstance(hint, type) and issubclass(hint, Config):
-        return hint.from_json(value)
+        return value if isinstance(value, hint) else hint.from_json(value)
     if origin is tuple:
-        check(isinstance(value, list | tuple), f"{where}: expected a list, got {value!r}")
+        check(isinstance(value, list | tuple), f"{where}: expected a list, got {shown(value)}")
         return tuple(_typed(args[0], item, where) for item in value)
     if origin is dict:
-        check(isinstance(value, dict), f"{where}: expected an object, got {value!r}")
+        check(isinstance(value, dict), f"{where}: expected an object, got {shown(value)}")
         return {key: _typed(args[1], item, where) for key, item in value.items()}
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    right = isinstance(value, NUMBERS.get(hint, hint)) and (hint is bool or not isinstance(value, bool))
+    if right and hint is float:
         check(abs(value) <= sys.float_info.max, f"{where}: expected a finite number, such as 1e6, got {shown(value)}")
-        return float(value)
-    right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-    check(right, f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
-    return value
+    check(right, f"{where}: expected {getattr(hint, '__name__', hint)}, got {shown(value)}")
+    return hint(value) if hint in NUMBERS else value  # a number of numpy's is Python's from here on
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ class DecoderConfig(Config):
     max_positions: int | None = None  # the longest prompt the backbone was made for; None: not known
     exact_len: int | None = None  # beyond it a window would slide or the rotary frequencies change; None: never
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
             check(getattr(self, name) > 0, f"DecoderConfig.{name} must be positive, is {getattr(self, name)}")
         check(self.num_heads % self.num_kv_heads == 0, "DecoderConfig: num_heads must be a multiple of num_kv_heads")
@@ -108,7 +119,7 @@ class CompressorConfig(Config):
     scale: float = 1.0  # root mean square of one element of the backbone's embedding rows
     mixing: str = "experts"  # how modalities become one token: "experts" (gated), "mean" (ungated), "concat" (one MLP)
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         check(bool(self.modalities), "CompressorConfig: at least one modality is needed")
         strange = sorted(set(self.modalities) - set(MODALITIES))
         check(not strange, f"CompressorConfig: unknown modalities {strange}; known are {list(MODALITIES)}")
@@ -127,7 +138,7 @@ class CalendarConfig(Config):
     bucket_seconds: int
     num_buckets: int
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         check(self.bucket_seconds > 0, f"CalendarConfig.bucket_seconds must be positive, is {self.bucket_seconds}")
         check(self.num_buckets > 0, f"CalendarConfig.num_buckets must be positive, is {self.num_buckets}")
 
@@ -151,7 +162,7 @@ class PromptConfig(Config):
     calendar: CalendarConfig | None = None  # of interaction times; none: they are not read
     positions: str = "added"  # position prompts: on the item's token, a "token" of their own before it, or "none"
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         check(len(self.instruction_ids) > 0, "PromptConfig.instruction_ids: the instruction can't be empty")
         choice = f"PromptConfig.positions: {self.positions!r}; choose one of {', '.join(POSITIONS)}"
         check(self.positions in POSITIONS, choice)
@@ -176,7 +187,7 @@ class HeadsConfig(Config):
     title: bool = False
     title_score: str = "sum"  # of a title's log-probabilities, or their mean
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         scores = f"HeadsConfig.title_score: {self.title_score!r}; choose 'sum' or 'mean'"
         check(self.title_score in ("sum", "mean"), scores)
 
@@ -193,7 +204,7 @@ class LivePriorConfig(Config):
     half_lives_days: tuple[float, ...] = (2.0, 14.0)
     weights: tuple[float, ...] = ()  # learned in training
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         positive = bool(self.half_lives_days) and all(days > 0 for days in self.half_lives_days)
         check(positive, f"live_prior.half_lives_days: at least one, all positive; are {list(self.half_lives_days)}")
         count = f"live_prior.weights: {len(self.weights)} for {len(self.half_lives_days)} half-lives"
@@ -218,7 +229,7 @@ class FollowersConfig(Config):
     num_items: int = 0  # of the table, and its pairs: counted in training
     num_pairs: int = 0
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         for name in ("window", "last", "keep"):
             value = getattr(self, name)
             check(0 < value <= MOST_INT32, f"followers.{name} must be within 1..{MOST_INT32}, is {value}")
@@ -245,7 +256,7 @@ class ModelConfig(Config):
     followers: FollowersConfig | None = None  # none: scores know nothing of single pairs of items
     vocabulary_tied: bool = True  # one matrix embeds tokens and scores them; matters to titles alone
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         asked = "PromptConfig.question_ids: heads.title needs a question behind the history; it can't be empty"
         check(not self.heads.title or len(self.prompt.question_ids) > 0, asked)
         wide, narrow = self.decoder.hidden_size, self.compressor.hidden_size
@@ -295,9 +306,9 @@ class EngineConfig(Config):
 
     device: str = "auto"
     dtype: str = "auto"
-    kv_budget: str = "1GiB"  # what sessions may keep on the device
-    host_budget: str = "0"  # what evicted sessions may keep in (pinned) host memory
-    user_quota: str | None = None  # what one user's session may keep; none: a whole window
+    kv_budget: str | int = "1GiB"  # what sessions may keep on the device
+    host_budget: str | int = "0"  # what evicted sessions may keep in (pinned) host memory
+    user_quota: str | int | None = None  # what one user's session may keep; none: a whole window
     max_sessions: int = 65_536
     block_size: int = 16
     max_batch_users: int = 64
@@ -315,7 +326,7 @@ class EngineConfig(Config):
     freeze_gc: bool = True  # what stands after the warm-up is never again searched for garbage, in the whole process
     debug: bool = False  # freed blocks are filled with junk, the cache's books checked after every step
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         for name in ("kv_budget", "host_budget"):
             parse_bytes(getattr(self, name), name)
         if self.user_quota is not None:
@@ -325,8 +336,7 @@ class EngineConfig(Config):
             check(value in choices, f"EngineConfig.{name}: {value!r} is not one of {', '.join(choices)}")
         for name in ("max_sessions", "block_size", "max_batch_users", "max_batch_rows", "max_waiting"):
             value = getattr(self, name)
-            whole = isinstance(value, int) and 0 < value <= MOST_INT32
-            check(whole, f"EngineConfig.{name} must be a whole number within 1..{MOST_INT32}, is {value!r}")
+            check(0 < value <= MOST_INT32, f"EngineConfig.{name} must be within 1..{MOST_INT32}, is {value}")
         check(
             self.graphs in ("auto", "on", "off"), f"EngineConfig.graphs: {self.graphs!r}; choose 'auto', 'on' or 'off'"
         )

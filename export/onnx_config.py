@@ -41,7 +41,7 @@ class OnnxConfig(Config):
     graphs: tuple[str, ...] = field(default=GRAPHS)
     opset: int = 0
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         check(self.flavour in OPSETS, f"flavour: {self.flavour!r} is not one of {', '.join(OPSETS)}")
         check(self.dtype in DTYPES, f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
         check_chosen("graphs", self.graphs, GRAPHS)

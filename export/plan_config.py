@@ -40,7 +40,7 @@ class PlanConfig(Config):
     excluded: Range = (64, 1024)
     k: Range = (10, 100)
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         check(self.runtime in RUNTIMES, f"runtime: {self.runtime!r} is not one of {', '.join(RUNTIMES)}")
         check(self.dtype in DTYPES, f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
         check_chosen("graphs", self.graphs, GRAPHS)

@@ -51,7 +51,7 @@ class TritonConfig(Config):
     max_sessions: int = 1024
     session_idle_s: int = 600
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         check(self.backend in BACKENDS, f"backend: {self.backend!r} is not one of {', '.join(BACKENDS)}")
         check_chosen("graphs", self.graphs, SERVED)
         runs = self.backend == "tensorrt" or self.dtype not in ("bfloat16", "float8")

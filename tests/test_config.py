@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from speeder_engine.config import EngineConfig, ModelConfig, PromptConfig, parse_bytes
@@ -79,9 +80,20 @@ def test_no_sizes(size):
     [
         ({"kv_budget": "9" * 400}, "kv_budget: .* is more than any memory"),
         ({"host_budget": str(10**30)}, "host_budget: .* is more than any memory"),
-        ({"batch_wait_ms": float("inf")}, r"batch_wait_ms must be within 0..3600000 \(an hour\), is inf"),
-        ({"batch_wait_ms": float("nan")}, "batch_wait_ms must be within"),
+        ({"batch_wait_ms": 1e300}, r"batch_wait_ms must be within 0..3600000 \(an hour\), is 1e\+300"),
+        ({"batch_wait_ms": float("inf")}, "EngineConfig.batch_wait_ms: expected a finite number, such as 1e6, got inf"),
+        ({"batch_wait_ms": float("nan")}, "batch_wait_ms: expected a finite number"),
         ({"batch_wait_ms": -1.0}, "batch_wait_ms must be within"),
+        ({"batch_wait_ms": "5"}, "EngineConfig.batch_wait_ms: expected float, got '5'"),
+        ({"max_batch_users": "64"}, "EngineConfig.max_batch_users: expected int, got '64'"),
+        ({"max_sessions": 64.0}, "EngineConfig.max_sessions: expected int, got 64.0"),
+        ({"catalogue_capacity": True}, "EngineConfig.catalogue_capacity: expected int, got True"),
+        ({"kv_budget": 1.5}, "EngineConfig.kv_budget: expected str, got 1.5"),
+        ({"kv_budget": None}, "EngineConfig.kv_budget: expected str, got None"),
+        ({"row_buckets": 16}, "EngineConfig.row_buckets: expected a list, got 16"),
+        ({"row_buckets": ("16",)}, "EngineConfig.row_buckets: expected int, got '16'"),
+        ({"debug": 1}, "EngineConfig.debug: expected bool, got 1"),
+        ({"device": 0}, "EngineConfig.device: expected str, got 0"),
         ({"launches": "together"}, "launches: 'together' is not one of apart, fused, overlapped"),
         ({"row_buckets": (16, 10**10)}, "row_buckets must be rising multiples of 16 up to 65536"),
     ],
@@ -89,6 +101,12 @@ def test_no_sizes(size):
 def test_nonsense_for_an_engine_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         EngineConfig(**settings)
+
+
+def test_numbers_of_numpy_and_lists_are_taken_as_what_they_are():
+    config = EngineConfig(max_sessions=np.int64(7), batch_wait_ms=2, kv_budget=1 << 20, row_buckets=[16, 32])
+    assert config == EngineConfig(max_sessions=7, batch_wait_ms=2.0, kv_budget=1048576, row_buckets=(16, 32))
+    assert json.loads(json.dumps(config.to_json()))["max_sessions"] == 7
 
 
 def test_the_window_must_hold_something():

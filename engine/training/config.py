@@ -43,7 +43,7 @@ class BackboneConfig(Config):
     warmup_epochs: int = 0  # of a small one as a language model on the catalogue's text, before the stages
     warmup_learning_rate: float = 2e-3
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "lora_rank", "lora_alpha"):
             check(getattr(self, name) > 0, f"backbone.{name} must be positive, is {getattr(self, name)}")
         check(self.vocab_size >= 260, f"backbone.vocab_size: {self.vocab_size} can't hold all bytes; at least 260")
@@ -75,7 +75,7 @@ class CollaborativeConfig(Config):
     neighbours: int = 0
     tune: bool = False
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         for name in ("dim", "epochs", "learning_rate"):
             check(getattr(self, name) > 0, f"collaborative.{name} must be positive, is {getattr(self, name)}")
         check(self.dim % 2 == 0, f"collaborative.dim must be even, is {self.dim}")
@@ -93,7 +93,7 @@ class Stage(Config):
     learning_rate: float
     ramp: float = 0.0
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         strange = sorted(set(self.modalities) - set(MODALITIES))
         check(is_unicode(self.name), f"stage {self.name!r}: its name is no valid Unicode text; mend it")
         check(bool(self.modalities), f"stage {self.name!r}: name at least one modality")
@@ -156,7 +156,7 @@ class TrainingConfig(Config):
     packing: bool = False  # segments share rows of the backbone; false: padded, in batches of like length
     checkpoint_layers: bool = False  # compute the backbone's layers again in the backward pass, instead of keeping them
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         check(self.precision in PRECISIONS, f"precision: {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
         check(self.accumulate > 0, f"accumulate must be positive, is {self.accumulate}")
         for name in ("sampled_items", "full_softmax_items"):

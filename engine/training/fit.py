@@ -65,7 +65,6 @@ def train(
     processes: those that train together, each calling this; the first writes. start_from: a finished checkpoint whose
     model goes on learning (that very object), over the items of `split`; it is validated before it is trained.
     """
-    config = TrainingConfig.from_json(config.to_json())  # one made in Python hasn't had its types checked
     if not len(split.users):
         raise DataError(f"{split.dataset.name}: no user has the three interactions that training and validation need")
     check_replaceable(out)

@@ -14,7 +14,7 @@ class RunLog:
 
     def __init__(self, path: Path | None = None, tensorboard: Path | None = None) -> None:
         self.path, self.tensorboard = path, tensorboard
-        self.board = None if tensorboard is None else open_board(tensorboard)
+        self.board: Any = None if tensorboard is None else open_board(tensorboard)
 
     def rewind(self, epochs_done: int) -> None:
         """Drops what stands beyond so many epochs: a run that was stopped between an epoch's line and its checkpoint
