@@ -64,6 +64,7 @@ class TritonPythonModel:
             closed = [list(dict.fromkeys([*deny, *taken])) for deny, taken in zip(rows["excluded"], seen, strict=True)]
             answer["excluded_rows"] = self._pad("excluded", closed, -1)
         if "candidates" in rows:
+            self._check_candidates(rows["candidates"])
             answer["candidate_rows"] = self._pad("candidates", rows["candidates"], -1)
         return answer
 
@@ -78,6 +79,15 @@ class TritonPythonModel:
             more = f" (and {len(unknown) - 5} more)" if len(unknown) > 5 else ""
             raise ValueError(f"{name}: unknown item {', '.join(map(repr, unknown[:5]))}{more}")
         return [[self.rows[item_id] for item_id in row] for row in ids]
+
+    def _check_candidates(self, rows: list[list[int]]) -> None:
+        """Each named once; at least one where nothing else is asked."""
+        for named in rows:
+            if not named and not self.settings["session"]:
+                raise ValueError("candidates: the list is empty; send one for every user, or ask recommend_items")
+            if len(set(named)) < len(named):
+                twice = [self.item_ids[row] for row in dict.fromkeys(named) if named.count(row) > 1]
+                raise ValueError(f"candidates: {', '.join(map(repr, twice[:5]))} more than once; name each once")
 
     def _window(self, history: list[int]) -> list[int]:
         """The part of a history that the model sees: it begins at 0 and moves on in whole steps."""

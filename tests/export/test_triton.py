@@ -224,6 +224,19 @@ def test_bad_requests_are_refused(server, inputs, message):
         server.infer("recommend_items", **{"history": ids([]), "excluded": ids([]), **inputs})
 
 
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [
+        ([["0000001", "0000002"], []], "candidates: the list is empty; send one for every user"),
+        ([["0000001"], ["0000004", "0000003", "0000004"]], "candidates: '0000004' more than once; name each once"),
+    ],
+)
+def test_candidates_are_named_once_and_at_all(server, candidates, message):
+    history = ids(["0000001"], ["0000002"])
+    with pytest.raises(Refused, match=message):
+        server.infer("score_items", history=history, candidates=ids(*candidates))
+
+
 def test_one_bad_request_is_no_others(server, engine):
     items = list(engine.catalogue.item_ids)
     model = server.models["recommend_encode"]
