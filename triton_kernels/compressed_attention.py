@@ -277,8 +277,10 @@ def _one_pass_kernel(
     member, dim = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DIM)
     row = first + member // GROUP
     inside = (member < TILE_ROWS * GROUP) & (row < num_rows)
-    # where rows stand was sent before the pass
+    # where rows stand, and what they see, was sent before the pass
     begins, own, live = tile_of_sequence(first, row, inside, sequence, local, TILE_ROWS)
+    limit = tl.load(visible + row, mask=live, other=0).to(tl.int32) + shared_len
+    folded = tl.load(candidate + row, mask=live, other=0) != 0
     await_others(OVERLAP)
     if begins:
         origin = first * 0  # a loop can't count on from a literal
@@ -291,13 +293,10 @@ def _one_pass_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
-        seen = tl.load(visible + row, mask=live, other=0).to(tl.int32)
-        limit = seen + shared_len
         acc, top, total = attend_blocks(
             acc, top, total, queries, k_cache, v_cache, k_scale, v_scale, shared, tables + own * table_width,
             shared_len, kv_head, origin, tl.max(limit, axis=0), limit, scale, NUM_KV, DIM, BLOCK_SIZE, KEYS,
         )  # fmt: skip
-        folded = tl.load(candidate + row, mask=live, other=0) != 0
         own_k, own_v = k + wide_row * k_stride + kv_head * DIM, v + wide_row * v_stride + kv_head * DIM
         acc, total = fold_own(acc, top, total, queries, own_k, own_v, folded, scale, DIM)
         tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=there)
