@@ -58,7 +58,7 @@ ADDRESS = -fsanitize=address,undefined -fno-sanitize-recover=all
 THREAD = -fsanitize=thread
 TIMES_TEN := $(if $(FULL),0)
 
-sanitize:  ## random cache operations and CPU passes under ASan+UBSan and, on several threads, TSan (FULL=1: ten times as many)
+sanitize:  ## random cache operations, layouts and CPU passes under ASan+UBSan and, on several threads, TSan (FULL=1: ten times as many)
 	@mkdir -p build
 	@$(MAKE) --no-print-directory -j2 sanitize-cache sanitize-cpu
 
@@ -67,6 +67,8 @@ sanitize-cache:
 	build/stress-address 1000000$(TIMES_TEN)
 	$(SANITIZE) $(CACHE_STRESS) $(THREAD) -o build/stress-thread
 	build/stress-thread 500000$(TIMES_TEN) 4
+	$(SANITIZE) -Icsrc tests/native/row_stress.cpp csrc/row_layout.cpp $(ADDRESS) -o build/row-stress
+	build/row-stress 100000$(TIMES_TEN)
 
 sanitize-cpu:
 	$(SANITIZE) $(CPU_STRESS) $(ADDRESS) -o build/cpu-stress-address

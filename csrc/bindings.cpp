@@ -1,4 +1,4 @@
-// The Python face of the KV-cache manager: the only file that knows Python.
+// The Python face of the KV-cache manager and of what it plans: the only file that knows Python.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,6 +7,7 @@
 
 #include "block_manager.h"
 #include "message.h"
+#include "row_layout.h"
 
 namespace py = pybind11;
 
@@ -16,12 +17,13 @@ using speeder::BlockManager;
 using speeder::CacheExhausted;
 using speeder::CacheStats;
 using speeder::StepPlan;
-using Int32Array = py::array_t<std::int32_t, py::array::c_style>;
 
+template <typename T>
 void check_array(const py::array& array, const char* name, py::ssize_t width) {
     const int ndim = width == 0 ? 1 : 2;
-    if (!Int32Array::check_(array) || array.ndim() != ndim) {
-        throw py::value_error(speeder::message(name, ": must be a C-contiguous int32 array of ", ndim,
+    if (!py::array_t<T, py::array::c_style>::check_(array) || array.ndim() != ndim) {
+        throw py::value_error(speeder::message(name, ": must be a C-contiguous ",
+                                               std::string(py::str(py::dtype::of<T>())), " array of ", ndim,
                                                " dimension(s), not ", std::string(py::str(array.dtype())), " of ",
                                                array.ndim()));
     }
@@ -32,14 +34,15 @@ void check_array(const py::array& array, const char* name, py::ssize_t width) {
 
 // width 0: one dimension; else [rows, width]
 std::span<const std::int32_t> input(const py::array& array, const char* name, py::ssize_t width = 0) {
-    check_array(array, name, width);
+    check_array<std::int32_t>(array, name, width);
     return {static_cast<const std::int32_t*>(array.data()), static_cast<std::size_t>(array.size())};
 }
 
-std::span<std::int32_t> output(py::array& array, const char* name, py::ssize_t width = 0) {
-    check_array(array, name, width);
+template <typename T = std::int32_t>
+std::span<T> output(py::array& array, const char* name, py::ssize_t width = 0) {
+    check_array<T>(array, name, width);
     if (!array.writeable()) throw py::value_error(speeder::message(name, ": is read-only"));
-    return {static_cast<std::int32_t*>(array.mutable_data()), static_cast<std::size_t>(array.size())};
+    return {static_cast<T*>(array.mutable_data()), static_cast<std::size_t>(array.size())};
 }
 
 std::optional<std::string_view> user_view(py::handle user, std::size_t index) {
@@ -109,6 +112,43 @@ std::int32_t commit(BlockManager& manager, std::int64_t step, py::array offloads
     return manager.commit(step, out);
 }
 
+// [count, width]
+speeder::Fields fields(py::array& array, const char* name, std::size_t count) {
+    const auto width = array.ndim() == 2 ? array.shape(1) : 0;
+    // an empty matrix has no columns to be counted
+    const auto values = width == 0 ? std::span<std::int64_t>() : output<std::int64_t>(array, name, width);
+    if (array.ndim() != 2 || array.shape(0) != static_cast<py::ssize_t>(count)) {
+        throw py::value_error(speeder::message(name, ": must have ", count, " rows"));
+    }
+    return {values, static_cast<std::size_t>(width)};
+}
+
+std::span<std::uint8_t> flags(py::array& array, const char* name) {
+    const auto values = output<bool>(array, name);
+    return {reinterpret_cast<std::uint8_t*>(values.data()), values.size()};  // numpy's are bytes
+}
+
+void lay_out(const py::array& offsets, const py::array& keys, const py::array& cached_len,
+             const py::array& session_slots, const py::array& slot_mapping, const py::array& num_ranked,
+             const py::array& candidates, std::int32_t instruction_len, std::int32_t instruction_slot,
+             std::int32_t scratch_slot, std::int32_t nobody, py::array rows, py::array reads, py::array users,
+             py::array candidate, py::array read_candidate, py::array is_new) {
+    const speeder::RowSource source{input(offsets, "offsets"),
+                                    input(keys, "keys", 3),
+                                    input(cached_len, "cached_len"),
+                                    input(session_slots, "session_slots"),
+                                    input(slot_mapping, "slot_mapping"),
+                                    input(num_ranked, "num_ranked"),
+                                    input(candidates, "candidates")};
+    const speeder::RowTarget target{fields(rows, "rows", speeder::kRowFields),
+                                    fields(reads, "reads", speeder::kReadFields),
+                                    fields(users, "users", speeder::kUserFields),
+                                    flags(candidate, "candidate"),
+                                    flags(read_candidate, "read_candidate"),
+                                    flags(is_new, "is_new")};
+    speeder::lay_out(source, {instruction_len, instruction_slot, scratch_slot, nobody}, target);
+}
+
 CacheStats stats_of(const BlockManager& manager) {
     const py::gil_scoped_release unlocked;
     return manager.stats();
@@ -126,6 +166,11 @@ py::dict stats(const BlockManager& manager) {
                     "positions_reused"_a = stats.positions_reused, "positions_planned"_a = stats.positions_planned,
                     "copies"_a = stats.copies, "evictions"_a = stats.evictions, "offloads"_a = stats.offloads,
                     "restores"_a = stats.restores, "truncations"_a = stats.truncations);
+}
+
+std::int64_t open_step(const BlockManager& manager) {
+    const py::gil_scoped_release unlocked;
+    return manager.open_step();
 }
 
 std::unique_ptr<BlockManager> make_manager(std::int32_t num_blocks, std::int32_t block_size, std::int32_t shared_len,
@@ -161,14 +206,24 @@ void bind_block_manager(py::module_& module) {
         .def("take_freed", &BlockManager::take_freed, Unlocked())
         .def("check_integrity", &BlockManager::check_integrity, Unlocked())
         .def_property_readonly("num_sessions", [](const BlockManager& self) { return stats_of(self).num_sessions; })
+        .def_property_readonly("open_step", &open_step)
         .def_property_readonly("num_shared_blocks", &BlockManager::num_shared_blocks)
         .def_property_readonly("max_blocks_per_seq", &BlockManager::max_blocks_per_seq);
+}
+
+void bind_row_layout(py::module_& module) {
+    module.def("lay_out", &lay_out, py::arg("offsets"), py::arg("keys"), py::arg("cached_len"),
+               py::arg("session_slots"), py::arg("slot_mapping"), py::arg("num_ranked"), py::arg("candidates"),
+               py::arg("instruction_len"), py::arg("instruction_slot"), py::arg("scratch_slot"), py::arg("nobody"),
+               py::arg("rows"), py::arg("reads"), py::arg("users"), py::arg("candidate"), py::arg("read_candidate"),
+               py::arg("is_new"));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-    module.doc() = "The KV-cache manager: block ids, sessions and plans.";
+    module.doc() = "The KV-cache manager: block ids, sessions and plans; and the rows that a plan leaves to compute.";
     py::register_exception<CacheExhausted>(module, "CacheExhausted", PyExc_RuntimeError);
     bind_block_manager(module);
+    bind_row_layout(module);
 }

@@ -133,6 +133,13 @@ std::vector<BlockId> BlockManager::take_freed() {
     return pool_.take_freed();
 }
 
+std::int64_t BlockManager::open_step() const {
+    const std::scoped_lock lock(mutex_);
+    std::int64_t newest = 0;
+    for (const auto& step : steps_) newest = std::max(newest, step->id);
+    return newest;
+}
+
 CacheStats BlockManager::stats() const {
     const std::scoped_lock lock(mutex_);
     CacheStats stats = counters_;

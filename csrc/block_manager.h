@@ -99,6 +99,8 @@ public:
     void clear();
     bool contains(std::string_view user) const;
     CacheStats stats() const;
+    // The newest step that is open or half open; 0: none is.
+    std::int64_t open_step() const;
     // Device blocks that were freed since the last call and still are free; none unless track_freed.
     std::vector<BlockId> take_freed();
 

@@ -154,6 +154,33 @@ class BlockManager:
     @property
     def num_sessions(self) -> int: ...
     @property
+    def open_step(self) -> int:
+        """The newest step that is open or half open; 0: none is."""
+    @property
     def num_shared_blocks(self) -> int: ...
     @property
     def max_blocks_per_seq(self) -> int: ...
+
+def lay_out(
+    offsets: NDArray[np.int32],
+    keys: NDArray[np.int32],
+    cached_len: NDArray[np.int32],
+    session_slots: NDArray[np.int32],
+    slot_mapping: NDArray[np.int32],
+    num_ranked: NDArray[np.int32],
+    candidates: NDArray[np.int32],
+    instruction_len: int,
+    instruction_slot: int,
+    scratch_slot: int,
+    nobody: int,
+    rows: NDArray[np.int64],
+    reads: NDArray[np.int64],
+    users: NDArray[np.int64],
+    candidate: NDArray[np.bool_],
+    read_candidate: NDArray[np.bool_],
+    is_new: NDArray[np.bool_],
+) -> None:
+    """Lays out the rows that a plan leaves to compute of B windows with `keys` [n, 3], `num_ranked` [B] candidates of
+    each behind its new history. `engine/batch.py` names the fields; what is not filled is padding, of the sequence
+    `nobody`. ValueError for what doesn't fit together or into the target, which is then as it was.
+    """

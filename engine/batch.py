@@ -3,6 +3,7 @@
 Every sequence is laid out as the rows its plan leaves to compute: new history positions, then ranked candidates.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,89 +13,94 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from speeder_engine.cache import CachePlan
+from speeder_engine.cache import CachePlan, KVCache
 from speeder_engine.config import ROW_TILE
 from speeder_engine.prompt import PromptLayout
 from speeder_engine.query import Query
 from speeder_engine.text_rows import TextRows
 from speeder_engine.triton_kernels.compressed_attention import AttentionRows
 
-Ints = NDArray[np.integer[Any]]
 Put = Callable[[NDArray[Any]], Tensor]  # onto the device
 
 
+ROW_FIELDS = ("item_rows", "slots", "buckets", "positions", "slot_mapping", "sequence", "local", "visible")
+READ_FIELDS = ("read_rows", "items", "sequence", "local", "visible")
+USER_FIELDS = ("last_read", "kept_slots", "keep_slots")
+
+
 @dataclass(frozen=True)
+class RowArrays:
+    """Rows of items, what is read of them, and their sequences, as `CachePlan.lay_out` writes them: fields [f, n] one
+    behind the other, in the order of the names above, and what is true or false beside them."""
+
+    rows: NDArray[np.int64]
+    reads: NDArray[np.int64]
+    users: NDArray[np.int64]
+    candidate: NDArray[np.bool_]
+    read_candidate: NDArray[np.bool_]
+    is_new: NDArray[np.bool_]
+
+    @classmethod
+    def empty(cls, num_rows: int, num_reads: int, num_users: int) -> "RowArrays":
+        """Room for so many, and for one more where they are odd: every field begins at a multiple of 16 bytes."""
+        widths = [count + count % 2 for count in (num_rows, num_reads, num_users)]
+        rows, reads, users = (np.empty((len(f), width), np.int64) for f, width in zip(FIELDS, widths, strict=True))
+        candidate, read_candidate, is_new = (np.empty(width, np.bool_) for width in widths)
+        return cls(rows, reads, users, candidate, read_candidate, is_new)
+
+
+FIELDS = (ROW_FIELDS, READ_FIELDS, USER_FIELDS)
+
+
+@dataclass(frozen=True)
+class RowConstants:
+    """What every layout of an engine has in common."""
+
+    instruction_len: int
+    instruction_slot: int  # h(last) of an empty history
+    scratch_slot: int  # what nobody keeps
+
+    @classmethod
+    def of(cls, cache: KVCache, layout: PromptLayout) -> "RowConstants":
+        return cls(layout.instruction_len, cache.instruction_slot, cache.scratch_slot)
+
+
 class RowLayout:
-    """I rows of items of B sequences as numpy knows them, before they go to the device."""
+    """The rows that a plan leaves to compute of B sequences, history before candidates: counted, and then written."""
 
-    item_rows: Ints  # [I] of the catalogue
-    slots: Ints  # [I]
-    buckets: Ints  # [I] calendar buckets, 0 for candidates and where none are known
-    sequence: Ints  # [I]
-    local: Ints  # [I] index among the sequence's rows
-    visible: Ints  # [I] history positions that are seen
-    candidate: NDArray[np.bool_]  # [I]
-    slot_mapping: Ints  # [I] where a row's keys are written, -1 for candidates
-    longest: int  # rows of a sequence
-    read_rows: Ints  # [R] whose final hidden state is read: candidates, and each sequence's last history row
-    last_read: Ints  # [B] index into the reads of h(last), -1 where no history row is new
-    kept_slots: Ints  # [B] where h(last) is found instead: with an unchanged session, or the instruction's own
-    keep_slots: Ints  # [B] where h(last) is kept
-    first_candidate: Ints  # [B] index into the reads
-    num_candidates: Ints  # [B] that are rows of their own
+    def __init__(self, queries: Sequence[Query], plan: CachePlan, constants: RowConstants) -> None:
+        self.plan, self.constants = plan, constants
+        self.num_users = len(queries)
+        named = [query.candidates for query in queries if query.num_ranked]
+        self.candidates = _one_behind_the_other([rows for rows in named if rows is not None])
+        ranked, extend = [query.num_ranked for query in queries], plan.extend_len.tolist()
+        self.num_ranked = np.array(ranked, np.int32)
+        self.num_rows = sum(ranked) + sum(extend)
+        self.longest = max(map(operator.add, ranked, extend), default=0)  # rows of a sequence
+        # the last new history row of each is read, and then its candidates
+        reads, candidate_reads = 0, []
+        for new, count in zip(extend, ranked, strict=True):
+            first = reads + (new > 0)
+            reads = first + count
+            candidate_reads.append(slice(first, reads))
+        self.num_reads = reads
+        self.candidate_reads = tuple(
+            candidate_reads
+        )  # [B] what the head of candidates reads, empty where there is none
 
-    @property
-    def num_rows(self) -> int:
-        return len(self.item_rows)
-
-    @property
-    def num_reads(self) -> int:
-        return len(self.read_rows)
-
-    def candidate_reads(self) -> tuple[slice, ...]:
-        """[B] what the head of candidates reads, empty where there is none."""
-        firsts, counts = self.first_candidate.tolist(), self.num_candidates.tolist()
-        return tuple([slice(first, first + count) for first, count in zip(firsts, counts, strict=True)])
-
-
-def lay_out(queries: Sequence[Query], plan: CachePlan, instruction_slot: int, scratch_slot: int) -> RowLayout:
-    """`instruction_slot` holds h(last) of an empty history, `scratch_slot` what nobody keeps."""
-    extend, cached = plan.extend_len, plan.cached_len
-    ranked = np.array([query.num_ranked for query in queries], dtype=np.int32)
-    counts = extend + ranked
-    starts = np.cumsum(counts) - counts
-    sequence = np.repeat(np.arange(len(queries)), counts)
-    local = np.arange(len(sequence)) - starts[sequence]
-    candidate = local >= extend[sequence]
-    slots = np.where(candidate, (cached + extend)[sequence], cached[sequence] + local)
-    read_rows = np.flatnonzero(candidate | (local == extend[sequence] - 1))
-    first_read = np.searchsorted(read_rows, starts)
-    slot_mapping = np.full(len(sequence), -1, np.int64)
-    slot_mapping[~candidate] = plan.slot_mapping
-    item_rows, buckets = _item_rows(queries, plan)
-    return RowLayout(
-        item_rows=item_rows,
-        slots=slots,
-        buckets=buckets,
-        sequence=sequence,
-        local=local,
-        visible=np.where(candidate, slots, slots + 1),
-        candidate=candidate,
-        slot_mapping=slot_mapping,
-        longest=int(counts.max(initial=0)),
-        read_rows=read_rows,
-        last_read=np.where(extend > 0, first_read, -1),
-        kept_slots=np.where((cached > 0) & (extend == 0), plan.session_slots, instruction_slot),
-        keep_slots=np.where((plan.session_slots >= 0) & (extend > 0), plan.session_slots, scratch_slot),
-        first_candidate=first_read + (extend > 0),
-        num_candidates=ranked,
-    )
+    def write(self, arrays: RowArrays, nobody: int = 0) -> RowArrays:
+        """Fills `arrays`; nobody: the sequence of what is left over."""
+        fixed, flags = self.constants, (arrays.candidate, arrays.read_candidate, arrays.is_new)
+        numbers = (fixed.instruction_len, fixed.instruction_slot, fixed.scratch_slot, nobody)
+        ints = (arrays.rows, arrays.reads, arrays.users)
+        self.plan.lay_out(self.num_ranked, self.candidates, numbers, ints, flags)
+        return arrays
 
 
-def empty_layout() -> RowLayout:
-    """Of no sequence at all."""
-    none, no = np.empty(0, np.int64), np.empty(0, np.bool_)
-    return RowLayout(none, none, none, none, none, none, no, none, 0, none, none, none, none, none, none)
+def _one_behind_the_other(arrays: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
+    if len(arrays) == 1:
+        return arrays[0]
+    return np.concatenate(arrays) if arrays else np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -149,17 +155,6 @@ class Reads:
     keep_slots: Tensor  # int64 [B] where it is kept
 
 
-def make_reads(rows: RowLayout, put: Put) -> Reads:
-    return Reads(
-        items=put(rows.item_rows[rows.read_rows]),
-        sequence=put(rows.sequence[rows.read_rows]),
-        last_read=put(np.maximum(rows.last_read, 0)),
-        is_new=put(rows.last_read >= 0),
-        kept_slots=put(rows.kept_slots),
-        keep_slots=put(rows.keep_slots),
-    )
-
-
 def pad_rows(count: int) -> int:
     """Up to a whole tile: a row's arithmetic must not depend on how many stand beside it."""
     return -(-count // ROW_TILE) * ROW_TILE
@@ -171,47 +166,39 @@ def pad_to_tile(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_zeros(padding, *rows.shape[1:])]) if padding else rows
 
 
-def make_batch(rows: RowLayout, plan: CachePlan, layout: PromptLayout, shared_blocks: Tensor, put: Put) -> Batch:
-    """The rows of items; text comes behind them by `with_text`."""
-    attention = AttentionRows(
-        sequence=put(rows.sequence),
-        local=put(rows.local),
-        visible=put(rows.visible),
-        candidate=put(rows.candidate),
-        rows_per_sequence=pad_rows(rows.longest),
-        block_tables=put(plan.block_tables),
-        shared_blocks=shared_blocks,
-        shared_len=layout.instruction_len,
-    )
-    read = rows.read_rows
-    return Batch(
-        item_rows=put(rows.item_rows),
-        slots=put(rows.slots),
-        buckets=put(rows.buckets),
-        positions=put(rows.slots + layout.instruction_len),
-        attention=attention,
-        slot_mapping=put(rows.slot_mapping),
-        read_rows=put(read),
-        read_attention=replace(
-            attention,
-            sequence=put(rows.sequence[read]),
-            local=put(rows.local[read]),
-            visible=put(rows.visible[read]),
-            candidate=put(rows.candidate[read]),
-        ),
+def make_batch(rows: RowLayout, shared_blocks: Tensor, put: Put) -> tuple[Batch, Reads]:
+    """The rows of items, and what the heads read of them; text comes behind them by `with_text`."""
+    arrays = rows.write(RowArrays.empty(rows.num_rows, rows.num_reads, rows.num_users))
+    counts = rows.num_rows, rows.num_reads, rows.num_users
+    ints = (put(each)[:, :count] for each, count in zip((arrays.rows, arrays.reads, arrays.users), counts, strict=True))
+    flags = (arrays.candidate, arrays.read_candidate, arrays.is_new)
+    return batch_of(
+        tuple(each.unbind(0) for each in ints),
+        tuple(put(each)[:count] for each, count in zip(flags, counts, strict=True)),
+        put(rows.plan.block_tables),
+        shared_blocks,
+        rows.constants.instruction_len,
+        pad_rows(rows.longest),
     )
 
 
-def _item_rows(queries: Sequence[Query], plan: CachePlan) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Rows of the catalogue and calendar buckets: each sequence's new history, then its ranked candidates."""
-    nothing = np.empty(0, np.int32)
-    rows, buckets = [nothing], [nothing]
-    for query, cached in zip(queries, plan.cached_len.tolist(), strict=True):
-        new = query.window[cached:]
-        rows.append(new)
-        buckets.append(np.zeros(len(new), np.int32) if query.buckets is None else query.buckets[cached:])
-        if query.num_ranked:
-            assert query.candidates is not None
-            rows.append(query.candidates)
-            buckets.append(np.zeros(query.num_ranked, np.int32))
-    return np.concatenate(rows), np.concatenate(buckets)
+def batch_of(
+    ints: Sequence[Sequence[Tensor]],
+    flags: Sequence[Tensor],
+    block_tables: Tensor,
+    shared_blocks: Tensor,
+    instruction_len: int,
+    rows_per_sequence: int,
+) -> tuple[Batch, Reads]:
+    """ints: the fields of `RowArrays` in the order of `FIELDS`; flags: candidate, read_candidate, is_new."""
+    (item_rows, slots, buckets, positions, slot_mapping, sequence, local, visible), read, users = ints
+    read_rows, items, read_sequence, read_local, read_visible = read
+    last_read, kept_slots, keep_slots = users
+    candidate, read_candidate, is_new = flags
+    shared = (rows_per_sequence, block_tables, shared_blocks, instruction_len)
+    attention = AttentionRows(sequence, local, visible, candidate, *shared)
+    read_attention = AttentionRows(read_sequence, read_local, read_visible, read_candidate, *shared)
+    return (
+        Batch(item_rows, slots, buckets, positions, attention, slot_mapping, read_rows, read_attention),
+        Reads(items, read_sequence, last_read, is_new, kept_slots, keep_slots),
+    )

@@ -21,6 +21,8 @@ from speeder_engine.prompt import PromptLayout
 
 KEY_WIDTH = 3  # (row, version, time bucket)
 Ints = NDArray[np.int32]
+Longs = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class CachePlan:
     """What one step reads and writes. The arrays are the planner's own: they hold until the next plan."""
 
     step: int
+    offsets: Ints  # [B + 1] of the windows in `keys`
+    keys: Ints  # [n, 3] of their positions
     cached_len: Ints  # [B] history positions that need no row
     extend_len: Ints  # [B] history positions that do
     session_slots: Ints  # [B] where h(last) is kept, -1 for none
@@ -35,6 +39,28 @@ class CachePlan:
     slot_mapping: Ints  # [new rows] where their keys go: block * block_size + offset
     copies: Ints  # [c, 3] source block, target block, positions: before anything is written
     restores: Ints  # [r, 2] host block, device block: before the copies
+
+    @classmethod
+    def of_nobody(cls, size: "CacheSize") -> "CachePlan":
+        """Of no sequence at all."""
+        none, tables = np.zeros(0, np.int32), np.zeros((0, size.blocks_per_sequence), np.int32)
+        pairs, keys = np.zeros((0, 2), np.int32), np.zeros((0, KEY_WIDTH), np.int32)
+        return cls(0, np.zeros(1, np.int32), keys, none, none, none, tables, none, keys, pairs)
+
+    def lay_out(
+        self,
+        num_ranked: Ints,
+        candidates: Ints,
+        numbers: tuple[int, int, int, int],
+        ints: tuple[Longs, Longs, Longs],
+        flags: tuple[Flags, Flags, Flags],
+    ) -> None:
+        """Writes the rows that are left to compute, and the candidates behind them: `_C.lay_out`, whose arguments these
+        are."""
+        _C.lay_out(
+            self.offsets, self.keys, self.cached_len, self.session_slots, self.slot_mapping, num_ranked, candidates,
+            *numbers, *ints, *flags,
+        )  # fmt: skip
 
     def __str__(self) -> str:
         reused, new = int(self.cached_len.sum()), int(self.extend_len.sum())
@@ -186,6 +212,8 @@ class KVCache:
         np.subtract(np.diff(buffers.offsets[: size + 1]), buffers.cached_len[:size], out=extend_len)
         return CachePlan(
             step=step,
+            offsets=buffers.offsets[: size + 1],
+            keys=buffers.keys,
             cached_len=buffers.cached_len[:size],
             extend_len=extend_len,
             session_slots=buffers.session_slots[:size],
@@ -254,16 +282,15 @@ class KVCache:
 
     def release(self, plan: CachePlan) -> None:
         """Gives the step's blocks back; every session is as it was."""
-        if plan.step == self.manager.stats()["steps_planned"]:  # else a later step has begun, and ended this one
+        if plan.step == self.manager.open_step:  # else a later step has begun, and ended this one
             self.manager.release(plan.step)
             self._check()
 
     def _end_interrupted(self) -> None:
         """Ends what a KeyboardInterrupt left open, beside the native calls. There is one step at a time: an open one is
         nobody's any more."""
-        counts = self.manager.stats()
-        if counts["num_open_steps"]:
-            step = counts["steps_planned"]  # they are numbered from 1
+        step = self.manager.open_step
+        if step:
             try:
                 self.manager.release(step)
             except ValueError:  # committed, and what was to leave for the host tier has not been copied

@@ -183,15 +183,15 @@ class Catalogue:
     def rows(self, item_ids: Iterable[str], where: str) -> Rows:
         """Rows of these ids, in order, removed items included. Raises UnknownItem with all that are unknown; `where`
         names the field."""
-        found = self.find(item_ids)
-        unknown = [item_id for item_id, row in found if row is None]
-        if unknown:
-            raise UnknownItem(unknown, where)
-        return np.array([row for _, row in found], dtype=np.int32)
+        listed = list(item_ids)
+        found = [self._row_of.get(item_id) if isinstance(item_id, str) else None for item_id in listed]
+        if None in found:
+            raise UnknownItem([item_id for item_id, row in zip(listed, found, strict=True) if row is None], where)
+        return np.array(found, dtype=np.int32)
 
-    def find(self, item_ids: Iterable[str]) -> list[tuple[str, int | None]]:
-        get = self._row_of.get
-        return [(item_id, get(item_id) if isinstance(item_id, str) else None) for item_id in item_ids]
+    def find(self, item_ids: Sequence[str]) -> list[int | None]:
+        """Each one's row, None for what no item is called."""
+        return [*map(self._row_of.get, item_ids)]
 
     def keys(self, rows: Rows, buckets: Rows | None = None) -> NDArray[np.int32]:
         """What cached positions were computed from: (row, version, time bucket) [n, 3]; no times are bucket 0."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from speeder_engine.batch import RowLayout
-from speeder_engine.cache import CachePlan, CacheSize
+from speeder_engine.cache import CacheSize
 from speeder_engine.config import EngineConfig
 from speeder_engine.progress import track
 from speeder_engine.prompt import PromptLayout
@@ -103,9 +103,9 @@ class StepGraph:
     def block_tables(self) -> Tensor:
         return self.buffers.batch.attention.block_tables
 
-    def run(self, rows: RowLayout, plan: CachePlan) -> Outcome:
+    def run(self, rows: RowLayout) -> Outcome:
         """The outcome is overwritten by the next step, whichever graph's it is."""
-        self.buffers.fill(rows, plan.block_tables)
+        self.buffers.fill(rows)
         self._replay()
         return self._outcome
 

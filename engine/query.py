@@ -129,8 +129,9 @@ def _look_up(request: Request, catalogue: Catalogue) -> tuple[dict[str, Rows], l
         ids = getattr(request, field)
         if ids is not None:
             found = catalogue.find(ids)
-            unknown |= {item_id: field for item_id, row in found if row is None}
-            rows[field] = np.array([row for _, row in found if row is not None], dtype=np.int32)
+            if None in found:
+                unknown |= {item_id: field for item_id, row in zip(ids, found, strict=True) if row is None}
+            rows[field] = np.array([row for row in found if row is not None], dtype=np.int32)
     if unknown and request.on_unknown == "error":
         raise UnknownItem(unknown, ", ".join(dict.fromkeys(unknown.values())))
     return rows, list(unknown)

@@ -132,6 +132,8 @@ class Scheduler:
 
     def _admit(self, count_rows: Callable[[Sequence[Query]], list[int]]) -> list[Waiting]:
         candidates = list(islice(self._first_of_each_user(), self.config.max_batch_users))
+        if sum(each.query.num_rows for each in candidates) <= self.config.max_batch_rows:
+            return candidates  # whatever is cached of them
         counts = count_rows([each.query for each in candidates])
         first = next(cut_into_steps(counts, self.config), slice(0, 0))
         return candidates[first]

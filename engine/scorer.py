@@ -109,9 +109,10 @@ class HeadScorer:
         found |= {b: _best(queries[b], by_rank[candidate_reads[b]]) for b in ranked}
         # what was fetched is overwritten by the next fetch
         exactly = [b for b in searching if b not in found or b in unsure]
-        again = {b: followed[b].copy() for b in exactly if b in followed}
-        for b, (best, best_rows) in self.search_exactly(queries, exactly, vectors).items():
-            found[b] = _search_answer(queries[b], best, best_rows, again.get(b))
+        if exactly:
+            again = {b: followed[b].copy() for b in exactly if b in followed}
+            for b, (best, best_rows) in self.search_exactly(queries, exactly, vectors).items():
+                found[b] = _search_answer(queries[b], best, best_rows, again.get(b))
         return [found[b] for b in range(len(queries))]
 
     @torch.inference_mode()
@@ -139,8 +140,6 @@ class HeadScorer:
     ) -> dict[int, tuple[Floats, NDArray[np.int64]]]:
         """The best scores and rows [k] of `members` among the queries, for whom two stages didn't suffice; waited for
         once more."""
-        if not members:
-            return {}
         asked = [queries[b] for b in members]
         top, rows, _ = self.transfer.fetch(self._search(asked, members, vectors, exact=True))
         return {b: (top[i], rows[i]) for i, b in enumerate(members)}

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from speeder_engine.batch import RowLayout, lay_out, make_batch, make_reads
+from speeder_engine.batch import RowConstants, RowLayout, make_batch
 from speeder_engine.cache import CachePlan, KVCache
 from speeder_engine.config import ROW_TILE, EngineConfig, check
 from speeder_engine.device import pick_kv_dtype
@@ -104,6 +104,7 @@ class Serving:
         room, two_stage = config.capacity_for(len(parts.catalogue)), config.search == "two_stage"
         self.catalogue = parts.catalogue.to(device, dtype, room, coarse=two_stage)
         self.cache = KVCache(config, parts.config.decoder, self.layout, device, dtype, kv_dtype)
+        self.row_constants = RowConstants.of(self.cache, self.layout)
         self.runner = ModelRunner(self.model, self.cache, native, config.launches)
         capture = pick_capture(config.graphs, device)
         staged = capture is not None or device.type == "cuda"
@@ -174,12 +175,15 @@ class Serving:
 
     def steps(self, queries: Sequence[Query]) -> Iterator[Sequence[Query]]:
         """Consecutive parts of the queries, each one step."""
-        with self.lock:
-            counts = self.num_rows(queries)
+        counts = [query.num_rows for query in queries]
+        if len(queries) > self.config.max_batch_users or sum(counts) > self.config.max_batch_rows:
+            with self.lock:
+                counts = self.num_rows(queries)
         for part in cut_into_steps(counts, self.config):
+            if part.start:
+                # the lock is free: whoever waits for it, a change of the catalogue or the queue, may go first
+                time.sleep(0)
             yield queries[part]
-            # the lock is free: whoever waits for it, a change of the catalogue or the queue, may go first
-            time.sleep(0)
 
     def step(self, queries: Sequence[Query]) -> list[Ranking]:
         """One forward pass over these queries; a failure leaves every session as it was."""
@@ -230,18 +234,16 @@ class Serving:
         self.num_steps += 1
 
     def _run(self, queries: Sequence[Query], plan: CachePlan) -> Pass:
-        rows = lay_out(queries, plan, self.cache.instruction_slot, self.cache.scratch_slot)
+        rows = RowLayout(queries, plan, self.row_constants)
         text = make_text_rows(queries, plan, self.layout, self.cache.shared_blocks, self.device)
         self.cache.prepare(plan)
         graph = self.graphs.find(rows) if text is None else None
         if graph is not None:
             self.runner.rows_computed += rows.num_rows
-            return _pass(graph.run(rows, plan), rows, graph.block_tables)
+            return _pass(graph.run(rows), rows, graph.block_tables)
         self.eager_steps += rows.num_rows > 0 or text is not None
-        put = self.transfer.put
         self.transfer.begin()
-        batch = make_batch(rows, plan, self.layout, self.cache.shared_blocks, put)
-        reads = make_reads(rows, put)
+        batch, reads = make_batch(rows, self.cache.shared_blocks, self.transfer.put)
         self.transfer.send()
         outcome = self.model_step.run(batch if text is None else batch.with_text(text), reads)
         return _pass(outcome, rows, batch.attention.block_tables, text)
@@ -306,8 +308,8 @@ def _pass(outcome: Outcome, rows: RowLayout, block_tables: Tensor, text: TextRow
     if text is not None and outcome.hidden is not None:
         behind = outcome.hidden[rows.num_reads :]
         titles = [behind[part] for part in text.reads if part.stop > part.start]
-    num_users = len(rows.last_read)
-    return Pass(outcome.vectors[:num_users], outcome.scores, rows.candidate_reads(), titles, block_tables[:num_users])
+    num_users = rows.num_users
+    return Pass(outcome.vectors[:num_users], outcome.scores, rows.candidate_reads, titles, block_tables[:num_users])
 
 
 def to_numpy(tensor: Tensor) -> Floats:

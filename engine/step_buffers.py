@@ -6,18 +6,17 @@ alone, store nothing and are read by nobody.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from speeder_engine.batch import Batch, Reads, RowLayout, empty_layout, pad_rows
-from speeder_engine.cache import CacheSize, KVCache
+from speeder_engine.batch import FIELDS, RowArrays, RowConstants, RowLayout, batch_of, pad_rows
+from speeder_engine.cache import CachePlan, CacheSize, KVCache
 from speeder_engine.prompt import PromptLayout
 from speeder_engine.transfer import Transfer, words_of
-from speeder_engine.triton_kernels.compressed_attention import AttentionRows
 from speeder_engine.triton_kernels.few_rows import MOST_ROWS
 
 PRUNED_FROM = MOST_ROWS  # below, a pass takes as long as its weights take to be read, however many rows are read
@@ -54,75 +53,40 @@ class StepBuffers:
 
     def __init__(self, bucket: Bucket, cache: KVCache, layout: PromptLayout, transfer: Transfer) -> None:
         self.bucket = bucket
-        self._cache, self._instruction_len = cache, layout.instruction_len
         self._transfer = transfer
-        self._arrays: dict[str, Array] = {}
-        tensors: dict[str, Tensor] = {}
+        self._nobody = num_users(cache.size) - 1
+        self._nothing = RowLayout([], CachePlan.of_nobody(cache.size), RowConstants.of(cache, layout))
         self.words = 0
-        for name, shape, dtype in _fields(bucket, cache.size):
-            self._arrays[name], tensors[name], self.words = transfer.at(self.words, shape, dtype)
-        attention = AttentionRows(
-            sequence=tensors["sequence"],
-            local=tensors["local"],
-            visible=tensors["visible"],
-            candidate=tensors["candidate"],
-            rows_per_sequence=bucket.rows,
-            block_tables=tensors["block_tables"],
-            shared_blocks=cache.shared_blocks,
-            shared_len=layout.instruction_len,
+        arrays: list[Array] = []
+        tensors: list[Tensor] = []
+        for shape, dtype in _fields(bucket, cache.size):
+            array, tensor, self.words = transfer.at(self.words, shape, dtype)
+            arrays.append(array)
+            tensors.append(tensor)
+        *parts, self._tables = arrays
+        self._arrays = RowArrays(*parts)
+        *there, block_tables = tensors
+        self.batch, self.reads = batch_of(
+            [each.unbind(0) for each in there[: len(FIELDS)]],
+            there[len(FIELDS) :],
+            block_tables,
+            cache.shared_blocks,
+            layout.instruction_len,
+            bucket.rows,
         )
-        read_attention = replace(
-            attention,
-            sequence=tensors["read_sequence"],
-            local=tensors["read_local"],
-            visible=tensors["read_visible"],
-            candidate=tensors["read_candidate"],
-        )
-        rows = {name: tensors[name] for name in ("item_rows", "slots", "buckets", "positions", "slot_mapping")}
-        read_rows = tensors["read_rows"]
-        self.batch = Batch(**rows, attention=attention, read_rows=read_rows, read_attention=read_attention, text=None)
-        users = {name: tensors[name] for name in ("last_read", "is_new", "kept_slots", "keep_slots")}
-        self.reads = Reads(items=tensors["read_items"], sequence=tensors["read_sequence"], **users)
 
     def clear(self) -> None:
         """Nothing but padding, sent."""
-        nothing = np.zeros((0, self._cache.size.blocks_per_sequence), np.int32)
-        self.fill(empty_layout(), nothing)
+        self.fill(self._nothing)
 
-    def fill(self, rows: RowLayout, block_tables: Array) -> None:
+    def fill(self, rows: RowLayout) -> None:
         """One step's rows, sent. At most as many as the bucket has."""
         self._transfer.begin(self.words)
-        nobody = num_users(self._cache.size) - 1
-        read = rows.read_rows
-        self._set("item_rows", rows.item_rows, 0)
-        self._set("slots", rows.slots, 0)
-        self._set("buckets", rows.buckets, 0)
-        self._set("positions", rows.slots + self._instruction_len, 0)
-        self._set("slot_mapping", rows.slot_mapping, -1)
-        for prefix, chosen in (("", slice(None)), ("read_", read)):
-            self._set(f"{prefix}sequence", rows.sequence[chosen], nobody)
-            self._set(f"{prefix}visible", rows.visible[chosen], 0)
-            self._set(f"{prefix}candidate", rows.candidate[chosen], False)
-            local = rows.local[chosen]
-            self._set(f"{prefix}local", local, _counting(self._arrays[f"{prefix}local"], len(local)))
-        self._set("read_rows", read, 0)
-        self._set("read_items", rows.item_rows[read], 0)
-        self._set("last_read", np.maximum(rows.last_read, 0), 0)
-        self._set("is_new", rows.last_read >= 0, False)
-        self._set("kept_slots", rows.kept_slots, self._cache.instruction_slot)
-        self._set("keep_slots", rows.keep_slots, self._cache.scratch_slot)
-        self._set("block_tables", block_tables, 0)
+        rows.write(self._arrays, self._nobody)
+        tables = rows.plan.block_tables
+        self._tables[: len(tables)] = tables
+        self._tables[len(tables) :] = 0
         self._transfer.send()
-
-    def _set(self, name: str, values: Array, padding: Any) -> None:
-        array = self._arrays[name]
-        array[: len(values)] = values
-        array[len(values) :] = padding
-
-
-def _counting(array: Array, filled: int) -> Array:
-    """0, 1, 2, ... for the part that is not filled: no two rows of a sequence stand in one place."""
-    return np.arange(len(array) - filled)
 
 
 def num_users(size: CacheSize) -> int:
@@ -132,18 +96,14 @@ def num_users(size: CacheSize) -> int:
 
 def bucket_words(bucket: Bucket, size: CacheSize) -> int:
     """Of a transfer's arena."""
-    return sum(words_of(shape, dtype) for _, shape, dtype in _fields(bucket, size))
+    return sum(words_of(shape, dtype) for shape, dtype in _fields(bucket, size))
 
 
-def _fields(bucket: Bucket, size: CacheSize) -> list[tuple[str, tuple[int, ...], Dtype]]:
-    users = num_users(size)
-    per_row = "item_rows slots buckets positions slot_mapping sequence local visible"
-    per_read = "read_rows read_items read_sequence read_local read_visible"
-    per_user = "last_read kept_slots keep_slots"
-    groups = ((per_row, bucket.rows), (per_read, bucket.reads), (per_user, users))
-    flags = (("candidate", bucket.rows), ("read_candidate", bucket.reads), ("is_new", users))
+def _fields(bucket: Bucket, size: CacheSize) -> list[tuple[tuple[int, ...], Dtype]]:
+    """Of `RowArrays`, and the block tables."""
+    counts = bucket.rows, bucket.reads, num_users(size)
     return [
-        *((name, (count,), np.dtype(np.int64)) for names, count in groups for name in names.split()),
-        *((name, (count,), np.dtype(np.bool_)) for name, count in flags),
-        ("block_tables", (users, size.blocks_per_sequence), np.dtype(np.int64)),
+        *(((len(names), count), np.dtype(np.int64)) for names, count in zip(FIELDS, counts, strict=True)),
+        *(((count,), np.dtype(np.bool_)) for count in counts),
+        ((counts[-1], size.blocks_per_sequence), np.dtype(np.int64)),
     ]

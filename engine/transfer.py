@@ -80,9 +80,10 @@ class Transfer:
         """The tensors on the host, waited for: the step's one synchronisation. Read before the next `fetch`."""
         if self._arrived is None:
             return [tensor.numpy() for tensor in tensors]
-        if not tensors:
-            return []
-        flat = torch.cat([tensor.contiguous().view(torch.uint8).flatten() for tensor in tensors])
+        bytes_of = [tensor.contiguous().view(torch.uint8).flatten() for tensor in tensors if tensor.numel()]
+        if not bytes_of:
+            return [np.empty(tensor.shape, _numpy_dtype(tensor.dtype)) for tensor in tensors]
+        flat = torch.cat(bytes_of) if len(bytes_of) > 1 else bytes_of[0]
         if flat.shape[0] > self._answers.shape[0]:
             self._answers = torch.zeros(2 * flat.shape[0], dtype=torch.uint8, pin_memory=True)
         answers = self._answers[: flat.shape[0]]

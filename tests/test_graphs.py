@@ -16,7 +16,7 @@ from reference import make_tiny, make_titled
 
 from speeder_engine import ConfigError, Engine, EngineConfig, Item, Request
 from speeder_engine import serving as serving_module
-from speeder_engine.batch import ROW_TILE
+from speeder_engine.batch import ROW_TILE, make_batch
 from speeder_engine.config import CalendarConfig
 from speeder_engine.graphs import CudaCapture
 from speeder_engine.step_buffers import Bucket, make_buckets
@@ -212,20 +212,24 @@ def test_the_static_rows_equal_those_made_for_the_step(tiny):
     graph = serving.graphs._graphs[Bucket(48, 48)]
     original = graph.buffers.fill
 
-    def spy(rows, tables):
-        original(rows, tables)
-        seen.append(rows)
+    def spy(rows):
+        original(rows)
+        seen.append((rows, make_batch(rows, serving.cache.shared_blocks, torch.from_numpy)))
 
     graph.buffers.fill = spy
     engine.recommend_many([Request(tiny.ids(range(9))), Request(tiny.ids(range(5, 16)), candidates=tiny.ids(range(8)))])
-    [rows], batch, count = seen, graph.buffers.batch, seen[0].num_rows
+    [(rows, (made, reads))], batch, count = seen, graph.buffers.batch, seen[0][0].num_rows
     assert count == 28
-    for name in ("item_rows", "slots", "buckets", "slot_mapping"):
-        assert getattr(batch, name)[:count].tolist() == getattr(rows, name).tolist(), name
+    for name in ("item_rows", "slots", "buckets", "positions", "slot_mapping", "read_rows"):
+        right = getattr(made, name).tolist()
+        assert getattr(batch, name)[: len(right)].tolist() == right, name
     for name in ("sequence", "local", "visible", "candidate"):
-        assert getattr(batch.attention, name)[:count].tolist() == getattr(rows, name).tolist(), name
-        read = getattr(batch.read_attention, name)[: rows.num_reads]
-        assert read.tolist() == getattr(rows, name)[rows.read_rows].tolist(), name
+        assert getattr(batch.attention, name)[:count].tolist() == getattr(made.attention, name).tolist(), name
+        right = getattr(made.read_attention, name).tolist()
+        assert getattr(batch.read_attention, name)[: rows.num_reads].tolist() == right, name
+    for field in fields(reads):
+        right = getattr(reads, field.name).tolist()
+        assert getattr(graph.buffers.reads, field.name)[: len(right)].tolist() == right, field.name
     assert (batch.slot_mapping[count:] == -1).all()
     assert not batch.attention.candidate[count:].any()
     places = list(zip(batch.attention.sequence.tolist(), batch.attention.local.tolist(), strict=True))
@@ -360,6 +364,15 @@ def python_calls(call):
         sys.setprofile(None)
         gc.enable()
     return calls
+
+
+@pytest.mark.parametrize("asked", [1, 2, 3])
+def test_only_between_two_steps_do_others_go_first(tiny, monkeypatch, asked):
+    """Giving the processor away costs a request that is alone more than everything else on the host."""
+    engine, given = captured(tiny, max_batch_users=1), []
+    monkeypatch.setattr(serving_module, "time", SimpleNamespace(sleep=given.append))
+    engine.recommend_many([Request(tiny.ids(range(5)))] * asked)
+    assert engine.stats().steps == asked and given == [0] * (asked - 1)
 
 
 def warm_step(engine, tiny, num_users, length, num_candidates):
