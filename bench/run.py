@@ -30,6 +30,7 @@ SECTIONS = {
     "sessions": 0.07,
     "catalogue": 0.10,
     "cache": 0.03,
+    "host": 0.02,
     "kernels": 0.08,
     "train": 0.07,
 }

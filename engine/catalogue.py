@@ -195,10 +195,8 @@ class Catalogue:
 
     def keys(self, rows: Rows, buckets: Rows | None = None) -> NDArray[np.int32]:
         """What cached positions were computed from: (row, version, time bucket) [n, 3]; no times are bucket 0."""
-        keys = np.zeros((len(rows), 3), np.int32)
-        keys[:, 0], keys[:, 1] = rows, self.versions[rows]
-        if buckets is not None:
-            keys[:, 2] = buckets
+        keys = np.empty((len(rows), 3), np.int32)
+        keys[:, 0], keys[:, 1], keys[:, 2] = rows, self.versions[rows], 0 if buckets is None else buckets
         return keys
 
     def priors(self, item_ids: Sequence[str]) -> NDArray[np.float32]:

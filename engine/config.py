@@ -6,6 +6,7 @@ import sys
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
@@ -191,7 +192,7 @@ class HeadsConfig(Config):
         scores = f"HeadsConfig.title_score: {self.title_score!r}; choose 'sum' or 'mean'"
         check(self.title_score in ("sum", "mean"), scores)
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Of those that were trained."""
         return tuple(name for name in ("retrieve", "rank", "title") if getattr(self, name))

@@ -16,6 +16,7 @@ from speeder_engine.request import Head, Request
 from speeder_engine.title import TitleTrie
 
 Rows = NDArray[np.int32]
+NOTHING: Rows = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def resolve(
             f"history_offset: with {request.history_offset} older interactions left out the window still needs the "
             f"last {needed}, got {len(history)}; send more of the history"
         )
+    if candidates is not None:
+        candidates.sort()
     excluded = [rows["deny"]] if "deny" in rows else []
     if request.exclude_seen and candidates is None:
         excluded.append(history)
@@ -85,8 +88,8 @@ def resolve(
         window=history[start:],
         buckets=_buckets(request, unknown, layout, len(history) - start),
         head=head or _head(request, config.heads),
-        candidates=None if candidates is None else np.sort(candidates),
-        excluded=np.unique(np.concatenate(excluded)) if excluded else np.empty(0, np.int32),
+        candidates=candidates,
+        excluded=np.unique(np.concatenate(excluded)) if excluded else NOTHING,
         allowed=np.unique(rows["allow"]) if "allow" in rows else None,
         unknown=tuple(unknown),
     )
@@ -131,7 +134,8 @@ def _look_up(request: Request, catalogue: Catalogue) -> tuple[dict[str, Rows], l
             found = catalogue.find(ids)
             if None in found:
                 unknown |= {item_id: field for item_id, row in zip(ids, found, strict=True) if row is None}
-            rows[field] = np.array([row for row in found if row is not None], dtype=np.int32)
+                found = [row for row in found if row is not None]
+            rows[field] = np.array(found, np.int32)
     if unknown and request.on_unknown == "error":
         raise UnknownItem(unknown, ", ".join(dict.fromkeys(unknown.values())))
     return rows, list(unknown)

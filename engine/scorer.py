@@ -28,6 +28,7 @@ from speeder_engine.triton_kernels.top_scores_two_stage import top_scores_two_st
 
 Scored = tuple[Rows, list[float]]  # rows, best first, and their scores
 Floats = NDArray[np.float32]
+MINUS_INFINITY = np.float32("-inf")
 TWO_STAGE_K = MAX_K // 4  # deeper answers are searched exactly: the first stage hands on MAX_K rows
 
 
@@ -234,11 +235,11 @@ def _best(query: Query, scores: Floats) -> Scored:
     if query.following is not None:
         scores = scores + query.following.of(rows)
     if len(query.excluded) or query.allowed is not None:
-        scores = np.where(query.may_answer(rows), scores, np.float32("-inf"))
-    order = np.argsort(-scores, kind="stable")
+        scores = np.where(query.may_answer(rows), scores, MINUS_INFINITY)
+    order = (-scores).argsort(kind="stable")
     return _cut(query, scores[order], rows[order])
 
 
 def _cut(query: Query, scores: Floats, rows: NDArray[np.int64] | Rows) -> Scored:
-    kept = min(query.request.k, int((scores > float("-inf")).sum()))
-    return rows[:kept].astype(np.int32), scores[:kept].tolist()
+    kept = min(query.request.k, int(np.count_nonzero(scores > MINUS_INFINITY)))
+    return rows[:kept].astype(np.int32, copy=False), scores[:kept].tolist()

@@ -33,7 +33,7 @@ ALWAYS = {  # keys of `all --quick` that need no optional package
     *("session_cold_50_rows", "session_same_10_rows", "session_append_200_ms", "session_correction_50_rows"),
     *("hit_rate", "hit_rate_10", "hit_rate_100"),
     *("catalogue_ms", "catalogue_over_read", "catalogue_over_read_64", "catalogue_vs_torch", "catalogue_items"),
-    *("plan_us_1", "plan_us_64", "block_ops_per_s"),
+    *("plan_us_1", "plan_us_64", "block_ops_per_s", "host_step_us_1", "host_step_us_8"),
     *("kernel_add_rms_norm_32_us", "kernel_compressed_attention_32_us"),
     *("train_vs_text", "train_targets_s", "train_text_targets_s"),
     *("ceiling_copy_gb_s", "ceiling_read_gb_s", "ceiling_matmul_bfloat16_gflop_s", "ceiling_matmul_int8_gflop_s"),
