@@ -22,10 +22,11 @@ from speeder_engine.triton_kernels.compressed_attention import AttentionRows
 
 Put = Callable[[NDArray[Any]], Tensor]  # onto the device
 
-
+# what is known of each row, each read row and each sequence; `Batch`, `Reads` and `AttentionRows` say what it means
 ROW_FIELDS = ("item_rows", "slots", "buckets", "positions", "slot_mapping", "sequence", "local", "visible")
 READ_FIELDS = ("read_rows", "items", "sequence", "local", "visible")
 USER_FIELDS = ("last_read", "kept_slots", "keep_slots")
+FIELDS = (ROW_FIELDS, READ_FIELDS, USER_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,6 @@ class RowArrays:
         rows, reads, users = (np.empty((len(f), width), np.int64) for f, width in zip(FIELDS, widths, strict=True))
         candidate, read_candidate, is_new = (np.empty(width, np.bool_) for width in widths)
         return cls(rows, reads, users, candidate, read_candidate, is_new)
-
-
-FIELDS = (ROW_FIELDS, READ_FIELDS, USER_FIELDS)
 
 
 @dataclass(frozen=True)
