@@ -126,7 +126,7 @@ class CacheSize:
 def _whole_blocks(size: str | int, where: str, block_bytes: int) -> int:
     """How many blocks a setting holds; ConfigError for one that is not nothing and yet holds none."""
     num_bytes = parse_bytes(size, where)
-    remedy = f"holds not one block of {block_bytes:,} bytes; raise it, or leave it at nothing to switch it off"
+    remedy = f'holds not one block of {block_bytes:,} bytes; raise it, or set it to "0" to switch it off'
     check(num_bytes == 0 or num_bytes >= block_bytes, f"{where}: {size!r} {remedy}")
     return num_bytes // block_bytes
 

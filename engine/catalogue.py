@@ -217,12 +217,8 @@ class Catalogue:
         fresh = rows < 0
         if bare := [item_id for i, item_id in enumerate(update.item_ids) if fresh[i] and not update.with_token[i]]:
             raise DataError(f"upsert: item {name_some(bare)} is new; give it a text, an image or vectors")
+        self.check_room(update.item_ids)
         rows[fresh] = self.num_rows + np.arange(np.count_nonzero(fresh))
-        if rows.max() >= self.capacity:
-            raise CatalogueFull(
-                f"catalogue_capacity: {np.count_nonzero(fresh)} new items don't fit, {self.num_rows} of "
-                f"{self.capacity} rows are taken; load the engine with a larger catalogue_capacity"
-            )
         where = torch.from_numpy(rows).to(self.tokens.device)
         changed = (self.tokens[where] != tokens).any(dim=1).cpu().numpy() & update.with_token
         self.versions[rows[changed & ~fresh]] += 1
@@ -233,6 +229,15 @@ class Catalogue:
         self.tokens[where[replaced]] = tokens[replaced]
         self._describe(update, rows, fresh)
         return rows.astype(np.int32)
+
+    def check_room(self, item_ids: Iterable[str]) -> None:
+        """CatalogueFull where the new ones among these don't fit."""
+        fresh = len({item_id for item_id in item_ids if item_id not in self._row_of})
+        if self.num_rows + fresh > self.capacity:
+            raise CatalogueFull(
+                f"catalogue_capacity: {fresh} new items don't fit, {self.num_rows} of "
+                f"{self.capacity} rows are taken; load the engine with a larger catalogue_capacity"
+            )
 
     def _checked(self, update: ItemUpdate) -> Tensor:
         """The update's tokens in the catalogue's dtype, or DataError."""
@@ -292,7 +297,7 @@ class Catalogue:
             raise InvalidRequest(f"set_prior: expected a mapping of item ids to numbers, got {type(priors).__name__}")
         self._check_live(priors, "set_prior")
         for item_id, prior in priors.items():
-            _check_prior(item_id, float("nan") if prior is None else prior)
+            _check_prior(item_id, prior, may_be_none=False)
         rows = self.rows(priors, "set_prior").tolist()
         _assign(self.prior, dict(zip(rows, map(float, priors.values()), strict=True)))
 
@@ -345,8 +350,8 @@ def _assign(target: Tensor, values: Mapping[int, float]) -> None:
         target[rows] = torch.tensor(list(values.values()), dtype=target.dtype, device=target.device)
 
 
-def _check_prior(item_id: str, prior: object) -> None:
-    if prior is None:
+def _check_prior(item_id: str, prior: object, may_be_none: bool = True) -> None:
+    if prior is None and may_be_none:
         return
     number = isinstance(prior, int | float | np.integer | np.floating) and not isinstance(prior, bool)
     if not (number and abs(prior) <= MOST_PRIOR):  # type: ignore[arg-type]

@@ -143,6 +143,8 @@ class Checkpoint:
 
 def check_replaceable(folder: Path) -> None:
     """ArtifactError unless `folder` is absent, empty, or a checkpoint with nothing of anyone else's in it."""
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder}: is a file, where a folder must go; choose another")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not (folder / MANIFEST).is_file():

@@ -16,7 +16,7 @@ import typer
 from speeder_engine.errors import ConfigError, InvalidRequest, SpeederError, SpeederWarning
 
 app = typer.Typer(
-    help="Multimodal LLM recommendation at one token per item: train, evaluate, export, serve.",
+    help="Multimodal LLM recommendation at one token per item: train, evaluate, export, recommend.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -69,7 +69,7 @@ def demo(
 @app.command()
 def train(
     data: Data,
-    out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint folder to write; one that is there is replaced.")],
     recipe: Annotated[
         str | None,
         typer.Option(help='Packaged recipe (small, title, study ...) or YAML file; "small", or what CHECKPOINT had.'),

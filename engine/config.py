@@ -67,7 +67,11 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         if value is None and types.NoneType in args:
             return None
         arms = [arg for arg in args if arg is not types.NoneType]
-        return _typed(next((arm for arm in arms if type(value) is arm), arms[0]), value, where)
+        if len(arms) == 1:
+            return _typed(arms[0], value, where)
+        arm = next((arm for arm in arms if isinstance(value, NUMBERS.get(arm, arm)) and value is not True), None)
+        check(arm is not None, f"{where}: expected {' or '.join(arm.__name__ for arm in arms)}, got {shown(value)}")
+        return _typed(arm, value, where)
     if isinstance(hint, type) and issubclass(hint, Config):
         return value if isinstance(value, hint) else hint.from_json(value)
     if origin is tuple:

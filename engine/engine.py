@@ -227,7 +227,9 @@ class Engine(Recommends):
     def similar_items(self, item_id: str, k: int = 10) -> Ranking:
         """The k items whose tokens are nearest by cosine, the item itself left out."""
         serving = self._now()
-        query = serving.resolve(Request([item_id], k), "retrieve")
+        request = Request([item_id], k)
+        serving.catalogue.rows([item_id], "similar_items")
+        query = serving.resolve(request, "retrieve")
         with serving.lock:
             return serving.ranking(query, serving.scorer.similar(query))
 
@@ -295,6 +297,7 @@ class Engine(Recommends):
         """
         given = all_of(items, Item, "upsert", "[Item(item_id, text=...)]")
         serving = self._now()
+        serving.catalogue.check_room(item.item_id for item in given)  # encoding them may take long
         update = ItemUpdate(
             item_ids=tuple(item.item_id for item in given),
             tokens=serving.embedder.tokens(given),

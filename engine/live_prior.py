@@ -6,6 +6,7 @@ prior(i, t) = sum_s w_s f_s(i, t)
 Counts move while a model serves: `engine.set_prior(dict(zip(item_ids, popularity.prior(now))))`, no cache is touched.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +31,21 @@ class LivePopularity:
     rows: NDArray[np.int32]
 
     @classmethod
-    def of_events(cls, config: LivePriorConfig, num_items: int, times: Ints | None, rows: Ints) -> "LivePopularity":
-        """Events in any order; DataError where they have no times."""
+    def of_events(
+        cls,
+        config: LivePriorConfig | None,
+        num_items: int,
+        times: Ints | Sequence[int] | None,
+        rows: Ints | Sequence[int],
+    ) -> "LivePopularity":
+        """Events in any order; DataError where they have no times, ConfigError for a model without a live prior."""
+        if config is None:
+            raise ConfigError("live prior: this model was trained without; train it with `live_prior` in its recipe")
         if times is None:
             raise DataError("live prior: the interactions have no times; give a time column or leave live_prior out")
-        order = np.argsort(times, kind="stable")
-        return cls(config, num_items, times[order].astype(np.int64), rows[order].astype(np.int32))
+        moments, items = np.asarray(times, np.int64), np.asarray(rows, np.int32)
+        order = np.argsort(moments, kind="stable")
+        return cls(config, num_items, moments[order], items[order])
 
     def features(self, moments: Ints) -> Floats:
         """float32 [n, num_items, S] at the moments int64 [n], in any order: only events strictly before count."""

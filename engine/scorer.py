@@ -91,7 +91,7 @@ class HeadScorer:
         following = [queries[b].followers for b in searching if queries[b].following is not None]
         retrieved = [b for b, query in enumerate(queries) if query.head == "retrieve" and query.candidates is not None]
         titled = [b for b, query in enumerate(queries) if query.trie is not None]
-        ranked = [b for b, query in enumerate(queries) if query.num_ranked]
+        ranked = [b for b, query in enumerate(queries) if query.head == "rank"]
         launched = (
             *self._search([queries[b] for b in searches], searches, vectors, exact=not shallow),
             self._retrieve(following, searching if following else (), vectors),

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from speeder_engine import ArtifactError, Engine, EngineConfig
 from speeder_engine.catalogue import ItemTable
-from speeder_engine.checkpoint import Checkpoint, TrainingState
+from speeder_engine.checkpoint import Checkpoint, TrainingState, check_replaceable
 from speeder_engine.config import CompressorConfig, HeadsConfig, ModelConfig, PromptConfig
 from speeder_engine.encoders.features import Features
 from speeder_engine.encoders.fitted_text import FittedTextEncoder
@@ -324,3 +324,9 @@ def test_a_title_head_goes_with_the_checkpoint_into_the_engine(tmp_path, tied):
     assert loaded.recommend([], candidates=candidates, head="title") == in_memory.recommend(
         [], candidates=candidates, head="title"
     )
+
+
+def test_a_file_in_its_place_is_refused_before_anything_is_trained(tmp_path):
+    (tmp_path / "mine").write_text("keep")
+    with pytest.raises(ArtifactError, match="mine: is a file, where a folder must go; choose another"):
+        check_replaceable(tmp_path / "mine")

@@ -88,8 +88,10 @@ def test_no_sizes(size):
         ({"max_batch_users": "64"}, "EngineConfig.max_batch_users: expected int, got '64'"),
         ({"max_sessions": 64.0}, "EngineConfig.max_sessions: expected int, got 64.0"),
         ({"catalogue_capacity": True}, "EngineConfig.catalogue_capacity: expected int, got True"),
-        ({"kv_budget": 1.5}, "EngineConfig.kv_budget: expected str, got 1.5"),
-        ({"kv_budget": None}, "EngineConfig.kv_budget: expected str, got None"),
+        ({"kv_budget": 1.5}, "EngineConfig.kv_budget: expected str or int, got 1.5"),
+        ({"kv_budget": None}, "EngineConfig.kv_budget: expected str or int, got None"),
+        ({"kv_budget": True}, "EngineConfig.kv_budget: expected str or int, got True"),
+        ({"user_quota": 1.5}, "EngineConfig.user_quota: expected str or int, got 1.5"),
         ({"row_buckets": 16}, "EngineConfig.row_buckets: expected a list, got 16"),
         ({"row_buckets": ("16",)}, "EngineConfig.row_buckets: expected int, got '16'"),
         ({"debug": 1}, "EngineConfig.debug: expected bool, got 1"),
@@ -104,7 +106,7 @@ def test_nonsense_for_an_engine_is_refused(settings, message):
 
 
 def test_numbers_of_numpy_and_lists_are_taken_as_what_they_are():
-    config = EngineConfig(max_sessions=np.int64(7), batch_wait_ms=2, kv_budget=1 << 20, row_buckets=[16, 32])
+    config = EngineConfig(max_sessions=np.int64(7), batch_wait_ms=2, kv_budget=np.int64(1 << 20), row_buckets=[16, 32])
     assert config == EngineConfig(max_sessions=7, batch_wait_ms=2.0, kv_budget=1048576, row_buckets=(16, 32))
     assert json.loads(json.dumps(config.to_json()))["max_sessions"] == 7
 

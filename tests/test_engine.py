@@ -460,3 +460,18 @@ def test_room_for_more_sessions_than_blocks_costs_nothing():
     engine = Engine(tiny.parts(), EngineConfig(max_sessions=2**31 - 1, kv_budget="1MiB"))
     engine.recommend(tiny.ids(range(5)), user_id="ada")
     assert engine.stats().num_sessions == 1
+
+
+def test_candidates_that_are_all_unknown_leave_nothing_to_answer_and_others_alone(engine, tiny):
+    nothing = Request(tiny.ids(range(5)), candidates=["nope"], on_unknown="skip")
+    other = Request(tiny.ids(range(5)), candidates=tiny.ids(range(5, 8)))
+    found = engine.recommend_many([other, nothing, Request(tiny.ids(range(5)), 1)])
+    assert found[1] == Ranking((), (), ("nope",))
+    assert [len(each) for each in found] == [3, 0, 1]
+    for head in ("rank", "retrieve"):
+        assert engine.recommend_many([replace(nothing, head=head)]) == [found[1]]
+
+
+def test_an_unknown_item_is_named_with_the_call_that_asked_for_it(engine):
+    with pytest.raises(UnknownItem, match=r"similar_items: unknown item 'nope'"):
+        engine.similar_items("nope")

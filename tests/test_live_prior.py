@@ -52,3 +52,10 @@ def test_bad_settings_and_data_are_named():
         LivePriorConfig((1.0, 2.0), (1.0,))
     with pytest.raises(DataError, match="no times; give a time column"):
         LivePopularity.of_events(LivePriorConfig(), 7, None, np.zeros(3, np.int32))
+
+
+def test_plain_lists_are_events_and_a_model_without_says_so():
+    popularity = LivePopularity.of_events(LivePriorConfig(), 3, [100, 0], [2, 1])
+    assert popularity.times.tolist() == [0, 100] and popularity.rows.tolist() == [1, 2]
+    with pytest.raises(ConfigError, match="live prior: this model was trained without"):
+        LivePopularity.of_events(None, 3, [0], [1])

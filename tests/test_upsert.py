@@ -257,10 +257,13 @@ def test_wrong_kinds_are_refused(tiny):
     assert engine.upsert([]) == 0
 
 
-def test_a_full_catalogue_refuses_and_keeps_what_it_has(tiny):
+def test_a_full_catalogue_refuses_and_keeps_what_it_has(tiny, monkeypatch):
     engine, rng = made(tiny, catalogue_capacity=122), np.random.default_rng(4)
     engine.upsert([Item("x", vectors=vectors(rng))])
     with pytest.raises(CatalogueFull, match=r"2 new items don't fit, 121 of 122 rows.*larger catalogue_capacity"):
+        engine.upsert([Item("y", vectors=vectors(rng)), Item("z", vectors=vectors(rng))])
+    with monkeypatch.context() as patched, pytest.raises(CatalogueFull):  # before anything is encoded
+        patched.setattr(engine._now().embedder, "tokens", None)
         engine.upsert([Item("y", vectors=vectors(rng)), Item("z", vectors=vectors(rng))])
     assert engine.upsert([Item("y", vectors=vectors(rng))]) == 1
     assert len(engine.recommend([], k=500)) == 122

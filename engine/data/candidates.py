@@ -119,6 +119,8 @@ def frozen_candidates(
     DataError where the file has other data, another number or seed, or not the targets of these queries.
     """
     path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; name the file that holds the lists, or is to")
     if not path.exists():
         drawn = draw_candidates(dataset, queries, num_negatives=num_negatives, seed=seed)
         drawn.save(path, dataset)
