@@ -126,6 +126,9 @@ class Timed:
     every: int = 1
 
 
+ROW_US = ("p50 us", "p95", "p99", "runs")
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds by round."""
@@ -152,6 +155,11 @@ class Timing:
     @property
     def count(self) -> int:
         return len(self.seconds)
+
+    @property
+    def row_us(self) -> list[float]:
+        """Under the columns `ROW_US`."""
+        return [self.p50 * 1e6, self.p95 * 1e6, self.p99 * 1e6, self.count]
 
     def over(self, other: "Timing") -> float:
         """Median of this one's seconds over the other's, round by round; nan without a common round."""

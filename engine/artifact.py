@@ -149,7 +149,7 @@ def _read_manifest(path: Path, kind: Kind) -> tuple[dict[str, Any], bytes]:
         raise ArtifactError(f"{source}: is not JSON, truncated or damaged; {kind.again}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != kind.format:
         raise ArtifactError(
-            f"{source}: is not of format {kind.format!r}; choose {a(kind.noun)}, as {kind.export} writes it"
+            f"{source}: is not of format {kind.format!r}; choose {with_article(kind.noun)}, as {kind.export} writes it"
         )
     _check_version(source, manifest.get("format_version"), kind)
     return manifest, content
@@ -215,7 +215,7 @@ def _check_replaceable(out: Path, kind: Kind) -> None:
     except OSError as error:
         raise ArtifactError(f"{out}: can't be read: {error.strerror}; choose another folder") from error
     if not listed:
-        raise ArtifactError(f"{out}: is not {a(kind.noun)}; choose another folder or remove it")
+        raise ArtifactError(f"{out}: is not {with_article(kind.noun)}; choose another folder or remove it")
     if foreign:
         reason = f"also holds {name_some(foreign)}, which is not part of the {kind.noun}"
         raise ArtifactError(f"{out}: {reason}; move it out or choose another folder")
@@ -269,6 +269,6 @@ def _digest(fields: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def a(noun: str) -> str:
-    """With its article: an ONNX export, a Triton repository."""
+def with_article(noun: str) -> str:
+    """An ONNX export, a Triton repository."""
     return f"{'an' if noun[0] in 'aeioAEIO' else 'a'} {noun}"

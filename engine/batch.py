@@ -69,8 +69,8 @@ class RowLayout:
     def __init__(self, queries: Sequence[Query], plan: CachePlan, constants: RowConstants) -> None:
         self.plan, self.constants = plan, constants
         self.num_users = len(queries)
-        named = [query.candidates for query in queries if query.num_ranked]
-        self.candidates = _one_behind_the_other([rows for rows in named if rows is not None])
+        named = [query.candidates for query in queries if query.num_ranked and query.candidates is not None]
+        self.candidates = _one_behind_the_other(named)
         ranked, extend = [query.num_ranked for query in queries], plan.extend_len.tolist()
         self.num_ranked = np.array(ranked, np.int32)
         self.num_rows = sum(ranked) + sum(extend)
@@ -82,9 +82,8 @@ class RowLayout:
             reads = first + count
             candidate_reads.append(slice(first, reads))
         self.num_reads = reads
-        self.candidate_reads = tuple(
-            candidate_reads
-        )  # [B] what the head of candidates reads, empty where there is none
+        # [B] what the head of candidates reads, empty where there is none
+        self.candidate_reads = tuple(candidate_reads)
 
     def write(self, arrays: RowArrays, nobody: int = 0) -> RowArrays:
         """Fills `arrays`; nobody: the sequence of what is left over."""

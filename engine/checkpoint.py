@@ -30,7 +30,7 @@ from speeder_engine.encoders.base import Encoder, load_encoder
 from speeder_engine.encoders.features import Features
 from speeder_engine.encoders.sources import without_bars
 from speeder_engine.errors import ArtifactError, MissingDependency, name_some, shown
-from speeder_engine.files import replace_folder, write_json
+from speeder_engine.files import refuse_unless_folder, replace_folder, write_json
 from speeder_engine.models.recommender import Recommender
 
 CHECKPOINT = Kind("speeder-checkpoint", 1, "checkpoint.json", "checkpoint", "`speeder train`", verb="train")
@@ -143,8 +143,7 @@ class Checkpoint:
 
 def check_replaceable(folder: Path) -> None:
     """ArtifactError unless `folder` is absent, empty, or a checkpoint with nothing of anyone else's in it."""
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{folder}: is a file, where a folder must go; choose another")
+    refuse_unless_folder(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not (folder / MANIFEST).is_file():

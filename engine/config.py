@@ -67,11 +67,11 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         if value is None and types.NoneType in args:
             return None
         arms = [arg for arg in args if arg is not types.NoneType]
-        if len(arms) == 1:
-            return _typed(arms[0], value, where)
-        arm = next((arm for arm in arms if isinstance(value, NUMBERS.get(arm, arm)) and value is not True), None)
-        check(arm is not None, f"{where}: expected {' or '.join(arm.__name__ for arm in arms)}, got {shown(value)}")
-        return _typed(arm, value, where)
+        if len(arms) > 1:
+            fitting = [arm for arm in arms if _is(arm, value)]
+            check(bool(fitting), f"{where}: expected {' or '.join(arm.__name__ for arm in arms)}, got {shown(value)}")
+            arms = fitting
+        return _typed(arms[0], value, where)
     if isinstance(hint, type) and issubclass(hint, Config):
         return value if isinstance(value, hint) else hint.from_json(value)
     if origin is tuple:
@@ -80,11 +80,16 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         check(isinstance(value, dict), f"{where}: expected an object, got {shown(value)}")
         return {key: _typed(args[1], item, where) for key, item in value.items()}
-    right = isinstance(value, NUMBERS.get(hint, hint)) and (hint is bool or not isinstance(value, bool))
+    right = _is(hint, value)
     if right and hint is float:
         check(abs(value) <= sys.float_info.max, f"{where}: expected a finite number, such as 1e6, got {shown(value)}")
     check(right, f"{where}: expected {getattr(hint, '__name__', hint)}, got {shown(value)}")
     return hint(value) if hint in NUMBERS else value  # a number of numpy's is Python's from here on
+
+
+def _is(hint: Any, value: Any) -> bool:
+    """Whether a value is of a plain type; true and false are no numbers."""
+    return isinstance(value, NUMBERS.get(hint, hint)) and (hint is bool or not isinstance(value, bool))
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def replace_folder(target: Path) -> Iterator[Path]:
     """
     with _explained(target):
         place = Path(os.path.realpath(target))
-        _refuse_unless(stat.S_ISDIR, place, "something else stands where a folder must go")
+        refuse_unless_folder(place)
         place.parent.mkdir(parents=True, exist_ok=True)
         # now already: writers that are killed again and again must not fill the disk
         _remove_stale(place, ("tmp",))
@@ -113,6 +113,12 @@ def replace_folder(target: Path) -> Iterator[Path]:
             _put(beside, place)
             sync_path(place.parent)
     _remove_stale(place)
+
+
+def refuse_unless_folder(target: Path) -> None:
+    """ArtifactError for something else in the place of a folder, which `replace_folder` would meet only after all that
+    is to be written has been made."""
+    _refuse_unless(stat.S_ISDIR, target, "something else stands where a folder must go")
 
 
 def _refuse_unless(kind: Callable[[int], bool], target: Path, reason: str) -> None:

@@ -13,19 +13,24 @@ from speeder_engine.errors import DeadlineExceeded, EngineClosed, QueueFull
 from speeder_engine.query import Query
 from speeder_engine.request import Ranking
 
+CountRows = Callable[[Sequence[Query]], list[int]]  # that each would compute now, its session counted in
 
-def cut_into_steps(num_rows: Sequence[int], config: EngineConfig) -> Iterator[slice]:
-    """Consecutive slices of requests: each within `max_batch_users` and, unless it is a single request, within
-    `max_batch_rows`."""
+
+def cut_into_steps(queries: Sequence[Query], count_rows: CountRows, config: EngineConfig) -> Iterator[slice]:
+    """Consecutive slices of queries: each within `max_batch_users` and, unless it is a single query, within
+    `max_batch_rows`. What is cached of them is only asked for where it decides."""
+    counts = [query.num_rows for query in queries]
+    if len(counts) > config.max_batch_users or sum(counts) > config.max_batch_rows:
+        counts = count_rows(queries)
     start = rows = 0
-    for index, count in enumerate(num_rows):
+    for index, count in enumerate(counts):
         full = index - start == config.max_batch_users or rows + count > config.max_batch_rows
         if full and index > start:
             yield slice(start, index)
             start, rows = index, 0
         rows += count
-    if start < len(num_rows):
-        yield slice(start, len(num_rows))
+    if start < len(counts):
+        yield slice(start, len(counts))
 
 
 @dataclass(eq=False)
@@ -111,9 +116,7 @@ class Scheduler:
         ranked = sum(each.query.num_rows - len(each.query.window) for each in self._waiting)
         return ranked >= self.config.max_batch_rows
 
-    def take(
-        self, refresh: Callable[[Waiting], None], count_rows: Callable[[Sequence[Query]], list[int]]
-    ) -> list[Waiting]:
+    def take(self, refresh: Callable[[Waiting], None], count_rows: CountRows) -> list[Waiting]:
         """The next step's requests, started: oldest first, within the row budget (a single one may exceed it), one of
         each user, so that the second finds what the first has cached. Cancelled and expired ones are dropped.
 
@@ -130,13 +133,10 @@ class Scheduler:
             self._waiting = [each for each in self._waiting if each not in left]
             return taken
 
-    def _admit(self, count_rows: Callable[[Sequence[Query]], list[int]]) -> list[Waiting]:
+    def _admit(self, count_rows: CountRows) -> list[Waiting]:
         candidates = list(islice(self._first_of_each_user(), self.config.max_batch_users))
-        if sum(each.query.num_rows for each in candidates) <= self.config.max_batch_rows:
-            return candidates  # whatever is cached of them
-        counts = count_rows([each.query for each in candidates])
-        first = next(cut_into_steps(counts, self.config), slice(0, 0))
-        return candidates[first]
+        steps = cut_into_steps([each.query for each in candidates], count_rows, self.config)
+        return candidates[next(steps, slice(0, 0))]
 
     def _first_of_each_user(self) -> Iterator[Waiting]:
         users: set[str] = set()

@@ -175,11 +175,12 @@ class Serving:
 
     def steps(self, queries: Sequence[Query]) -> Iterator[Sequence[Query]]:
         """Consecutive parts of the queries, each one step."""
-        counts = [query.num_rows for query in queries]
-        if len(queries) > self.config.max_batch_users or sum(counts) > self.config.max_batch_rows:
+
+        def count_rows(queries: Sequence[Query]) -> list[int]:
             with self.lock:
-                counts = self.num_rows(queries)
-        for part in cut_into_steps(counts, self.config):
+                return self.num_rows(queries)
+
+        for part in cut_into_steps(queries, count_rows, self.config):
             if part.start:
                 # the lock is free: whoever waits for it, a change of the catalogue or the queue, may go first
                 time.sleep(0)

@@ -328,5 +328,7 @@ def test_a_title_head_goes_with_the_checkpoint_into_the_engine(tmp_path, tied):
 
 def test_a_file_in_its_place_is_refused_before_anything_is_trained(tmp_path):
     (tmp_path / "mine").write_text("keep")
-    with pytest.raises(ArtifactError, match="mine: is a file, where a folder must go; choose another"):
+    with pytest.raises(
+        ArtifactError, match="mine: something else stands where a folder must go; remove it or choose another name"
+    ):
         check_replaceable(tmp_path / "mine")

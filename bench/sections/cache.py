@@ -3,7 +3,7 @@
 import native
 import numpy as np
 from context import Bench
-from measure import Clock, Timed, interleave
+from measure import ROW_US, Clock, Timed, interleave
 from plan_batch import HISTORY, Batch
 
 USERS = (1, 8, 64, 256)
@@ -18,12 +18,9 @@ def measure(bench: Bench, clock: Clock) -> None:
     timings = interleave(timed, bench.rounds(300, 2000), Clock.of(clock.left / 2), warm_ups=20)
     for name, timing in timings.items():
         bench.report.put(f"plan_us_{name}", timing.p50 * 1e6)
-    rows = [
-        [name.replace("_of_", " users of "), timing.p50 * 1e6, timing.p95 * 1e6, timing.p99 * 1e6, timing.count]
-        for name, timing in timings.items()
-    ]
+    rows = [[name.replace("_of_", " users of "), *timing.row_us] for name, timing in timings.items()]
     title = f"planning one new item for warm users with {HISTORY} items, one native call"
-    bench.report.table(title, ("users", "p50 us", "p95", "p99", "runs"), rows)
+    bench.report.table(title, ("users", *ROW_US), rows)
     block_pool(bench)
 
 

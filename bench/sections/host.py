@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from context import Bench
-from measure import Clock, Timed, interleave
+from measure import ROW_US, Clock, Timed, interleave
 
 from speeder_engine import Engine, EngineConfig, Request
 from speeder_engine.config import DecoderConfig
@@ -25,11 +25,11 @@ def measure(bench: Bench, clock: Clock) -> None:
         engine.close()
     for name, timing in timings.items():
         bench.report.put(f"host_step_us_{name}", timing.p50 * 1e6)
-    rows = [[name, *(each * 1e6 for each in (t.p50, t.p95, t.p99)), t.count] for name, t in timings.items()]
+    rows = [[name, *timing.row_us] for name, timing in timings.items()]
     title = (
         f"host: warm users with one new item and {CANDIDATES} candidates, from requests to rankings without the pass"
     )
-    bench.report.table(title, ("users", "p50 us", "p95", "p99", "runs"), rows)
+    bench.report.table(title, ("users", *ROW_US), rows)
 
 
 def graphs_without_work(row_buckets: tuple[int, ...]) -> Engine:
