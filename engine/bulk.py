@@ -21,6 +21,7 @@ from speeder_engine.request import OnUnknown, Request
 
 BATCH_USERS = 1024
 COLUMNS = ("user_id", "history", "times")
+SUFFIXES = (".parquet", ".pq", "")  # of the output, lest anybody takes it for another format
 
 
 def recommend_file(engine: Engine, source: Path, target: Path, k: int, on_unknown: OnUnknown = "error") -> int:
@@ -54,6 +55,8 @@ def recommend_file(engine: Engine, source: Path, target: Path, k: int, on_unknow
 def _check_target(target: Path, source: Path) -> None:
     same = os.path.realpath(target) == os.path.realpath(source)
     why = "is a folder" if target.is_dir() else "is the input itself" if same else None
+    if why is None and target.suffix not in SUFFIXES:
+        why = f"what is written is Parquet, not {target.suffix}"
     try:
         str(target).encode()
     except UnicodeEncodeError:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from speeder_engine.errors import ConfigError, shown
 
+# the year 5138 in seconds, but 1973 in milliseconds
+LATEST_SECOND = 10**11
+
 
 def repeated(ids: Iterable[str]) -> list[str]:
     """Those that are named more than once, each once, in order."""

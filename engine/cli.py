@@ -28,7 +28,9 @@ Data = Annotated[Path, typer.Argument(help="Data folder: interactions, items, im
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Column = Annotated[
     list[str] | None,
-    typer.Option(help="ROLE=NAME for files with other names: user, item, time, title, text, image; time_unit=ms."),
+    typer.Option(
+        help="ROLE=NAME for files with other names: user, item, time, title, text, image, vector; time_unit=ms."
+    ),
 ]
 Device = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')]
 

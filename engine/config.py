@@ -285,7 +285,12 @@ class ModelConfig(Config):
         check(exact is None or longest <= exact, f"{prompt}, but beyond {exact} its {EXACT_LEN_ENDS}{remedy}")
 
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_PREFIXES = ("k", "m", "g", "t")
+_UNITS = (
+    {"": 1, "b": 1}
+    | {f"{prefix}b": 10 ** (3 * i) for i, prefix in enumerate(_PREFIXES, 1)}
+    | {f"{prefix}ib": 2 ** (10 * i) for i, prefix in enumerate(_PREFIXES, 1)}
+)
 
 
 def parse_bytes(size: str | int, where: str = "kv_budget") -> int:

@@ -17,6 +17,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 from uuid import uuid4
 
@@ -113,6 +114,14 @@ def replace_folder(target: Path) -> Iterator[Path]:
             _put(beside, place)
             sync_path(place.parent)
     _remove_stale(place)
+
+
+def ensure_writable(folder: Path) -> None:
+    """Makes the folder where there is none, and writes into it; ArtifactError where that fails."""
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as probe:
+            probe.write(b"0")
 
 
 def refuse_unless_folder(target: Path) -> None:

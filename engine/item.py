@@ -60,7 +60,8 @@ class Item:
             raise DataError(f"item {self.item_id!r}: unknown modality {modality!r}; known are {', '.join(MODALITIES)}")
         try:
             given = np.asarray(self.vectors[modality])
-            vector = given.astype(np.float32) if not np.iscomplexobj(given) else None
+            with np.errstate(over="ignore"):  # infinity, which is refused below
+                vector = given.astype(np.float32) if not np.iscomplexobj(given) else None
         except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor with a gradient
             vector = None
         if vector is None:

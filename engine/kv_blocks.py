@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from speeder_engine.config import DecoderConfig
+from speeder_engine.device import host_memory
 from speeder_engine.errors import ConfigError
 from speeder_engine.triton_kernels.compressed_attention import QUANTIZED, Scales
 from speeder_engine.triton_kernels.qk_norm_rope_store import quantize
@@ -36,6 +37,7 @@ class KVBlocks:
         shape = (decoder.num_layers, num_blocks, block_size, decoder.num_kv_heads)
         wanted = "kv_budget, max_batch_users: keys and values"
         where: dict[str, Any] = {"device": device}
+        refuse_beyond_memory(wanted, num_blocks * block_size * self.position_bytes(decoder, dtype), device)
         self.keys, self.values = (zeros(wanted, *shape, decoder.head_dim, dtype=dtype, **where) for _ in range(2))
         self._scales: tuple[Tensor, ...] = ()
         if dtype in QUANTIZED:
@@ -103,9 +105,20 @@ def movable(tensor: Tensor) -> Tensor:
 
 def zeros(what: str, *shape: int, **options: Any) -> Tensor:
     """ConfigError, naming `what`, where there is no room."""
+    num_bytes = prod(shape) * options["dtype"].itemsize
+    device = options.get("device", torch.device("cpu"))
+    refuse_beyond_memory(what, num_bytes, device)
     try:
         return torch.zeros(*shape, **options)
     except (RuntimeError, MemoryError, TypeError):  # the last: more than 64 bits count
-        num_bytes = prod(shape) * options["dtype"].itemsize
-        where = options.get("device", "the host")
-        raise ConfigError(f"{what} would take {num_bytes:,} bytes, which {where} can't give; lower it") from None
+        raise _no_room(what, num_bytes, device) from None
+
+
+def refuse_beyond_memory(what: str, num_bytes: int, device: torch.device) -> None:
+    """A CPU's allocations succeed, and the process is killed where it writes to them: ConfigError instead."""
+    if device.type == "cpu" and num_bytes > host_memory():
+        raise _no_room(what, num_bytes, device)
+
+
+def _no_room(what: str, num_bytes: int, device: torch.device) -> ConfigError:
+    return ConfigError(f"{what} would take {num_bytes:,} bytes, which {device} can't give; lower it")

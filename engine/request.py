@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from speeder_engine.checks import is_unicode, repeated
+from speeder_engine.checks import LATEST_SECOND, is_unicode, repeated
 from speeder_engine.errors import InvalidRequest, name_some, shown
 
 Head = Literal["retrieve", "rank", "title"]
@@ -23,10 +23,10 @@ class Request:
     history: item ids, oldest first; may be empty. k: how many items at most. user_id: names a session, whose keys and
     values are reused as far as they were computed from this very history. candidates: rank these (even if seen) instead
     of the whole catalogue. head: "retrieve" without candidates, "rank" with, unless said otherwise ("title": the
-    likelihood of the candidates' titles). exclude_seen: the history is not recommended again. allow, deny: only these,
-    none of these. history_offset: how many older interactions the caller left out. times: Unix seconds of the history,
-    one each, for a model that was trained with them (a calendar). on_unknown: "error", or "skip" ids that are not in
-    the catalogue (the ranking lists them).
+    likelihood of the candidates' titles; one without is not answered). exclude_seen: the history is not recommended
+    again. allow, deny: only these, none of these. history_offset: how many older interactions the caller left out.
+    times: Unix seconds of the history, one each, for a model that was trained with them (a calendar). on_unknown:
+    "error", or "skip" ids that are not in the catalogue (the ranking lists them).
     """
 
     history: Sequence[str]
@@ -149,7 +149,8 @@ def true_or_false(name: str, value: object) -> bool:
 
 
 def finite_times(times: Any, count: int, where: str) -> tuple[float, ...]:
-    """Unix seconds, any iterable of numbers, as floats: one for each of `count` interactions."""
+    """Unix seconds, any iterable of numbers, as floats: one for each of `count` interactions; InvalidRequest for
+    others, milliseconds among them."""
     try:
         found = None if isinstance(times, str | bytes) else tuple(float(time) for time in times)
     except (TypeError, ValueError, OverflowError):
@@ -161,6 +162,9 @@ def finite_times(times: Any, count: int, where: str) -> tuple[float, ...]:
         raise InvalidRequest(f"{where}: {len(found)} for {count} interactions; give one for each")
     if not all(math.isfinite(time) for time in found):
         raise InvalidRequest(f"{where}: they must be finite; leave `times` out where they are not known")
+    furthest = max(found, key=abs, default=0.0)
+    if abs(furthest) > LATEST_SECOND:
+        raise InvalidRequest(f"{where}: {furthest:.0f} s is thousands of years away; divide milliseconds by 1000")
     return found
 
 

@@ -29,7 +29,7 @@ class TitleTrie:
 
     @classmethod
     def build(cls, question_ids: Sequence[int], answers: Sequence[Sequence[int]]) -> "TitleTrie":
-        """`answers`: the token ids of every candidate's title, none of them empty."""
+        """`answers`: the token ids of every candidate's title; none where it has no title."""
         children: dict[tuple[int, int], int] = {}  # (edge before, -1 for none; token) -> edge
         paths: list[list[int]] = []
         for ids in answers:

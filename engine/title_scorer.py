@@ -2,7 +2,8 @@
 
     score_c = sum over the tokens t of c's title, its newline too, of log p(t | history, question, tokens before t)
 
-or the mean. It is a likelihood: no prior is added, which is learned for scores of another size.
+or the mean. It is a likelihood: no prior is added, which is learned for scores of another size. A candidate without a
+title has none (-inf), as an unavailable one.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ LOGITS_AT_ONCE = 1 << 24  # 64 MiB of them
 
 
 def title_scores(model: ServingModel, tries: Sequence[TitleTrie], hidden: Sequence[Tensor]) -> list[Tensor]:
-    """fp32 [C] of each trie's candidates; hidden[b] [R, d] are the trie's rows from `first_read` on."""
+    """fp32 [C] of each trie's candidates, -inf where there is no title; hidden[b] [R, d] are the trie's rows from
+    `first_read` on."""
     if not tries:
         return []
     starts = accumulate([len(rows) for rows in hidden], initial=0)
@@ -35,9 +37,10 @@ def title_scores(model: ServingModel, tries: Sequence[TitleTrie], hidden: Sequen
         # token after token: a sum must not depend on how long the longest title beside it is
         for edge in answers.unbind(dim=1):
             total += log_probs[edge.clamp(min=0)].masked_fill(edge < 0, 0.0)
+        lengths = (answers >= 0).sum(dim=1)
         if model.config.heads.title_score == "mean":
-            total /= (answers >= 0).sum(dim=1)
-        scores.append(total.float())
+            total /= lengths
+        scores.append(total.masked_fill(lengths == 0, float("-inf")).float())
     return scores
 
 

@@ -31,11 +31,14 @@ class TitleText:
         self._known: dict[str, tuple[int, ...]] = {}
 
     def answers(self, titles: Sequence[str]) -> list[tuple[int, ...]]:
-        """Each title's ids with the newline behind it: a title nested in another still ends in a token of its own."""
+        """Each title's ids with the newline behind it: a title nested in another still ends in a token of its own.
+
+        None for an empty title: to end at once is the likeliest of all answers, and no item.
+        """
         new = [title for title in dict.fromkeys(titles) if title not in self._known]
         texts = [f"{answer_text(title)}\n" for title in new]
         for title, encoded in zip(new, self.tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
-            self._known[title] = tuple(encoded.ids[:MOST_ANSWER_IDS])
+            self._known[title] = tuple(encoded.ids[:MOST_ANSWER_IDS]) if answer_text(title) else ()
         return [self._known[title] for title in titles]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -30,7 +30,7 @@ def load_runtime(provider: str) -> Any:
     except ImportError as error:
         raise MissingDependency("onnxruntime" if extra == "ort" else "onnxruntime-gpu", extra, what) from error
     if PROVIDERS[provider] not in onnxruntime.get_available_providers():
-        raise MissingDependency("onnxruntime-gpu, in place of onnxruntime,", extra, what)
+        raise MissingDependency("onnxruntime-gpu", extra, f"{what} (uninstall onnxruntime first)")
     return onnxruntime
 
 

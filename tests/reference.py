@@ -189,9 +189,12 @@ def reference_prompt(tiny: Tiny, rows, buckets=None) -> torch.Tensor:
 
 @torch.no_grad()
 def reference_title_scores(tiny: Tiny, rows, candidates, mean=False, buckets=None) -> torch.Tensor:
-    """Log-likelihood [C] of each candidate's title, by one full prompt each."""
+    """Log-likelihood [C] of each candidate's title, by one full prompt each; -inf of one without a title."""
     prompt, scores = reference_prompt(tiny, rows, buckets), []
     for row in candidates:
+        if not tiny.titles[row]:
+            scores.append(torch.tensor(float("-inf")))
+            continue
         ids = torch.tensor(tiny.tokenizer.encode(" ".join(tiny.titles[row].split()) + "\n").ids)
         inputs = torch.cat([prompt, tiny.model.backbone.embed_tokens(ids)])[None]
         logits = tiny.lm(inputs_embeds=inputs).logits[0, len(prompt) - 1 : -1]

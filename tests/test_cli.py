@@ -227,6 +227,12 @@ def test_the_input_is_not_overwritten(engine_dir, tmp_path, users):
     assert users.read_bytes() == before
 
 
+def test_parquet_is_not_written_under_another_formats_name(engine_dir, tmp_path, users):
+    done = speeder("recommend", engine_dir, "--input", users, "--output", tmp_path / "recs.csv")
+    assert f"'{tmp_path}/recs.csv': what is written is Parquet, not .csv; choose another --output" in done.error
+    assert not (tmp_path / "recs.csv").exists()
+
+
 def test_skipped_ids_are_counted_and_listed(engine_dir, tmp_path):
     histories = [["0001", "x"], ["y", "z"], []]
     pq.write_table(pa.table({"user_id": [1, 2, 3], "history": histories}), tmp_path / "users.parquet")

@@ -63,7 +63,16 @@ def test_a_prompt_may_fill_what_the_backbone_takes():
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [("0", 0), ("1GiB", 2**30), ("1.5 MiB", 3 * 2**19), ("300MB", 3 * 10**8), (77, 77), ("5kb", 5000)],
+    [
+        ("0", 0),
+        ("1GiB", 2**30),
+        ("1.5 MiB", 3 * 2**19),
+        ("300MB", 3 * 10**8),
+        (77, 77),
+        ("5kb", 5000),
+        ("2TB", 2 * 10**12),
+        ("0.5TiB", 2**39),
+    ],
 )
 def test_sizes(size, expected):
     assert parse_bytes(size) == expected

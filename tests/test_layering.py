@@ -10,7 +10,7 @@ import pytest
 ORDER = [
     "_C _cpu triton_kernels errors checks config request item progress files transfer live_prior runs followers"
     " following",
-    "artifact catalogue models encoders recommends",
+    "artifact catalogue device models encoders recommends",
     "checkpoint prompt title title_text",
     "query parts kv_blocks",
     "cache",
@@ -18,7 +18,7 @@ ORDER = [
     "batch",
     "title_scorer embedder step_buffers native",
     "scorer",
-    "scheduler runner session device",
+    "scheduler runner session",
     "step",
     "generation graphs",
     "serving",

@@ -108,6 +108,8 @@ def test_a_session_takes_any_times_or_none_and_nothing_by_half(timed):
         (3.0, "times: expected Unix seconds, one for each of 2 interactions"),
         (["a", "b"], "times: expected Unix seconds"),
         ([1.0, float("nan")], "times: they must be finite"),
+        ([1.0, 1_700_000_000_000], "times: 1700000000000 s is thousands of years away; divide milliseconds by 1000"),
+        ([-1e12, 1.0], "times: -1000000000000 s is thousands of years away"),
     ],
 )
 def test_bad_times_are_refused(timed, times, message):

@@ -38,8 +38,9 @@ def cold(titled):
 
 
 def title_scores(engine, history, candidates, user_id=None):
+    """By candidate, -inf of one that isn't answered."""
     ranking = engine.recommend(history, len(candidates), candidates=candidates, head="title", user_id=user_id)
-    return dict(ranking)
+    return dict.fromkeys(candidates, float("-inf")) | dict(ranking)
 
 
 def test_a_model_of_titles_alone_answers_nothing_else(titled, tmp_path):
@@ -93,6 +94,20 @@ def test_equal_titles_score_equal_and_keep_the_catalogues_order(titled, engine):
     assert len({score for _, score in alike}) == 1
 
 
+@pytest.mark.parametrize("how", ["sum", "mean"])
+def test_a_candidate_without_a_title_is_not_answered(how):
+    """To end at once is the likeliest of all answers, and means no item."""
+    titled = make_titled(title_score=how)
+    titled.titles[16] = " \n"
+    engine = Engine(titled.parts(), EngineConfig(dtype="float32", kv_budget="4MiB"))
+    asked = {"head": "title", "user_id": "a"}
+    assert engine.recommend(["0001"], candidates=["0014", "0016"], **asked).items == ()
+    ranking = engine.recommend(["0001"], candidates=["0014", "0010", "0016", "0040"], **asked)
+    assert list(ranking) == list(engine.recommend(["0001"], candidates=["0010", "0040"], **asked))
+    assert len(engine.recommend(["0001"], candidates=["0014", "0010"])) == 2  # other heads ask for no title
+    engine.check_integrity()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bitwise_whatever_stands_beside(titled, dtype):
     """Order and subset of candidates, sessions, and packing with requests of all heads."""
@@ -113,7 +128,7 @@ def test_bitwise_whatever_stands_beside(titled, dtype):
         assert answer == cold.recommend_many([request])[0]
         if head == "title":
             few = candidates[::-1][: rng.integers(1, len(candidates) + 1)]
-            whole = dict(answer)
+            whole = {titled.item_ids[14]: float("-inf")} | dict(answer)
             assert title_scores(cold, request.history, few) == {item_id: whole[item_id] for item_id in few}
         warm.check_integrity()
         asked.append(request)
@@ -307,9 +322,10 @@ def test_ids_equal_those_of_transformers(titled, tmp_path):
     fast = PreTrainedTokenizerFast(tokenizer_object=titled.tokenizer, bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(tmp_path)
     text = TitleText(Tokenizer.from_file(str(tmp_path / "tokenizer.json")))
-    expected = [fast(f"{answer_text(t)}\n", add_special_tokens=False)["input_ids"] for t in titled.titles]
-    assert [list(ids) for ids in text.answers(titled.titles)] == expected
-    assert [text.decode(ids) for ids in text.answers(titled.titles)] == [f"{answer_text(t)}\n" for t in titled.titles]
+    titles = [title for title in titled.titles if title]
+    expected = [fast(f"{answer_text(t)}\n", add_special_tokens=False)["input_ids"] for t in titles]
+    assert [list(ids) for ids in text.answers(titles)] == expected
+    assert [text.decode(ids) for ids in text.answers(titles)] == [f"{answer_text(t)}\n" for t in titles]
 
 
 def test_long_titles_are_cut_and_tokenizers_without_newline_refused(titled):

@@ -205,6 +205,7 @@ def test_raw_text_and_images_run_through_the_encoders(tiny, tmp_path):
         (lambda: Item("x", vectors={"text": ["a"]}), "something but numbers"),
         (lambda: Item("x", vectors={"text": [[1.0] * 8]}), "one row of finite numbers"),
         (lambda: Item("x", vectors={"text": [float("nan")] * 8}), "one row of finite numbers"),
+        (lambda: Item("x", vectors={"text": [1e39] * 8}), "one row of finite numbers"),
         (lambda: Item("x", text="y", vectors={"text": [1.0] * 8}), "has text and a text vector"),
         (lambda: Item("x", vectors={"text": [1.0] * 7}), "'x': the text vector has 7 numbers, this model takes 8"),
         (lambda: Item("x", vectors={"collaborative": [1.0]}), "this model knows no collaborative modality"),

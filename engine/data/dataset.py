@@ -126,7 +126,10 @@ def build_dataset(
     events = sorted_events(name, interactions, items)
     core = k_core(events.users, events.rows, min_interactions)
     if not core.any():
-        raise DataError(f"{name}: no users and items with {min_interactions} interactions each; lower min_interactions")
+        raise DataError(
+            f"{name}: no users and items with {min_interactions} interactions each; "
+            "lower --min-interactions, in Python min_interactions"
+        )
     kept = events.take(core)
     counts = np.bincount(kept.users, minlength=len(interactions.users.names))
     user_ids = tuple(user_id for user_id, count in zip(interactions.users.names, counts, strict=True) if count)

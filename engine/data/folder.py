@@ -52,7 +52,7 @@ def _needed(folder: Path, what: str, names: Sequence[str], pattern: str) -> Path
         amazon = "X.{jsonl,csv} beside meta_X.jsonl" if what == "interactions" else "meta_*.jsonl"
         raise DataError(
             f"{folder}: no {what}; looked for {what}{{{','.join(TABLES)}}}, {pattern} and {amazon}:"
-            f" name a file so, or pass {what}=PATH"
+            f" name a file so, or in Python pass {what}=PATH"
         )
     return found
 
@@ -61,7 +61,7 @@ def _one(folder: Path, what: str, names: Sequence[str]) -> Path | None:
     found = [folder / name for name in names if (folder / name).exists()]
     if len(found) > 1:
         both = ", ".join(path.name for path in found)
-        raise DataError(f"{folder}: several files could be the {what}: {both}; keep one, or pass {what}=PATH")
+        raise DataError(f"{folder}: several files could be the {what}: {both}; keep one, or in Python pass {what}=PATH")
     return found[0] if found else None
 
 

@@ -8,14 +8,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from speeder_engine.checks import LATEST_SECOND
 from speeder_engine.data.columns import Columns
 from speeder_engine.data.ids import IdColumn, id_text
 from speeder_engine.data.tables import column_names, read_columns, read_jsonl, table_format
 from speeder_engine.errors import DataError
 
 AMAZON_ITEM = "parent_asin"
-# the year 5138 in seconds, but 1973 in milliseconds
-LATEST_SECOND = 10**11
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +107,7 @@ def _seconds(column: pa.ChunkedArray, unit: Literal["s", "ms"], where: str) -> N
     first, last = int(seconds.min()), int(seconds.max())
     if max(last, -first) > LATEST_SECOND:
         worst = f"{last} s is past the year 5000" if last > -first else f"{first} s is before the year -1000"
-        raise DataError(f"{where}: {worst}; are these Columns(time_unit='ms')?")
+        raise DataError(f"{where}: {worst}; for milliseconds: --column time_unit=ms, in Python Columns(time_unit='ms')")
     return np.asarray(seconds, dtype=np.int64)
 
 

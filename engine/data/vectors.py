@@ -60,7 +60,8 @@ def _from_npz(path: Path) -> tuple[list[str], NDArray[np.float32]]:
         raise DataError(f"{path}: can't be read as .npz without pickle: {error}") from error
     if vectors.ndim != 2 or vectors.dtype.kind not in "fiu" or ids.shape != (len(vectors),):
         raise DataError(f"{path}: item_ids [k] and vectors [k, d] are needed, not {ids.shape} and {vectors.shape}")
-    return _texts(ids.tolist(), path), vectors.astype(np.float32)
+    with np.errstate(over="ignore"):  # infinity, which is refused with its item's name
+        return _texts(ids.tolist(), path), vectors.astype(np.float32)
 
 
 def _from_parquet(path: Path, columns: Columns) -> tuple[list[str], NDArray[np.float32]]:

@@ -112,7 +112,6 @@ def _collaborative(split: Split, config: TrainingConfig, cache_dir: Path) -> Fea
         spread = max(float(features.values[features.present].std()), 1e-12)
         both = np.concatenate([features.values / spread, factors.values], axis=1)
         features = Features(both.astype(np.float32), features.present)
-    cache_dir.mkdir(parents=True, exist_ok=True)
     features.save(path)
     return features
 

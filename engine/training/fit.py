@@ -17,7 +17,7 @@ from speeder_engine.data.splits import Histories, Split
 from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
-from speeder_engine.files import write_atomic
+from speeder_engine.files import ensure_writable, write_atomic
 from speeder_engine.live_prior import SECONDS_A_DAY, LivePopularity
 from speeder_engine.models.families import decoder_config
 from speeder_engine.models.follower_table import FollowerTable
@@ -106,6 +106,7 @@ def train(
 
 
 def _beginning(split: Split, config: TrainingConfig, cache_dir: Path, start_from: Checkpoint | None) -> Checkpoint:
+    ensure_writable(cache_dir)  # before minutes of fitting
     if start_from is None:
         return new_checkpoint(split, config, make_features(split, config, cache_dir))
     return continued_checkpoint(start_from, split, config, item_prior(split, config), cache_dir)

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from speeder_engine.errors import DataError
 from speeder_engine.runs import offsets_of
-from speeder_engine.title_text import TitleText, answer_text
+from speeder_engine.title_text import TitleText
 
 Ints = NDArray[np.int64]
 
@@ -16,8 +16,7 @@ class TitleTargets:
     """Every item's title as the token ids that answer with it; an item without a title is no answer."""
 
     def __init__(self, titles: Sequence[str], text: TitleText, per_segment: int = 1) -> None:
-        found = text.answers(titles)
-        answers = [ids if answer_text(title) else () for title, ids in zip(titles, found, strict=True)]
+        answers = text.answers(titles)
         if not any(answers):
             raise DataError("items: none has a title, so that heads.title can't be trained; leave it out of the recipe")
         self.lengths = np.array([len(ids) for ids in answers], dtype=np.int64)

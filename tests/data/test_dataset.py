@@ -82,7 +82,9 @@ def test_the_core_takes_items_and_users_out(build):
     assert kept.item_ids[-1] == "rare"
     assert kept.num_interactions == 25
     assert kept.notes == ("5-core: 1 users, 0 items and 2 interactions left out",)
-    with pytest.raises(DataError, match=r"with 6 interactions each; lower min_interactions"):
+    with pytest.raises(
+        DataError, match=r"with 6 interactions each; lower --min-interactions, in Python min_interactions"
+    ):
         build(ROWS, 6)
 
 

@@ -81,6 +81,9 @@ def test_files_of_another_make(tmp_path):
     np.savez(path, ids=np.array(["a"]), vectors=np.ones((1, 2)))
     with pytest.raises(DataError, match=r"arrays item_ids and vectors are needed; it has 'ids', 'vectors'"):
         read_vectors(path, ("a",))
+    np.savez(path, item_ids=np.array(["a"]), vectors=np.array([[1e39, 1]]))
+    with pytest.raises(DataError, match=r"vector of item 'a' has NaN or infinity"):
+        read_vectors(path, ("a",))
     np.savez(path, item_ids=np.array(["a"]), vectors=np.ones((2, 2)))
     with pytest.raises(DataError, match=r"item_ids \[k\] and vectors \[k, d\]"):
         read_vectors(path, ("a",))
