@@ -355,9 +355,9 @@ class Engine(Recommends):
         out = given_path(path, "save", "an engine directory")
         with self._changing:
             serving = self._now()
-            with serving.lock:
-                table, tokens = serving.catalogue.table(), serving.catalogue.served_tokens()
-            saved = serving.parts.with_catalogue(table, tokens).save(out)
+            # beside steps, which only read it: no request waits for a catalogue of gigabytes
+            catalogue = serving.catalogue
+            saved = serving.parts.with_catalogue(catalogue.table(), catalogue.served_tokens()).save(out)
             known = serving.parts.artifact
             if known is not None and out.resolve() == known.path.resolve():
                 serving.parts = replace(serving.parts, artifact=saved)

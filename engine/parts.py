@@ -73,7 +73,7 @@ class EngineParts:
         known = read.catalogue.num_rows
         kept = read.catalogue.tokens[:known]
         same = (kept.to(tokens.dtype) == tokens[:known]).all(dim=1, keepdim=True)
-        wide = tokens.to(kept.dtype)
+        wide = tokens.to(kept.dtype, copy=True)
         wide[:known] = torch.where(same, kept, wide[:known])
         return replace(read, catalogue=Catalogue(table, wide), write_more=read._copy_more)
 

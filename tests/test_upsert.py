@@ -363,6 +363,17 @@ def test_an_engine_is_saved_onto_its_own_directory_again_and_again(tiny, tmp_pat
     assert again.recommend(["0002", "new 2.0"], k=130) == engine.recommend(["0002", "new 2.0"], k=130)
 
 
+def test_saving_keeps_no_step_waiting(tiny, tmp_path):
+    engine = made(tiny)
+    engine.upsert([Item("x", vectors={"text": [0.5] * 8})])
+    saving = threading.Thread(target=engine.save, args=[tmp_path / "engine"])
+    with engine._now().lock:  # as a step holds it
+        saving.start()
+        saving.join(60)
+        assert not saving.is_alive()
+    assert "x" in Engine.load(tmp_path / "engine", dtype="float32").catalogue
+
+
 def test_a_directory_that_was_replaced_is_not_saved_from(tiny, tmp_path):
     tiny.parts().save(tmp_path / "engine")
     engine = Engine.load(tmp_path / "engine", dtype="float32")
