@@ -344,6 +344,9 @@ def recommend(
         count = recommend_file(loaded, source, target, k, on_unknown)  # type: ignore[arg-type]
         typer.echo(json.dumps({"users": count, "output": str(target)}) if as_json else f"{count:,} users in {target}")
         return
+    if history and not times and loaded.parts.config.prompt.calendar is not None:
+        message = "--times is not given, which this model reads; all times count as not known"
+        warnings.warn(message, SpeederWarning, stacklevel=1)
     ranking = loaded.recommend(
         _ids(history),
         k,

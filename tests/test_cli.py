@@ -66,6 +66,9 @@ def test_recommend_with_times_and_in_few_bits(tmp_path):
     engine = Engine.load(tmp_path / "engine", dtype="bfloat16", weights="int8", kv_budget="0")
     expected = engine.recommend(["0001", "0002"], times=[10, 4500])
     assert json.loads(done.stdout)["scores"] == list(expected.scores) != list(engine.recommend(["0001", "0002"]).scores)
+    assert done.stderr == ""
+    without = speeder("recommend", tmp_path / "engine", "--history", "0001")
+    assert without.stderr == "warning: --times is not given, which this model reads; all times count as not known\n"
     wrong = speeder("recommend", tmp_path / "engine", "--history", "0001", "--times", "noon")
     assert "--times: expected Unix seconds between commas, got 'noon'" in wrong.error
 
