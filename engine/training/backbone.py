@@ -8,11 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from speeder_engine.config import check
+from speeder_engine.device import host_memory
 from speeder_engine.encoders.sources import resolve_source
 from speeder_engine.errors import ConfigError, MissingDependency
 from speeder_engine.training.config import BackboneConfig
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]
+# in fp32: itself, where it is moved to a GPU, else its gradient and two moments, too
+BYTES_A_PARAMETER = 4 if torch.cuda.is_available() else 16
 
 
 class Backbone(NamedTuple):
@@ -50,8 +54,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def small_llama(config: BackboneConfig, vocab_size: int) -> nn.Module:
+    """Raises ConfigError for one that can't be trained in this machine's memory."""
     from transformers import LlamaConfig, LlamaModel
 
+    width, inner = config.hidden_size, config.intermediate_size
+    count = vocab_size * width + config.num_layers * (4 * width * width + 3 * width * inner)
+    needed, there = count * BYTES_A_PARAMETER, host_memory()
+    message = f"backbone: {count:,} parameters take {needed:,} bytes in training, there are {there:,}; make it smaller"
+    check(needed <= there, message)
     shape = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=config.hidden_size,

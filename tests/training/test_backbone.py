@@ -1,13 +1,31 @@
-"""Dropout of what blocks add to their rows, which Llama has not of its own."""
+"""A decoder from scratch: how large it may be, and dropout of what blocks add to their rows, which Llama has not."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from speeder_engine.errors import ConfigError
+from speeder_engine.training import backbone
 from speeder_engine.training.backbone import drop_residuals, small_llama
 from speeder_engine.training.config import BackboneConfig
 
 CONFIG = BackboneConfig(vocab_size=260, hidden_size=32, num_heads=2, intermediate_size=48, dropout=0.0)
+
+
+@pytest.mark.parametrize("huge", [{"hidden_size": 2_000_000}, {"num_layers": 10**9}, {"intermediate_size": 2**31 - 1}])
+def test_one_beyond_the_machines_memory_is_refused_before_it_is_made(huge):
+    with pytest.raises(ConfigError, match=r"backbone: [\d,]+ parameters take [\d,]+ bytes in training, there are"):
+        small_llama(replace(CONFIG, **huge), 260)
+
+
+def test_its_size_is_counted_before_it_is_made(monkeypatch):
+    made = sum(weight.numel() for weight in small_llama(CONFIG, 260).parameters())
+    norms = (2 * CONFIG.num_layers + 1) * CONFIG.hidden_size
+    monkeypatch.setattr(backbone, "host_memory", lambda: (made - norms) * backbone.BYTES_A_PARAMETER)
+    small_llama(CONFIG, 260)
+    with pytest.raises(ConfigError, match="make it smaller"):
+        small_llama(CONFIG, 261)
 
 
 def outputs(body, rows):
