@@ -26,6 +26,7 @@ from speeder_engine.encoders.base import Encoder, load_encoder
 from speeder_engine.errors import ArtifactError, ConfigError, DataError
 from speeder_engine.files import sha256_file
 from speeder_engine.models.recommender import ServingModel
+from speeder_engine.models.shapes import ShapesOnly
 from speeder_engine.title_text import TitleText
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -147,7 +148,7 @@ def load_tokenizer(artifact: Artifact) -> Any:
 
 def load_model(artifact: Artifact, config: ModelConfig) -> ServingModel:
     weights = _tensors(artifact, WEIGHTS_FILE)
-    with torch.device("meta"):
+    with ShapesOnly():
         model = ServingModel(config)
     try:
         model.load_state_dict(weights, assign=True)

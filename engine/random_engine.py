@@ -11,6 +11,7 @@ from speeder_engine.config import CompressorConfig, DecoderConfig, HeadsConfig, 
 from speeder_engine.errors import ConfigError
 from speeder_engine.models.compressor import Compressor
 from speeder_engine.models.recommender import ServingModel
+from speeder_engine.models.shapes import ShapesOnly
 from speeder_engine.parts import EngineParts
 
 # the bodies of well-known models; `tiny` is what the demo trains
@@ -50,7 +51,7 @@ def random_parts(
     compressor = CompressorConfig(FEATURES, decoder.hidden_size, scale=SCALE)
     config = ModelConfig(decoder, compressor, prompt, HeadsConfig())
     generator = torch.Generator(device).manual_seed(seed)
-    with torch.device("meta"):
+    with ShapesOnly():
         model = ServingModel(config)
     frequencies = ROPE_THETA ** -(torch.arange(0, decoder.head_dim, 2, dtype=torch.float32) / decoder.head_dim)
     model.decoder.inv_freq = frequencies  # given as they are: neither cast nor filled

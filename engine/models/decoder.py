@@ -17,6 +17,7 @@ from speeder_engine.models.families import decoder_config, fuse_weights, rotary_
 from speeder_engine.models.linear import W8Linear, linear_part, quantize_linears
 from speeder_engine.models.norm import RMSNorm
 from speeder_engine.models.residual import ResidualStream
+from speeder_engine.models.shapes import ShapesOnly
 from speeder_engine.triton_kernels.few_rows import suits
 from speeder_engine.triton_kernels.fused_qkv import fits
 from speeder_engine.triton_kernels.qk_norm_rope_store import rotate
@@ -178,7 +179,7 @@ class Decoder(nn.Module):
         """A decoder with a copy of a loaded transformers model's weights, the vocabulary's aside: the body alone or
         under a language-model head, tied or untied. Adapters must have been merged."""
         body: Any = getattr(model, "model", model)
-        with torch.device("meta"):
+        with ShapesOnly():
             decoder = cls(decoder_config(body.config))
         weights = fuse_weights(body.state_dict(), decoder.config.num_layers)
         weights["inv_freq"] = rotary_frequencies(body.config)[0].to(body.device)
