@@ -70,7 +70,10 @@ class EngineParts:
         path, revision = self.artifact.path, self.revision
         read = EngineParts.load(path)
         if read.revision != revision:
-            raise ArtifactError(f"{path}: holds revision {read.revision}, this engine was loaded from {revision}")
+            remedy = "put that one back to save what was changed at run time, or reload and change it again"
+            raise ArtifactError(
+                f"{path}: holds revision {read.revision}, this engine was loaded from {revision}; {remedy}"
+            )
         known = read.catalogue.num_rows
         kept = read.catalogue.tokens[:known]
         same = (kept.to(tokens.dtype) == tokens[:known]).all(dim=1, keepdim=True)
@@ -137,6 +140,7 @@ def load_tokenizer(artifact: Artifact) -> Any:
     from tokenizers import Tokenizer
 
     path = artifact.file(TOKENIZER_FILE)
+    artifact.folder(path.parent.name)  # it is read when a title is first asked for, long after the rest
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # what the native reader raises is no narrower

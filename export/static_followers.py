@@ -11,7 +11,8 @@ from speeder_engine.models.follower_table import NOBODY, FollowerTable
 
 
 class StaticFollowers(nn.Module):
-    """`rows` int64 [I + 1, keep] and `values` float32: row I is of no item, column I of no follower."""
+    """`rows` int64 [I + 1, keep] and `values` float32 for a catalogue of I items: row I is of no item, column I of no
+    follower. Items beyond the table came later and follow nobody."""
 
     rows: Tensor
     values: Tensor
@@ -19,15 +20,16 @@ class StaticFollowers(nn.Module):
     retrieve: Tensor
     rank: Tensor
 
-    def __init__(self, table: FollowerTable, reduces: bool) -> None:
-        """reduces: whether the graph's runtime adds up what is scattered into one place; TensorRT doesn't."""
+    def __init__(self, table: FollowerTable, num_items: int, reduces: bool) -> None:
+        """num_items: of the catalogue. reduces: whether the graph's runtime adds up what is scattered into one place;
+        TensorRT doesn't."""
         super().__init__()
         self.reduces = reduces
         similar, config = table.scorer().similar, table.config
         items, counts = similar.items, np.diff(similar.offsets)
         places = np.arange(len(items)) - similar.offsets[items]
-        shape = (similar.num_items + 1, max(int(counts.max(initial=0)), 1))
-        rows, values = np.full(shape, similar.num_items), np.zeros(shape, np.float32)
+        shape = (num_items + 1, max(int(counts.max(initial=0)), 1))
+        rows, values = np.full(shape, num_items), np.zeros(shape, np.float32)
         rows[items, places], values[items, places] = similar.rows, similar.values
         self.last = config.last
         self.register_buffer("rows", torch.from_numpy(rows))
@@ -43,7 +45,7 @@ class StaticFollowers(nn.Module):
         return torch.where(places < 0, NOBODY, history.gather(1, places.clamp(0, history.shape[1] - 1)))
 
     def forward(self, last_rows: Tensor) -> Tensor:
-        """[B, last] -> f [B, I]. Rows beyond the table are of items that came later: nobody follows them."""
+        """[B, last] -> f [B, I]."""
         none = self.rows.shape[0] - 1
         named = torch.where((last_rows < 0) | (last_rows > none), none, last_rows)
         found, rows = self.values[named] * self.weights.unsqueeze(1), self.rows[named]

@@ -54,6 +54,7 @@ class StaticModel(nn.Module):
         super().__init__()
         titles = "heads: this model was trained without a retrieve head, and titles are not exported; serve the engine"
         check(parts.config.heads.retrieve, titles)
+        check(parts.catalogue.num_rows > 0, "catalogue: it is empty, and a graph has its items inside; add some first")
         model, dtype = copy.deepcopy(parts.model).float(), export.torch_dtype
         self.export = export
         instruction = run_instruction(model.decoder, model.instruction)
@@ -74,7 +75,9 @@ class StaticModel(nn.Module):
         self.prompts, self.times = model.prompts, model.times
         self.has_rank = parts.config.heads.rank
         self.retrieve, self.rank = model.retrieve, model.rank
-        self.followers = None if model.followers is None else StaticFollowers(model.followers, export.flavour == "ort")
+        self.followers = None
+        if model.followers is not None:
+            self.followers = StaticFollowers(model.followers, parts.catalogue.num_rows, export.flavour == "ort")
         self.requires_grad_(False).eval()
 
     @property

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 Rows = NDArray[np.int64]
 NARROWEST = 8  # of padded rows; then powers of two, so that few shapes occur and requests share batches
+LATEST_SECOND = 10**11  # the year 5138 in seconds, but 1973 in milliseconds
 IDS_FILE = "item_ids.json"
 LISTS = ("history", "candidates", "excluded")
 
@@ -110,6 +111,10 @@ class TritonPythonModel:
             own = times[ids != b""]
             if not np.isfinite(own).all():
                 raise ValueError("times: they must be finite; send 0 where one is not known")
+            if (np.abs(own) > LATEST_SECOND).any():
+                raise ValueError(
+                    f"times: {np.abs(own).max():.0f} s is thousands of years away; divide milliseconds by 1000"
+                )
             own = own[len(own) - len(window) :]
             passed = (own - calendar["first_second"]) // calendar["bucket_seconds"]
             found = np.clip(passed, 0, calendar["num_buckets"] - 1).astype(np.int64) + 1
@@ -120,7 +125,11 @@ class TritonPythonModel:
         """[B, width]: the next of a few widths, at most what the graph takes."""
         longest, most = max(map(len, rows), default=0), self.settings["most"][name]
         if longest > most:
-            raise ValueError(f"{name}: {longest} items are more than the {most} this repository takes")
+            what = "items, the history's too," if name == "excluded" else "items"
+            raise ValueError(
+                f"{name}: {longest} {what} are more than the {most} this repository takes; send fewer, or export it "
+                f"anew with --{name} TYPICAL,{longest} or more"
+            )
         width = NARROWEST
         while width < longest:
             width *= 2

@@ -1,5 +1,6 @@
 """The title head against plain transformers, one prompt a candidate; generation against transformers' own."""
 
+import asyncio
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from reference import END_ID, make_tiny, make_titled, reference_generation, refe
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
-from speeder_engine import ArtifactError, ConfigError, Engine, EngineConfig, Generation, InvalidRequest, Request
+from speeder_engine import ArtifactError, ConfigError, Engine, EngineConfig, Generation, InvalidRequest, Item, Request
 from speeder_engine.config import MOST_ANSWER_IDS, HeadsConfig, ModelConfig
 from speeder_engine.export.onnx_config import OnnxConfig
 from speeder_engine.export.static_graph import StaticModel
@@ -326,6 +327,32 @@ def test_ids_equal_those_of_transformers(titled, tmp_path):
     expected = [fast(f"{answer_text(t)}\n", add_special_tokens=False)["input_ids"] for t in titles]
     assert [list(ids) for ids in text.answers(titles)] == expected
     assert [text.decode(ids) for ids in text.answers(titles)] == [f"{answer_text(t)}\n" for t in titles]
+
+
+def test_a_tokenizer_that_was_replaced_is_not_read(titled, tmp_path):
+    """It is read when a title is first asked for; another's ids would be answered without a word."""
+    titled.parts().save(tmp_path / "engine")
+    engine = Engine.load(tmp_path / "engine", dtype="float32")
+    make_titled(seed=1).parts().save(tmp_path / "engine")
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match=r"tokenizer.json: was changed since the engine was loaded; reload"):
+            title_scores(engine, ["0001"], ["0010"])
+    engine.reload(tmp_path / "engine")
+    assert title_scores(engine, ["0001"], ["0010"])["0010"] < 0
+
+
+def test_a_waiting_request_is_answered_by_titles_as_they_stand(titled):
+    engine = Engine(titled.parts(), EngineConfig(dtype="float32", batch_wait_ms=500))
+    request = Request(["0001"], candidates=["0010", "0020"], head="title")
+
+    async def change_while_it_waits():
+        waiting = asyncio.ensure_future(engine.submit(request))
+        await asyncio.sleep(0.05)
+        engine.upsert([Item("0010", title="the sea and the two kings")])
+        return await waiting
+
+    before = engine.recommend_many([request])[0]
+    assert asyncio.run(change_while_it_waits()) == engine.recommend_many([request])[0] != before
 
 
 def test_long_titles_are_cut_and_tokenizers_without_newline_refused(titled):

@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterable
 from functools import cached_property
@@ -57,7 +58,10 @@ class FolderImages:
 
     def read(self, item_id: str) -> bytes | None:
         name = self._names.get(item_id)
-        return None if name is None else (self.folder / name).read_bytes()
+        try:
+            return None if name is None else (self.folder / name).read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.folder / str(name)}: can't be read: {error.strerror}") from error
 
 
 class ZipImages:
@@ -84,7 +88,7 @@ class ZipImages:
         name = self._names.get(item_id)
         try:
             return None if name is None else self._archive.read(name)
-        except (zipfile.BadZipFile, OSError, RuntimeError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
             raise DataError(f"{self.path}: {name} can't be unpacked: {error}") from error
 
 

@@ -67,6 +67,8 @@ def train(
     """
     if not len(split.users):
         raise DataError(f"{split.dataset.name}: no user has the three interactions that training and validation need")
+    if split.dataset.num_items < 2:
+        raise DataError(f"{split.dataset.name}: there is one item, and nothing to tell it from; add others")
     check_replaceable(out)
     first = processes.is_first
     log = RunLog(_log_path(out) if first else None, tensorboard if first else None)

@@ -4,6 +4,7 @@ Text and images are encoded by the checkpoint's own encoders. Collaborative vect
 (the model has learned to read that space, and may have tuned them); new items that have events are fitted into it.
 """
 
+import warnings
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -23,7 +24,7 @@ from speeder_engine.encoders.features import Features, Flags
 from speeder_engine.encoders.neighbours import fold_in
 from speeder_engine.encoders.sasrec import SASRec, SASRecConfig
 from speeder_engine.encoders.sequence_fit import fit_sequence_model
-from speeder_engine.errors import ConfigError, DataError
+from speeder_engine.errors import ConfigError, DataError, SpeederWarning
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.features import read_images
@@ -68,7 +69,7 @@ def continued_checkpoint(
     items = split.dataset.items
     names = previous.model.compressor.modalities
     return Checkpoint(
-        model=_grown_model(previous.model, split),
+        model=grown_model(previous.model, split),
         tokenizer=previous.tokenizer,
         table=ItemTable.fresh(items.item_ids, items.titles, prior),
         features={name: _features(name, previous, split, config, cache_dir) for name in names},
@@ -78,7 +79,7 @@ def continued_checkpoint(
     )
 
 
-def _grown_model(model: Recommender, split: Split) -> Recommender:
+def grown_model(model: Recommender, split: Split) -> Recommender:
     """The same weights; a calendar reaches to the last training event, who follows whom is counted anew."""
     if model.followers is not None:
         weights = model.followers.weights
@@ -90,6 +91,14 @@ def _grown_model(model: Recommender, split: Split) -> Recommender:
         return model
     if times is None:
         raise DataError(f"{split.dataset.name}: the checkpoint reads times; give a time column")
+    before = int((times < calendar.first_second).sum())
+    if before:
+        message = (
+            f"{before:,} of {len(times):,} interactions are older than the checkpoint's calendar: as its first bucket"
+        )
+        warnings.warn(
+            f"{split.dataset.name}: {message}; train anew for one that holds them", SpeederWarning, stacklevel=2
+        )
     needed = (int(times.max()) - calendar.first_second) // calendar.bucket_seconds + 1
     if needed <= calendar.num_buckets:
         return model
@@ -111,14 +120,14 @@ def _features(name: str, previous: Checkpoint, split: Split, config: TrainingCon
         if given is None:
             return fit_new_items(split, kept, config)
         tuned = TrainingConfig.from_json(previous.training["config"]).collaborative.tune
-        return overlaid(given, kept) if tuned else overlaid(kept, given)
+        return overlaid(given, kept, name) if tuned else overlaid(kept, given, name)
     if given is None and name in previous.encoders:
         inputs: list[str | bytes | None] = list(items.texts) if name == "text" else []
         if name == "image" and items.images is not None:
             inputs = list(read_images(split.dataset))
         if inputs:
             given = FeatureCache(cache_dir).encode(previous.encoders[name], inputs, names=items.item_ids)
-    return kept if given is None else overlaid(kept, given)
+    return kept if given is None else overlaid(kept, given, name)
 
 
 def carried(features: Features, old_ids: tuple[str, ...], new_ids: tuple[str, ...]) -> Features:
@@ -129,10 +138,11 @@ def carried(features: Features, old_ids: tuple[str, ...], new_ids: tuple[str, ..
     return Features.of_present(features.values[rows[present]], present)
 
 
-def overlaid(under: Features, over: Features) -> Features:
+def overlaid(under: Features, over: Features, modality: str = "collaborative") -> Features:
     """`over` where it has a vector, else `under`; ConfigError where their widths differ."""
     if under.dim != over.dim:
-        raise ConfigError(f"--start-from: vectors of {over.dim} numbers, the checkpoint's have {under.dim}; train anew")
+        widths = f"{over.dim} and {under.dim} numbers"
+        raise ConfigError(f"--start-from: {modality} vectors of {widths}, the data's and the checkpoint's; train anew")
     values = np.where(over.present[:, None], over.values, under.values)
     return Features(values, over.present | under.present)
 

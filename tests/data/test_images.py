@@ -57,6 +57,24 @@ def test_a_damaged_member_is_named(tmp_path):
         open_images(path).read("1")
 
 
+def test_a_damaged_stream_is_named(tmp_path):
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1.jpg", bytes(range(256)) * 9)
+    content = bytearray(path.read_bytes())
+    start = content.index(b"1.jpg") + 5
+    content[start : start + 20] = b"\xff" * 20
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"1\.jpg can't be unpacked: Error -3 while decompressing"):
+        open_images(path).read("1")
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    (tmp_path / "1.jpg").mkdir()
+    with pytest.raises(DataError, match=r"1\.jpg: can't be read: Is a directory"):
+        open_images(tmp_path).read("1")
+
+
 def test_what_holds_no_images(tmp_path):
     with pytest.raises(DataError, match=r"a folder, a \.zip or a \.parquet"):
         open_images(tmp_path / "absent.zip")

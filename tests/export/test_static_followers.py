@@ -20,13 +20,16 @@ def tiny():
 
 @pytest.mark.parametrize("reduces", [True, False])
 def test_it_is_f_on_the_host(tiny, reduces):
-    static, scorer = StaticFollowers(tiny.model.followers, reduces), tiny.model.followers.scorer()
+    """Three items of 123 came later: they follow nobody, and nobody them."""
+    static, scorer = StaticFollowers(tiny.model.followers, 123, reduces), tiny.model.followers.scorer()
     rng = np.random.default_rng(0)
     lengths = torch.tensor([0, 1, 4, 9, 12])
     history = torch.from_numpy(rng.integers(0, 120, (5, 12)))
+    history[:, 3] = torch.tensor([122, 121, 120, 122, 121])
     found = static(static.last_rows(history, lengths))
+    assert found.shape == (5, 123) and not found[:, 120:].any()
     for b, length in enumerate(lengths.tolist()):
-        expected = scorer.following(history[b, :length].numpy().astype(np.int32)).of(np.arange(120))
+        expected = scorer.following(history[b, :length].numpy().astype(np.int32)).of(np.arange(123))
         np.testing.assert_allclose(found[b], expected, rtol=1e-5, atol=1e-6)
     short = static.last_rows(history[:, :3], lengths.clamp(max=3))
     assert short.shape == (5, CONFIG.last) and (short[:, 3:] == -1).all()

@@ -5,12 +5,13 @@ import pytest
 import torch
 from reference import make_tiny
 
-from speeder_engine import Engine, EngineConfig
+from speeder_engine import ConfigError, Engine, EngineConfig
 from speeder_engine.export import OnnxConfig
 from speeder_engine.export.graph_engine import pad
 from speeder_engine.export.graph_spec import graph_specs
 from speeder_engine.export.static_graph import ExtendGraph, RecommendGraph, ScoreGraph, StaticModel
 from speeder_engine.models.families import FAMILIES
+from speeder_engine.random_engine import random_parts
 
 WINDOW = 12
 
@@ -129,3 +130,8 @@ def test_a_specification_has_all_that_tracing_needs():
             sizes = {size for name, dims in spec.dynamic.items() for axis, size in dims.items()}
             assert {"batch"} <= sizes or spec.name == "compress"
     assert [spec.name for spec in graph_specs(parts, OnnxConfig(graphs=("recommend",)))] == ["recommend"]
+
+
+def test_an_empty_catalogue_is_refused():
+    with pytest.raises(ConfigError, match="catalogue: it is empty, and a graph has its items inside; add some first"):
+        StaticModel(random_parts("tiny", num_items=0, instruction_len=5), OnnxConfig())

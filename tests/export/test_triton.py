@@ -216,7 +216,10 @@ def test_a_session_is_refused_where_it_would_be_wrong(server, engine):
     [
         ({"history": ids(["nope", "gone"])}, "history: unknown item 'nope', 'gone'"),
         ({"excluded": ids([f"x{i}" for i in range(9)])}, r"excluded: unknown item 'x0', .* \(and 4 more\)"),
-        ({"history": ids([f"{i:07d}" for i in range(70)])}, "excluded: 70 items are more than the 64"),
+        (
+            {"history": ids([f"{i:07d}" for i in range(70)])},
+            "excluded: 70 items, the history's too, are more than the 64 .* --excluded TYPICAL,70 or more",
+        ),
     ],
 )
 def test_bad_requests_are_refused(server, inputs, message):
@@ -281,7 +284,7 @@ def step(tmp_path):
         (["", "a", "b"], [UNKNOWN, 150, 250]),
         (["", "a", "", "b"], [INF, 150, 9e9, 250]),
         (["a", "b", "c"], [150, UNKNOWN, -250]),
-        (["a", "b", "c"], [1e300, -1e300, 250.9]),
+        (["a", "b", "c"], [1e10, -1e10, 250.9]),
         (["a", "b", "c", "a", "b", "c"], [1, 101, 201, 301, 401, 501]),
         (["", "a", "b", "c", "a", "b", "c"], [UNKNOWN, 1, 101, 201, 301, 401, 501]),
         ([""], [NAN]),
@@ -304,6 +307,7 @@ def test_times_stand_beside_their_items_wherever_padding_is(step, history, times
     [
         ({"times": [[NAN, 250]]}, "times: they must be finite; send 0 where one is not known"),
         ({"times": [[150, INF]]}, "times: they must be finite"),
+        ({"times": [[150, 1.7e12]]}, "times: 1700000000000 s is thousands of years away; divide milliseconds by 1000"),
         ({"times": [[-INF, 250]]}, "times: they must be finite"),
         ({"history": ids(["a"] * 6), "times": [[NAN, *[1] * 5]]}, "times: they must be finite"),  # before the window
         ({"times": [[150]]}, "times: 1x1 for a history of 1x2; send one for each place, padding too"),

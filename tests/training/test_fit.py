@@ -11,6 +11,7 @@ from tiny_training import CONFIG, log_of, pretrained, resumed_after
 
 from speeder_engine import Engine
 from speeder_engine.checkpoint import Checkpoint
+from speeder_engine.data.dataset import Dataset
 from speeder_engine.data.splits import leave_one_out
 from speeder_engine.errors import ArtifactError, ConfigError, DataError, SpeederError, SpeederWarning
 from speeder_engine.evaluation.model_scorer import ModelScorer
@@ -18,6 +19,7 @@ from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.export.engine_directory import export_engine
 from speeder_engine.models.families import FAMILIES
 from speeder_engine.models.prior import ConstantPrior
+from speeder_engine.runs import offsets_of
 from speeder_engine.training import gradient as gradient_module
 from speeder_engine.training.config import Stage, TrainingConfig
 from speeder_engine.training.features import read_images
@@ -72,6 +74,13 @@ def test_resuming_with_something_else_is_refused(split, finished):
         train(split, other, folder, resume=True)
     with pytest.raises(ConfigError, match="trained on other data"):
         train(leave_one_out(make_dataset(seed=5)), CONFIG, folder, resume=True)
+
+
+def test_one_item_is_nothing_to_learn(split, tmp_path):
+    taken, times = np.zeros(4, np.int32), np.arange(4)
+    one = Dataset("one", split.dataset.items.take(np.array([0])), ("u",), offsets_of(np.array([4])), taken, times)
+    with pytest.raises(DataError, match="there is one item, and nothing to tell it from; add others"):
+        train(leave_one_out(one), CONFIG, tmp_path / "c")
 
 
 def test_a_modality_that_no_item_has_is_left_out(split, tmp_path):

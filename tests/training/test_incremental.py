@@ -21,7 +21,7 @@ from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.runs import offsets_of
 from speeder_engine.training.features import make_features
 from speeder_engine.training.fit import new_checkpoint, train
-from speeder_engine.training.incremental import carried, fit_new_items, recipe_to_continue
+from speeder_engine.training.incremental import carried, fit_new_items, grown_model, recipe_to_continue
 from speeder_engine.training.overrides import override
 
 DAY = 86_400
@@ -127,6 +127,16 @@ def test_untrained_it_is_the_old_model_over_more_items(old, tmp_path):
     assert len(grown.table) == GROWN and grown.table.prior.std() == pytest.approx(1, abs=1e-3)
 
 
+def test_times_before_the_calendar_are_counted_in_a_warning(old):
+    checkpoint, folder = old
+    split, calendar = counting(GROWN, 60, days=200), checkpoint.model.config.prompt.calendar
+    times = split.train.times.copy()
+    times[:7], times[7:] = calendar.first_second - 1, calendar.first_second
+    earlier = replace(split, train=replace(split.train, times=times))
+    with pytest.warns(SpeederWarning, match=r"7 of [\d,]+ interactions are older than the checkpoint's calendar"):
+        grown_model(Checkpoint.load(folder).model, earlier)
+
+
 def test_known_vectors_stand_still_and_new_ones_are_fitted(old):
     checkpoint, _ = old
     split = counting(GROWN, 120, days=200, seed=1, unseen=2)
@@ -177,5 +187,5 @@ def test_another_model_is_refused(old, tmp_path):
             go_on(change)
     wide = {"text": Features(np.ones((GROWN, 40), np.float32), np.ones(GROWN, bool))}
     wider = replace(split, dataset=replace(split.dataset, items=replace(split.dataset.items, vectors=wide)))
-    with pytest.raises(ConfigError, match="vectors of 40 numbers, the checkpoint's have 32"):
+    with pytest.raises(ConfigError, match="text vectors of 40 and 32 numbers, the data's and the checkpoint's"):
         go_on(data=wider)
