@@ -1,5 +1,6 @@
 """Parquet, CSV, JSONL and RecBole atomic files as columns or records. Knows no users, no items and no meaning."""
 
+import codecs
 import gzip
 import json
 import zlib
@@ -51,12 +52,24 @@ def reading(path: Path) -> Iterator[None]:
 def column_names(path: Path) -> tuple[str, ...]:
     """The columns of the file, atomic ones without their `:type`; of a JSONL the keys of its first record."""
     kind = table_format(path)
+    if kind != "parquet":
+        _refuse_utf16(path)
     if kind == "jsonl":
-        return tuple(next((record for _, record in read_jsonl(path)), {}))
+        first = next((record for _, record in read_jsonl(path)), None)
+        if first is None:
+            raise DataError(f"{path}: there is nothing in it; write a JSON object a line")
+        return tuple(first)
     with reading(path):
         if kind == "parquet":
             return tuple(pq.read_schema(path).names)
         return tuple(_bare(name) for name in _header(path, kind))
+
+
+def _refuse_utf16(path: Path) -> None:
+    """What spreadsheets call Unicode: its cells would be read as nonsense, or as too few of them."""
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise DataError(f"{path}: is UTF-16 text; save it as UTF-8")
 
 
 def refuse_repeated(path: Path, found: Sequence[str], names: Sequence[str]) -> None:

@@ -108,7 +108,13 @@ def _collaborative(split: Split, config: TrainingConfig, cache_dir: Path) -> Fea
     )
     features = fit_collaborative(train.offsets, train.rows, num_items, sasrec).features
     if wanted.neighbours:
-        factors = fit_neighbours(train.offsets, train.rows, num_items, wanted.neighbours, config.seed)
+        rank = min(wanted.neighbours, num_items)
+        if rank < wanted.neighbours:
+            message = (
+                f"collaborative.neighbours: {num_items} items have no more than {rank} factors, not {wanted.neighbours}"
+            )
+            warnings.warn(f"{split.dataset.name}: {message}", SpeederWarning, stacklevel=2)
+        factors = fit_neighbours(train.offsets, train.rows, num_items, rank, config.seed)
         spread = max(float(features.values[features.present].std()), 1e-12)
         both = np.concatenate([features.values / spread, factors.values], axis=1)
         features = Features(both.astype(np.float32), features.present)

@@ -41,7 +41,7 @@ from speeder_engine.training.incremental import continued_checkpoint
 from speeder_engine.training.language_warmup import warm_up
 from speeder_engine.training.parallel import ALONE, Processes
 from speeder_engine.training.run_log import RunLog
-from speeder_engine.training.title_targets import TitleTargets
+from speeder_engine.training.title_targets import TitleTargets, refuse_untitled
 from speeder_engine.training.title_validation import title_probability
 from speeder_engine.training.token_table import TokenTable
 from speeder_engine.training.trainer import DEVICE, Trainer, Validate
@@ -108,8 +108,12 @@ def train(
 
 
 def _beginning(split: Split, config: TrainingConfig, cache_dir: Path, start_from: Checkpoint | None) -> Checkpoint:
-    ensure_writable(cache_dir)  # before minutes of fitting
+    # before minutes of encoding and fitting
+    ensure_writable(cache_dir)
     if start_from is None:
+        make_calendar(split, config.calendar_days)
+        if config.heads.title:
+            refuse_untitled(split.dataset.items.titles)
         return new_checkpoint(split, config, make_features(split, config, cache_dir))
     return continued_checkpoint(start_from, split, config, item_prior(split, config), cache_dir)
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from speeder_engine.errors import DataError
 from speeder_engine.runs import offsets_of
-from speeder_engine.title_text import TitleText
+from speeder_engine.title_text import TitleText, answer_text
 
 Ints = NDArray[np.int64]
 
@@ -16,9 +16,8 @@ class TitleTargets:
     """Every item's title as the token ids that answer with it; an item without a title is no answer."""
 
     def __init__(self, titles: Sequence[str], text: TitleText, per_segment: int = 1) -> None:
+        refuse_untitled(titles)
         answers = text.answers(titles)
-        if not any(answers):
-            raise DataError("items: none has a title, so that heads.title can't be trained; leave it out of the recipe")
         self.lengths = np.array([len(ids) for ids in answers], dtype=np.int64)
         self.ids = np.array([token for ids in answers for token in ids], dtype=np.int64)
         self.starts = offsets_of(self.lengths)[:-1]
@@ -44,3 +43,9 @@ class TitleTargets:
         at = self.starts[items][..., None] + columns
         inside = columns < lengths[..., None]
         return np.where(inside, self.ids[np.where(inside, at, 0)], -1)
+
+
+def refuse_untitled(titles: Sequence[str]) -> None:
+    """DataError where no item has a title, and so no title an item."""
+    if not any(map(answer_text, titles)):
+        raise DataError("items: none has a title, so that heads.title can't be trained; leave it out of the recipe")

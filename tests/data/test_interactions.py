@@ -192,6 +192,17 @@ def test_files_that_are_none(tmp_path):
         read_interactions(tmp_path / "x.jsonl.gz")
 
 
+def test_spreadsheets_unicode_and_empty_files_are_named(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("user_id,item_id\n1,2\n", encoding="utf-16")
+    with pytest.raises(DataError, match=r"x\.csv: is UTF-16 text; save it as UTF-8"):
+        read_interactions(path)
+    for content in ("", "\n \n"):
+        (tmp_path / "x.jsonl").write_text(content)
+        with pytest.raises(DataError, match=r"x\.jsonl: there is nothing in it; write a JSON object a line"):
+            read_interactions(tmp_path / "x.jsonl")
+
+
 def test_columns_are_checked():
     for bad in ({"user": ""}, {"item": ()}, {"time": 3}, {"time_unit": "us"}):
         with pytest.raises(ConfigError, match=next(iter(bad))):

@@ -173,6 +173,13 @@ def test_new_items_get_factors_of_who_follows_whom(tmp_path):
     assert other.present.all() and not np.allclose(other.values[new, 8:], folded.values[new])
 
 
+def test_a_small_catalogue_has_as_many_factors_as_it_can(tmp_path):
+    recipe = replace(RECIPE, collaborative=replace(RECIPE.collaborative, neighbours=64))
+    with pytest.warns(SpeederWarning, match=rf"neighbours: {OLD} items have no more than {OLD} factors, not 64"):
+        made = make_features(counting(OLD, 60, days=100), recipe, tmp_path / "cache").features["collaborative"]
+    assert made.dim == 8 + 2 * OLD
+
+
 def test_another_model_is_refused(old, tmp_path):
     checkpoint, folder = old
     split = counting(GROWN, 60, days=200)
