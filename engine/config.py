@@ -285,12 +285,8 @@ class ModelConfig(Config):
         check(exact is None or longest <= exact, f"{prompt}, but beyond {exact} its {EXACT_LEN_ENDS}{remedy}")
 
 
-_PREFIXES = ("k", "m", "g", "t")
-_UNITS = (
-    {"": 1, "b": 1}
-    | {f"{prefix}b": 10 ** (3 * i) for i, prefix in enumerate(_PREFIXES, 1)}
-    | {f"{prefix}ib": 2 ** (10 * i) for i, prefix in enumerate(_PREFIXES, 1)}
-)
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 def parse_bytes(size: str | int, where: str = "kv_budget") -> int:
