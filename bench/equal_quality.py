@@ -35,10 +35,11 @@ from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.files import write_json
 from speeder_engine.title_text import TitleText, answer_text
 from speeder_engine.training.backbone import instruction_ids, make_backbone, question_ids
-from speeder_engine.training.config import Stage, TrainingConfig, load_recipe
+from speeder_engine.training.config import Stage, TrainingConfig
 from speeder_engine.training.fit import train
 from speeder_engine.training.heap import keep_freed_memory
 from speeder_engine.training.precision import autocast
+from speeder_engine.training.recipe import load_recipe
 
 HISTORY, BATCH, RATE = 10, 32, 2e-3
 SORTED_TOGETHER = 16  # batches, so that prompts of like length stand together

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from commands import run_command
 from study_runs import shuffled
-from study_variants import merged
 
 from speeder_engine.data.dataset import Dataset
 from speeder_engine.data.items import Items
@@ -37,6 +36,7 @@ from speeder_engine.runs import offsets_of
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.fit import train
 from speeder_engine.training.heap import keep_freed_memory
+from speeder_engine.training.recipe import merged
 
 PAIRS, FILLERS, WIDTH = 8, 40, 64
 TRAINED_SHARE = 0.8

@@ -29,10 +29,10 @@ from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.evaluation.scorer import CatalogueScorer, Scorer
 from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.runs import offsets_of, ranges
-from speeder_engine.training.config import load_recipe
 from speeder_engine.training.features import make_features
 from speeder_engine.training.fit import train
 from speeder_engine.training.heap import keep_freed_memory
+from speeder_engine.training.recipe import load_recipe
 
 # of runs that are asked for the items held out of training alone
 TARGETS, AMONG_THEMSELVES = "targets of ", "targets among themselves of "

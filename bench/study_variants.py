@@ -10,7 +10,8 @@ from speeder_engine.config import MODALITIES
 from speeder_engine.data.splits import Split
 from speeder_engine.encoders.features import Features
 from speeder_engine.runs import offsets_of
-from speeder_engine.training.config import Stage, TrainingConfig, load_recipe
+from speeder_engine.training.config import Stage, TrainingConfig
+from speeder_engine.training.recipe import load_recipe, merged
 
 DECLARED, WITH_TIME = "declared", "declared, with time"
 LONG_WINDOW = "window of 200"
@@ -41,15 +42,6 @@ class Variant:
     def changes(self, recipe: str) -> bool:
         """Whether this is another run than the declared one: a recipe may have a change already."""
         return self.alter is not None or self.config(recipe, 0) != VARIANTS[DECLARED].config(recipe, 0)
-
-
-def merged(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides of nested settings key by key; lists are replaced."""
-    found = dict(settings)
-    for key, value in overrides.items():
-        inner = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
-        found[key] = merged(found[key], value) if inner else value
-    return found
 
 
 def only(*modalities: str) -> Callable[[Stages], Stages]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from speeder_engine import _C
 from speeder_engine.config import DecoderConfig, EngineConfig, check, parse_bytes
 from speeder_engine.errors import CacheExhausted, ConfigError
-from speeder_engine.kv_blocks import KVBlocks, KVLayer, zeros
+from speeder_engine.kv_blocks import KVBlocks, KVLayer
+from speeder_engine.memory import zeros
 from speeder_engine.prompt import PromptLayout
 
 KEY_WIDTH = 3  # (row, version, time bucket)

@@ -20,13 +20,13 @@ from speeder_engine.checks import repeated
 from speeder_engine.errors import (
     ArtifactError,
     CatalogueFull,
-    ConfigError,
     DataError,
     InvalidRequest,
     UnknownItem,
     name_some,
     shown,
 )
+from speeder_engine.memory import zeros
 from speeder_engine.request import item_ids, true_or_false
 from speeder_engine.triton_kernels.top_scores_two_stage import CoarseTable
 
@@ -332,14 +332,8 @@ class Catalogue:
 
 def _grown(rows: Tensor, capacity: int) -> Tensor:
     """[n, ...] -> a new [capacity, ...], zero behind. Raises ConfigError where there is no room for it."""
-    try:
-        grown = rows.new_zeros(capacity, *rows.shape[1:])
-    except (RuntimeError, MemoryError, TypeError):  # the last: more than 64 bits count
-        num_bytes = capacity * rows[:1].numel() * rows.element_size()
-        raise ConfigError(
-            f"catalogue_capacity: {capacity:,} items would take {num_bytes:,} bytes and more, which {rows.device} can't"
-            " give; lower it"
-        ) from None
+    wanted = f"catalogue_capacity: {capacity:,} items"
+    grown = zeros(wanted, capacity, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
     grown[: rows.shape[0]] = rows
     return grown
 

@@ -95,12 +95,12 @@ def train(
     from speeder_engine.data.columns import Columns
     from speeder_engine.data.dataset import load_dataset
     from speeder_engine.data.splits import leave_one_out
-    from speeder_engine.training.config import load_recipe
     from speeder_engine.training.fit import train as fit
     from speeder_engine.training.heap import keep_freed_memory
     from speeder_engine.training.incremental import recipe_to_continue
     from speeder_engine.training.overrides import override
     from speeder_engine.training.parallel import ALONE, join_processes
+    from speeder_engine.training.recipe import load_recipe
 
     keep_freed_memory()
     processes = join_processes() if fsdp else ALONE

@@ -25,8 +25,8 @@ from speeder_engine.evaluation.report_table import report_table
 from speeder_engine.export.engine_directory import export_engine
 from speeder_engine.synthetic import write_synthetic_dataset
 from speeder_engine.tables import latency_table, recommendation_table
-from speeder_engine.training.config import load_recipe
 from speeder_engine.training.fit import train
+from speeder_engine.training.recipe import load_recipe
 
 CATALOGUE = {"interactions.csv", "items.jsonl", "covers.zip"}
 NUM_SHOWN = 3

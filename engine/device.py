@@ -1,8 +1,5 @@
 """Where an engine computes, and in which precision."""
 
-import os
-from contextlib import suppress
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -13,8 +10,6 @@ from speeder_engine.triton_kernels.linear_w8 import multiplies_fp8
 from speeder_engine.triton_kernels.quantize_rows import DTYPES as EIGHT_BITS
 from speeder_engine.triton_kernels.quantize_rows import Kind
 
-# as seen from inside a container: control groups of version 2, of version 1
-CONTAINER_LIMITS = tuple(Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory/memory.limit_in_bytes"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -30,15 +25,6 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: {name!r} was asked for, but no CUDA device is usable here; use device='cpu'")
     return device
-
-
-def host_memory() -> int:
-    """Bytes that this process can have at most: the machine's memory, or what its container may take of it."""
-    bounds = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in CONTAINER_LIMITS:
-        with suppress(OSError, ValueError):  # no such controller; "max", which is none
-            bounds.append(int(path.read_text()))
-    return min(bounds)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

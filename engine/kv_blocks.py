@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from speeder_engine.config import DecoderConfig
-from speeder_engine.device import host_memory
-from speeder_engine.errors import ConfigError
+from speeder_engine.memory import refuse_beyond_memory, zeros
 from speeder_engine.triton_kernels.compressed_attention import QUANTIZED, Scales
 from speeder_engine.triton_kernels.qk_norm_rope_store import quantize
 
@@ -101,24 +100,3 @@ class KVBlocks:
 def movable(tensor: Tensor) -> Tensor:
     """The same memory as a type that torch can gather and scatter."""
     return tensor.view(torch.int8) if tensor.dtype in QUANTIZED else tensor
-
-
-def zeros(what: str, *shape: int, **options: Any) -> Tensor:
-    """ConfigError, naming `what`, where there is no room."""
-    num_bytes = prod(shape) * options["dtype"].itemsize
-    device = options.get("device", torch.device("cpu"))
-    refuse_beyond_memory(what, num_bytes, device)
-    try:
-        return torch.zeros(*shape, **options)
-    except (RuntimeError, MemoryError, TypeError):  # the last: more than 64 bits count
-        raise _no_room(what, num_bytes, device) from None
-
-
-def refuse_beyond_memory(what: str, num_bytes: int, device: torch.device) -> None:
-    """A CPU's allocations succeed, and the process is killed where it writes to them: ConfigError instead."""
-    if device.type == "cpu" and num_bytes > host_memory():
-        raise _no_room(what, num_bytes, device)
-
-
-def _no_room(what: str, num_bytes: int, device: torch.device) -> ConfigError:
-    return ConfigError(f"{what} would take {num_bytes:,} bytes, which {device} can't give; lower it")

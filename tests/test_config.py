@@ -1,13 +1,15 @@
 """Settings: JSON both ways, unknown keys and wrong types refused by name."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from speeder_engine.config import EngineConfig, ModelConfig, PromptConfig, parse_bytes
 from speeder_engine.errors import ConfigError
-from speeder_engine.training.config import RECIPES, Stage, TrainingConfig, load_recipe
+from speeder_engine.training.config import Stage, TrainingConfig
+from speeder_engine.training.recipe import RECIPES, load_recipe
 
 MODEL = {
     "decoder": {
@@ -150,6 +152,40 @@ def test_recipes_that_are_none(tmp_path):
     (tmp_path / "strange.yaml").write_text("stages: [{name: S1, modalities: [smell], epochs: 1, learning_rate: 0.1}]")
     with pytest.raises(ConfigError, match=r"stage 'S1': unknown modalities \['smell'\]"):
         load_recipe(tmp_path / "strange.yaml")
+    (tmp_path / "list.yaml").write_text("[small]")
+    with pytest.raises(ConfigError, match=r"list\.yaml: expected keys and their values, got \['small'\]"):
+        load_recipe(tmp_path / "list.yaml")
+
+
+def test_a_recipe_lays_its_keys_over_the_one_it_extends(tmp_path):
+    small = load_recipe("small")
+    (tmp_path / "mine.yaml").write_text("{extends: small, collaborative: {dim: 32}, followers: null}")
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "longer.yaml").write_text(
+        "{extends: ../mine.yaml, stages: [{name: S1, modalities: [text], epochs: 9, learning_rate: 0.1}]}"
+    )
+    mine = replace(small, collaborative=replace(small.collaborative, dim=32), followers=None)
+    assert small.followers is not None
+    assert load_recipe(tmp_path / "mine.yaml") == mine
+    longer = replace(mine, stages=(Stage("S1", ("text",), 9, 0.1),))
+    assert load_recipe(tmp_path / "deeper" / "longer.yaml") == longer
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("nope", r"recipe .*mine\.yaml: extends: nope: no such file; packaged recipes are demo, "),
+        ("other.yaml", r"recipe .*other\.yaml: extends: mine\.yaml: extends itself; leave extends out of one of them"),
+        ("[small, demo]", r"extends: name one packaged recipe or YAML file, not \['small', 'demo'\]"),
+        ("list.yaml", r"recipe .*list\.yaml: expected keys and their values, got \['small'\]"),
+    ],
+)
+def test_what_no_recipe_can_extend(tmp_path, base, message):
+    (tmp_path / "mine.yaml").write_text(f"extends: {base}")
+    (tmp_path / "other.yaml").write_text("extends: mine.yaml")
+    (tmp_path / "list.yaml").write_text("[small]")
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(tmp_path / "mine.yaml")
 
 
 @pytest.mark.parametrize(

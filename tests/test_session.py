@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from reference import make_tiny
 
-from speeder_engine import Engine, EngineConfig, InvalidRequest, Request, UnknownItem, device
+from speeder_engine import Engine, EngineConfig, InvalidRequest, Request, UnknownItem, memory
 from speeder_engine.config import ConfigError
 
 
@@ -317,12 +317,18 @@ def test_more_memory_than_there_is_is_refused_in_one_line(tiny, name):
     assert "\n" not in str(caught.value)
 
 
+def test_a_catalogue_beyond_memory_is_refused_before_it_is_made(tiny):
+    wanted = r"catalogue_capacity: 2,000,000,000 items would take [\d,]+ bytes, which cpu can't give; lower it"
+    with pytest.raises(ConfigError, match=wanted):
+        made(tiny, catalogue_capacity=2 * 10**9)
+
+
 @pytest.mark.parametrize("name", ["kv_budget", "host_budget"])
 def test_what_a_container_may_not_take_is_refused_before_it_is_killed_for_it(tiny, name, tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.limit_in_bytes").write_text("3000000\n")
     limits = [tmp_path / each for each in ("memory.max", "memory.limit_in_bytes", "of no such controller")]
-    monkeypatch.setattr(device, "CONTAINER_LIMITS", limits)
+    monkeypatch.setattr(memory, "CONTAINER_LIMITS", limits)
     with pytest.raises(ConfigError, match=rf"{name}.* would take [34],[0-9,]+ bytes, which cpu can't give; lower it"):
         made(tiny, **{"kv_budget": "0", name: "4MB"})
     made(tiny, **{"kv_budget": "0", name: "2MB"})

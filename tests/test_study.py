@@ -13,7 +13,7 @@ from study_runs import Run, do
 from study_variants import VARIANTS
 
 from speeder_engine.synthetic import write_synthetic_dataset
-from speeder_engine.training.config import load_recipe
+from speeder_engine.training.recipe import load_recipe
 
 RECIPE = """
 instruction: "Next:"

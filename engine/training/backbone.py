@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from speeder_engine.config import check
-from speeder_engine.device import host_memory
 from speeder_engine.encoders.sources import resolve_source
 from speeder_engine.errors import ConfigError, MissingDependency
+from speeder_engine.memory import host_memory
 from speeder_engine.training.config import BackboneConfig
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]

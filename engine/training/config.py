@@ -1,8 +1,6 @@
-"""A training run as data: backbone, encoders, stages, losses. Recipes are YAML files of these keys."""
+"""A training run as data: backbone, encoders, stages, losses. Recipes (`recipe.py`) are YAML files of these keys."""
 
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any
 
 from speeder_engine.checks import is_unicode
 from speeder_engine.config import (
@@ -16,13 +14,12 @@ from speeder_engine.config import (
     LivePriorConfig,
     check,
 )
-from speeder_engine.errors import ConfigError, MissingDependency, shown
+from speeder_engine.errors import shown
 
 PRECISIONS = ("float32", "bfloat16", "auto")
 MOST_NEGATIVES = 1000  # every one is a row of the forward pass
 MOST_SEED = 2**62  # what is added to it for each epoch and stage still fits 64 bits
 SHORTEST_DAYS, LONGEST_DAYS = 1 / 1440, 36_500.0  # of calendar buckets: a minute, a century
-RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True)
@@ -226,27 +223,3 @@ class TrainingConfig(Config):
         """All that some stage uses, in the fixed order."""
         used = {name for stage in self.stages for name in stage.modalities}
         return tuple(name for name in MODALITIES if name in used)
-
-
-def load_recipe(name_or_path: str | Path) -> TrainingConfig:
-    """A packaged recipe by name ("demo") or a YAML file by path."""
-    if not isinstance(name_or_path, str | Path):
-        raise ConfigError(f"recipe: give a packaged one's name or a YAML file's path, not {shown(name_or_path)}")
-    path = Path(name_or_path)
-    if not path.suffix:
-        path = RECIPES / f"{name_or_path}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-        raise ConfigError(f"recipe {name_or_path}: no such file; packaged recipes are {known}")
-    return TrainingConfig.from_json(_read_yaml(path))
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        import yaml
-    except ImportError:
-        raise MissingDependency("pyyaml", "train", "reading recipes") from None
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, ValueError) as error:  # the latter: no UTF-8, or no such number or date
-        raise ConfigError(f"recipe {path}: no valid YAML: {' '.join(str(error).split())}") from None

@@ -24,8 +24,9 @@ from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.export.engine_directory import export_engine
 from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.training.backbone import train_tokenizer
-from speeder_engine.training.config import BackboneConfig, Stage, TrainingConfig, load_recipe
+from speeder_engine.training.config import BackboneConfig, Stage, TrainingConfig
 from speeder_engine.training.fit import train
+from speeder_engine.training.recipe import load_recipe
 
 FIRST, SECOND = ("red", "old", "green", "lost", "last", "quiet"), ("king", "sea", "house", "road")
 TITLES = tuple(f"The {first} {second}" for first in FIRST for second in SECOND)
