@@ -11,9 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from speeder_engine.models.recommender import Recommender
+from speeder_engine.models.vocabulary import Vocabulary
 from speeder_engine.training.batches import PAD
+
+MOST_LOGITS = 2**26  # held at once: 256 MiB; a batch of titles over a vocabulary of 150,000 would be gigabytes
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,18 @@ def title_log_probs(model: Recommender, hidden: Tensor, titles: Tensor) -> Tenso
     """fp32 [N]: log p of every token of titles [B, K, T], newlines too, after final hidden states [B, E, d]."""
     batch_size, num_titles, longest = titles.shape
     read = hidden.reshape(batch_size, num_titles, -1, hidden.shape[-1])[:, :, -longest:]
-    kept = titles != PAD
-    logits = model.vocabulary().logits(read[kept]).float()
-    return -F.cross_entropy(logits, titles[kept], reduction="none")
+    kept, vocabulary = titles != PAD, model.vocabulary()
+    rows, ids = read[kept], titles[kept]
+    size = max(MOST_LOGITS // vocabulary.embedding.shape[0], 1)
+    if len(rows) <= size:
+        return _log_probs(vocabulary, rows, ids)
+    # logits of a part are forgotten and computed again in the backward pass
+    parts = zip(torch.split(rows, size), torch.split(ids, size), strict=True)
+    return torch.cat([checkpoint(_log_probs, vocabulary, *part, use_reentrant=False) for part in parts])
+
+
+def _log_probs(vocabulary: Vocabulary, rows: Tensor, ids: Tensor) -> Tensor:
+    return -F.cross_entropy(vocabulary.logits(rows).float(), ids, reduction="none")
 
 
 def title_loss(model: Recommender, hidden: Tensor, titles: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.runs import offsets_of
 from speeder_engine.title_text import TitleText
+from speeder_engine.training import title_loss
 from speeder_engine.training.batches import PAD, TrainingBatches
 from speeder_engine.training.config import BackboneConfig, TrainingConfig
 from speeder_engine.training.losses import compute_losses
@@ -67,6 +68,34 @@ def test_the_loss_is_that_of_the_prompts_that_serving_scores(tied):
         assert float(found.title) == pytest.approx(-total / count, rel=1e-5)
         expected = found.retrieve + 0.3 * found.rank + 0.1 * found.order + 0.5 * found.title
         torch.testing.assert_close(found.total, expected)
+
+
+def learned(tiny, batch):
+    """The title loss, its gradients, and the shapes of what was kept for the backward pass."""
+    kept = []
+
+    def keep(tensor):
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = compute_losses(tiny.model, tiny.tokens, ConstantPrior(tiny.prior), batch, CONFIG).title
+    weights = [weight for weight in tiny.model.parameters() if weight.requires_grad]
+    return loss.item(), torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True), kept
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 5])
+def test_a_large_vocabulary_is_scored_in_parts(titled, monkeypatch, rows_at_once):
+    batch = next(make_batches(titled).epoch(0))
+    logits = int((batch.titles != PAD).sum()), titled.model.vocabulary().embedding.shape[0]
+    loss, gradients, kept = learned(titled, batch)
+    assert logits in kept and logits[0] > 20
+    monkeypatch.setattr(title_loss, "MOST_LOGITS", rows_at_once * logits[1])
+    loss_of_parts, of_parts, kept = learned(titled, batch)
+    assert not any(shape[1:] == logits[1:] for shape in kept)
+    assert loss_of_parts == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(of_parts, gradients, atol=1e-6, rtol=1e-4)
+    assert sum(int(gradient.any()) for gradient in gradients) > 5
 
 
 def test_titles_leave_the_other_losses_as_they_are(titled):
