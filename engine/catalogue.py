@@ -137,7 +137,7 @@ class Catalogue:
         self._titles = list(table.titles)
         self._row_of = {item_id: row for row, item_id in enumerate(self._ids)}
         self._removed: set[str] = set()
-        self._changes = 0
+        self.changes = 0  # of which items there are and what is known of them; availability and priors aside
         self._listed = 0, table.item_ids  # after how many changes
 
     @property
@@ -150,8 +150,8 @@ class Catalogue:
     def item_ids(self) -> tuple[str, ...]:
         """In row order."""
         changes, listed = self._listed
-        if changes != self._changes:
-            changes = self._changes  # read before the ids: a list that a change has overtaken is made again
+        if changes != self.changes:
+            changes = self.changes  # read before the ids: a list that a change has overtaken is made again
             listed = tuple(item_id for item_id in self._ids.copy() if item_id not in self._removed)
             self._listed = changes, listed
         return listed
@@ -275,7 +275,7 @@ class Catalogue:
         _assign(self.available, available)
         _assign(self.prior, priors)
         self.num_rows = len(self._ids)
-        self._changes += 1
+        self.changes += 1
 
     def remove(self, ids: Sequence[str]) -> None:
         """Tombstones: never recommended again, still readable in old histories. Raises UnknownItem, nothing changed."""
@@ -283,7 +283,7 @@ class Catalogue:
         rows = self.rows(ids, "remove")
         _assign(self.available, dict.fromkeys(rows.tolist(), False))
         self._removed.update(ids)
-        self._changes += 1
+        self.changes += 1
 
     def set_available(self, ids: Sequence[str], available: bool) -> None:
         """Raises UnknownItem for unknown and removed ids, nothing changed."""

@@ -32,6 +32,7 @@ class Query:
     allowed: Rows | None  # None: all
     unknown: tuple[str, ...]
     trie: TitleTrie | None = None  # of the candidates, where their titles are scored
+    titles_of: int = 0  # how often the catalogue had changed when these were read
     following: Following | None = None  # what followed the window's items; none: a model without, or asked for titles
 
     @property

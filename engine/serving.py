@@ -154,8 +154,13 @@ class Serving:
             query = replace(query, following=self.followers.of(query.head, query.window))
         if query.head != "title" or query.candidates is None:
             return query
+        changes = self.catalogue.changes  # read before the titles: a change meanwhile must be seen
         answers = self.title_text.answers([self.catalogue.row_title(row) for row in query.candidates.tolist()])
-        return replace(query, trie=TitleTrie.build(self.layout.config.question_ids, answers))
+        return replace(query, trie=TitleTrie.build(self.layout.config.question_ids, answers), titles_of=changes)
+
+    def is_stale(self, query: Query) -> bool:
+        """Whether a query of this serving has read titles that may have changed."""
+        return query.trie is not None and query.titles_of != self.catalogue.changes
 
     @property
     def title_text(self) -> TitleText:

@@ -83,7 +83,7 @@ def _refresher(serving: Serving) -> Callable[[Waiting], None]:
     """Resolves requests anew that were resolved by what served before a reload, or with titles as they stood then."""
 
     def refresh(waiting: Waiting) -> None:
-        if waiting.owner is not serving or waiting.query.trie is not None:
+        if waiting.owner is not serving or serving.is_stale(waiting.query):
             try:
                 waiting.query, waiting.owner = serving.resolve(waiting.query.request), serving
             except Exception as error:

@@ -355,6 +355,20 @@ def test_a_waiting_request_is_answered_by_titles_as_they_stand(titled):
     assert asyncio.run(change_while_it_waits()) == engine.recommend_many([request])[0] != before
 
 
+def test_a_waiting_request_reads_titles_once_where_none_changes(titled, monkeypatch):
+    built, build = [], TitleTrie.build
+    monkeypatch.setattr(TitleTrie, "build", lambda *given: built.append(1) or build(*given))
+    engine = Engine(titled.parts(), EngineConfig(dtype="float32", max_batch_users=1))
+    requests = [Request([item], candidates=["0010", "0020"], head="title") for item in ("0001", "0002", "0003")]
+
+    async def submit_all():
+        return await asyncio.gather(*map(engine.submit, requests))
+
+    answers = asyncio.run(submit_all())
+    assert len(built) == 3
+    assert answers == engine.recommend_many(requests)
+
+
 def test_long_titles_are_cut_and_tokenizers_without_newline_refused(titled):
     (ids,) = TitleText(titled.tokenizer).answers(["sea " * 500])
     assert len(ids) == MOST_ANSWER_IDS
