@@ -4,7 +4,7 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
@@ -40,6 +40,9 @@ class Request:
     history_offset: int = field(default=0, kw_only=True)
     times: Sequence[float] | None = field(default=None, kw_only=True)
     on_unknown: OnUnknown = field(default="error", kw_only=True)
+
+    # a web framework that reads requests through pydantic refuses misspelt fields, as Python does
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", whole_number("k", self.k, 1))
