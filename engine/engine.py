@@ -19,6 +19,7 @@ from speeder_engine.checks import given_path
 from speeder_engine.config import MAX_TITLE_TOKENS, MOST_ANSWER_IDS, EngineConfig
 from speeder_engine.device import pick_device, pick_dtype
 from speeder_engine.errors import DataError, DeadlineExceeded, EngineClosed, InvalidRequest, shown
+from speeder_engine.forks import claim_threads
 from speeder_engine.item import Item
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.parts import EngineParts
@@ -50,6 +51,7 @@ class Engine(Recommends):
     """
 
     def __init__(self, parts: EngineParts, config: EngineConfig | None = None) -> None:
+        claim_threads("Engine")
         self.config = config or EngineConfig()
         self.device = pick_device(self.config.device)
         self._dtype = pick_dtype(self.config.dtype, self.device)
@@ -74,6 +76,7 @@ class Engine(Recommends):
         more: any other field of `EngineConfig`.
         Raises ArtifactError for a path that is no whole engine directory, ConfigError for settings that can't be.
         """
+        claim_threads("Engine.load")
         settings = {"device": device, "dtype": dtype, "kv_budget": kv_budget, **more}
         sizes = {
             name: str(settings[name])

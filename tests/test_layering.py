@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ORDER = [
-    "_C _cpu triton_kernels errors checks config request item progress files memory transfer live_prior runs"
-    " followers following",
+    "_C _cpu triton_kernels errors checks config request item progress files forks memory transfer live_prior"
+    " runs followers following",
     "artifact catalogue device models encoders recommends",
     "checkpoint prompt title title_text",
     "query parts kv_blocks",
