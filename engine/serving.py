@@ -131,8 +131,9 @@ class Serving:
         steps = [[Request([], candidates=some, head=head)] for head in heads if some]
         if trained.retrieve:
             alone = Request([], WARM_K)
-            # a search for many is cut otherwise than one for few, one with an allow list is another kernel
-            steps = [[alone], [alone] * self.config.max_batch_users, [Request([], WARM_K, allow=some)], *steps]
+            # a search for many is another kernel than one for a single user, one with allow lists another again
+            few, allowing = min(2, self.config.max_batch_users), Request([], WARM_K, allow=some)
+            steps = [[alone], [alone] * self.config.max_batch_users, [allowing], [allowing] * few, *steps]
         # steps without a row to compute, or beyond the largest bucket, find the vectors of any number of users
         with overlapping(self.runner.overlap):
             for users in range(1, min(self.config.max_batch_users, MOST_ROWS) + 1, ROW_TILE):
@@ -142,9 +143,10 @@ class Serving:
         for requests in steps:
             self.step([self.resolve(request) for request in requests])
         if self.catalogue.coarse is not None:
-            query = self.resolve(steps[0][0])
-            with self.forward([query]) as done:
-                self.scorer.search_exactly([query], [0], done.vectors)
+            for searching in steps[:4]:
+                queries = [self.resolve(request) for request in searching]
+                with self.forward(queries) as done:
+                    self.scorer.search_exactly(queries, range(len(queries)), done.vectors)
         self.num_requests, self.num_steps, self.eager_steps, self.runner.rows_computed, self.graphs.replays = counted
         self.scorer.searched_again = again
 

@@ -38,6 +38,8 @@ class Launches(TorchDispatchMode):
             self.names.append(name)
             # what a kernel is compiled for
             block = (block_of(args[0].shape[0]), *matrix(args[1]).shape) if name.startswith("fused") else None
+            if name == "top_scores":
+                block = args[0].shape[0] == 1, args[1].dtype, args[3].limited is None, args[4] <= 16
             self.compiled.add((name, block, language._launches.overlap))
             with _disable_current_modes():
                 return reference(*args, **kwargs)
@@ -98,13 +100,14 @@ def test_launches_of_a_captured_pass(head_dim, settings, a_layer, around, launch
     assert len(launches.names) == a_layer * NUM_LAYERS + around, launches.names
 
 
+@pytest.mark.parametrize("search", ["exact", "two_stage"])
 @pytest.mark.parametrize("kind", ["fused", "overlapped"])
 @pytest.mark.parametrize("graphs", ["on", "off"])
-def test_no_request_meets_a_kernel_that_the_warm_up_has_not(graphs, kind, launches):
+def test_no_request_meets_a_kernel_that_the_warm_up_has_not(graphs, kind, search, launches):
     """With hardly a bucket, so that most passes are launched as they are; then users whose histories are all cached."""
     tiny = make_tiny(window=12, step=4, head_dim=32)
     config = {"cpu_path": "torch", "graphs": "on", "row_buckets": (16,), "freeze_gc": False, "max_batch_users": 40}
-    engine = Engine(tiny.parts(), EngineConfig(**config, dtype="bfloat16", launches=kind))
+    engine = Engine(tiny.parts(), EngineConfig(**config, dtype="bfloat16", launches=kind, search=search))
     serving = engine._now()
     if graphs == "off":
         serving.graphs._capture = None
@@ -119,5 +122,10 @@ def test_no_request_meets_a_kernel_that_the_warm_up_has_not(graphs, kind, launch
             for _ in range(2):
                 serving.step([serving.resolve(each) for each in asked])
                 serving.step([serving.resolve(Request(each.history, 5, user_id=each.user_id)) for each in asked])
+        for more in ({}, {"allow": tiny.ids(range(60))}):
+            wanted = [serving.resolve(Request(each.history, 5, **more)) for each in asked]
+            with serving.forward(wanted) as done:
+                serving.scorer.search_exactly(wanted, range(users), done.vectors)
+            serving.step(wanted)
     assert launches.compiled == known
     assert {block[0] for name, block, _ in known if name == "fused_qkv"} == {16, 32, 64, 128}

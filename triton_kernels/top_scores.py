@@ -23,6 +23,7 @@ from speeder_engine.triton_kernels.specimen import Specimen
 
 MAX_K = 256  # more does not fit into registers
 BLOCK_USERS = 16
+SHORT = 64  # a list that small programs keep
 MERGED_KEYS = 2048  # of one program that merges lists
 PROGRAMS = 1024  # enough to fill any GPU several times
 WIDENED_AT_ONCE = 65_536  # rows of a table, to fp32
@@ -144,8 +145,8 @@ def launch_top_scores(
     _partial_top_kernel[(num_lists * triton.cdiv(num_users, BLOCK_USERS),)](
         vectors, table, scales, prior.float().contiguous(), answerable.available,
         excluded.rows, excluded.starts, named.rows, named.starts, limited, lists,
-        num_users, num_items, num_lists, tiles,
-        SIZE=size, SCALED=scales is not None, LIMITED=limited is not None, WIDE=interpreted(vectors), **options,
+        num_users, num_items, num_lists, tiles, SIZE=size, ALONE=num_users == 1, SCALED=scales is not None,
+        LIMITED=limited is not None, WIDE=interpreted(vectors), **options,
     )  # fmt: skip
     merge_lists(lists, scores, rows)
     return scores, rows
@@ -167,18 +168,20 @@ def _check(vectors: Tensor, table: Tensor, answerable: Answerable, scales: Tenso
 
 def partial_options(length: int, element_size: int) -> dict[str, int]:
     """Block sizes for `length` answers out of elements of so many bytes. What is read ahead shares the registers with
-    the keys."""
+    the keys. Where the list is short programs are small: several share a multiprocessor, and while one sorts the
+    others read."""
     assert length <= MAX_K, f"{length} answers: {MAX_K} fit into registers"
     kept = max(16, next_power_of_2(length))
-    block_items = max(128, kept)
+    small = kept <= SHORT
+    block_items = max(64 if small else 128, kept)
     return {
         "K": kept,
         "DEPTH": kept.bit_length() - 1,
         "BLOCK_USERS": BLOCK_USERS,
         "BLOCK_ITEMS": block_items,
         "BLOCK_SIZE": max(16, min(64, 16384 // (max(element_size, 2) * kept))),  # int8 is widened
-        "num_warps": 8,
-        "num_stages": 3,
+        "num_warps": 4 if small else 8,
+        "num_stages": 4 if small else 3,
     }
 
 
@@ -217,13 +220,15 @@ def _partial_top_kernel(
     vectors, table, scales, prior, available, excluded, excluded_starts, allowed, allowed_starts, limited, lists,
     num_users, num_items, num_lists, tiles,
     SIZE: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr, BLOCK_USERS: tl.constexpr, BLOCK_ITEMS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr, LIMITED: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, ALONE: tl.constexpr, SCALED: tl.constexpr, LIMITED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The K largest keys of `tiles` tiles of items, for a block of users."""
+    """The K largest keys of `tiles` tiles of items, for a block of users; ALONE: for the one there is."""
+    LINES: tl.constexpr = 1 if ALONE else BLOCK_USERS  # what is sorted
     user_blocks = tl.cdiv(num_users, BLOCK_USERS)
     # programs that read the same items stand side by side, so that they meet in the L2 cache
     number = tl.program_id(0) // user_blocks
-    users = (tl.program_id(0) % user_blocks) * BLOCK_USERS + tl.arange(0, BLOCK_USERS)
+    first_user = (tl.program_id(0) % user_blocks) * BLOCK_USERS
+    users = first_user + tl.arange(0, LINES)
     real = users < num_users
     first = number * (tiles * BLOCK_ITEMS)
     end = first + tiles * BLOCK_ITEMS
@@ -232,12 +237,15 @@ def _partial_top_kernel(
         is_limited = tl.load(limited + users, mask=real, other=0) != 0
         allowed_at, allowed_stop = _list_from(allowed, allowed_starts, users, real, first)
     NOTHING: tl.constexpr = -(2**63)
-    best = tl.full([BLOCK_USERS, K], NOTHING, tl.int64)
-    worst = tl.full([BLOCK_USERS], NOTHING, tl.int64)
+    best = tl.full([LINES, K], NOTHING, tl.int64)
+    worst = tl.full([LINES], NOTHING, tl.int64)
     while first < end:
         items = first + tl.arange(0, BLOCK_ITEMS)
         inside = items < num_items
-        found = _products(vectors, table, users, real, first, inside, SIZE, BLOCK_SIZE, WIDE)
+        beside = first_user + tl.arange(0, BLOCK_USERS)
+        found = _products(vectors, table, beside, beside < num_users, first, inside, SIZE, BLOCK_SIZE, WIDE)
+        if ALONE:  # the others are zeros
+            found = tl.sum(found, axis=0, keep_dims=True)
         if SCALED:
             found = found * tl.load(scales + items, mask=inside, other=0.0)[None, :]
         found = found + tl.load(prior + items, mask=inside, other=0.0)[None, :]
@@ -331,14 +339,14 @@ def _merge_lists_kernel(
 
 
 def _partial_specimen(label: str, kind: str, size: int, k: int, element_size: int) -> Specimen:
-    int8 = element_size == 1
+    int8, alone = element_size == 1, label.endswith("alone")
     options = partial_options(k, element_size)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     pointers = {"vectors": kind, "table": "*i8" if int8 else kind, "scales": "*fp32", "prior": "*fp32"}
     pointers |= dict.fromkeys(("available", "limited"), "*i1") | {"lists": "*i64"}
     pointers |= dict.fromkeys(("excluded", "excluded_starts", "allowed", "allowed_starts"), "*i32")
     numbers = dict.fromkeys(("num_users", "num_items", "num_lists", "tiles"), "i32")
-    flags = {"SIZE": size, "SCALED": int8, "LIMITED": True, "WIDE": False}
+    flags = {"SIZE": size, "ALONE": alone, "SCALED": int8, "LIMITED": True, "WIDE": False}
     return Specimen(label, _partial_top_kernel, {**pointers, **numbers, **flags, **options}, **launch)
 
 
@@ -351,6 +359,8 @@ def _merge_specimen(k: int, last: bool) -> Specimen:
 
 SPECIMENS = (
     _partial_specimen("0.5B bf16 k 16", "*bf16", 896, 16, 2),
+    _partial_specimen("0.5B bf16 k 16, alone", "*bf16", 896, 16, 2),
+    _partial_specimen("7B bf16 k 256, alone", "*bf16", 3584, 256, 2),
     _partial_specimen("7B bf16 k 128", "*bf16", 3584, 128, 2),
     _partial_specimen("7B bf16 k 256", "*bf16", 3584, 256, 2),
     _partial_specimen("7B int8 k 256", "*bf16", 3584, 256, 1),
