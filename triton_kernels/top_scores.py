@@ -132,7 +132,7 @@ def launch_top_scores(
     (num_users, size), num_items = vectors.shape, table.shape[0]
     length = min(k, num_items)
     _check(vectors, table, answerable, scales)
-    options = partial_options(length, table.element_size())
+    options = partial_options(length, max(table.element_size(), vectors.element_size()))
     tiles = tiles_of_program(num_items, num_users, options["BLOCK_ITEMS"])
     num_lists = triton.cdiv(num_items, tiles * options["BLOCK_ITEMS"])
     lists = torch.empty(num_users, num_lists, options["K"], dtype=torch.int64, device=vectors.device)
@@ -167,9 +167,9 @@ def _check(vectors: Tensor, table: Tensor, answerable: Answerable, scales: Tenso
 
 
 def partial_options(length: int, element_size: int) -> dict[str, int]:
-    """Block sizes for `length` answers out of elements of so many bytes. What is read ahead shares the registers with
-    the keys. Where the list is short programs are small: several share a multiprocessor, and while one sorts the
-    others read."""
+    """Block sizes for `length` answers, multiplied in elements of so many bytes. What is read ahead shares the
+    registers with the keys. Where the list is short programs are small: several share a multiprocessor, and while one
+    sorts the others read."""
     assert length <= MAX_K, f"{length} answers: {MAX_K} fit into registers"
     kept = max(16, next_power_of_2(length))
     small = kept <= SHORT
@@ -179,7 +179,7 @@ def partial_options(length: int, element_size: int) -> dict[str, int]:
         "DEPTH": kept.bit_length() - 1,
         "BLOCK_USERS": BLOCK_USERS,
         "BLOCK_ITEMS": block_items,
-        "BLOCK_SIZE": max(16, min(64, 16384 // (max(element_size, 2) * kept))),  # int8 is widened
+        "BLOCK_SIZE": max(16, min(64, 16384 // (element_size * kept))),
         "num_warps": 4 if small else 8,
         "num_stages": 4 if small else 3,
     }
@@ -340,7 +340,7 @@ def _merge_lists_kernel(
 
 def _partial_specimen(label: str, kind: str, size: int, k: int, element_size: int) -> Specimen:
     int8, alone = element_size == 1, label.endswith("alone")
-    options = partial_options(k, element_size)
+    options = partial_options(k, max(element_size, 4 if kind == "*fp32" else 2))
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     pointers = {"vectors": kind, "table": "*i8" if int8 else kind, "scales": "*fp32", "prior": "*fp32"}
     pointers |= dict.fromkeys(("available", "limited"), "*i1") | {"lists": "*i64"}
@@ -365,6 +365,7 @@ SPECIMENS = (
     _partial_specimen("7B bf16 k 256", "*bf16", 3584, 256, 2),
     _partial_specimen("7B int8 k 256", "*bf16", 3584, 256, 1),
     _partial_specimen("0.5B fp32 k 256", "*fp32", 896, 256, 4),
+    _partial_specimen("0.5B fp32, int8 k 256", "*fp32", 896, 256, 1),
     _merge_specimen(16, False),
     _merge_specimen(256, True),
 )
