@@ -13,7 +13,7 @@ from torch import Tensor
 
 from speeder_engine.triton_kernels.add_rms_norm import Norm
 from speeder_engine.triton_kernels.language import runs_triton, tl, triton
-from speeder_engine.triton_kernels.linear_w8 import MULTIPROCESSORS, cast, decoded
+from speeder_engine.triton_kernels.linear_w8 import MULTIPROCESSORS, cast, decoded, multiplies_fp8
 from speeder_engine.triton_kernels.quantize_rows import W8Weight
 
 BLOCKS_OF_ROWS = (16, 32, 64, 128)  # of a tile
@@ -40,9 +40,9 @@ def make_counters(device: torch.device) -> Tensor:
 class Stored(NamedTuple):
     """A layer's matrix as kernels take it."""
 
-    values: Tensor  # [O, I] of x's type, int8, or fp8 as bytes
+    values: Tensor  # [O, I] of x's type, int8, fp8, or fp8 as bytes
     scales: Tensor | None  # fp32 [O] of 8 bits
-    is_fp8: bool
+    is_fp8: bool  # as bytes, which are decoded: where the device has no instruction for it
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor | W8Weight, bias: Tensor | None, norm: Norm | None) -> "Stored":
@@ -54,7 +54,7 @@ class Stored(NamedTuple):
         assert scales is None or (scales.dtype == torch.float32 and scales.shape == (num_outputs,))
         assert bias is None or (bias.is_contiguous() and bias.shape == (num_outputs,))
         assert norm is None or (norm.weight.is_contiguous() and norm.weight.shape == (size,))
-        is_fp8 = scales is not None and values.dtype != torch.int8
+        is_fp8 = scales is not None and values.dtype != torch.int8 and not multiplies_fp8(x.device)
         return cls(values.view(torch.uint8) if is_fp8 else values, scales, is_fp8)
 
 

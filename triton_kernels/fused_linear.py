@@ -160,7 +160,8 @@ def _specimen(
     types |= {"parts": "*fp32" if options["SPLITS"] > 1 else None}
     types |= {"num_rows": "i32", "width": "i32:16", "eps": "fp32", "factor": "fp32"}
     flags = {"SIZE": size, "GATED": gated, "FP8": stored == "*u8", "WIDE": False, "OVERLAP": overlap}
-    return Specimen(label, _fused_linear_kernel, {**types, **flags, **options}, **launch, since=90 if overlap else 80)
+    since = 90 if overlap else 89 if stored == "*fp8e4nv" else 80
+    return Specimen(label, _fused_linear_kernel, {**types, **flags, **options}, **launch, since=since)
 
 
 SPECIMENS = (
@@ -173,5 +174,8 @@ SPECIMENS = (
     _specimen("0.5B down 64 rows, overlapped", 64, 4864, 896, normed=False, overlap=True),
     _specimen("7B int8 gate_up 32 rows", 32, 3584, 37888, gated=True, stored="*i8"),
     _specimen("7B int8 down 64 rows", 64, 18944, 3584, normed=False, stored="*i8"),
-    _specimen("7B fp8 qkv 32 rows", 32, 3584, 4608, stored="*u8"),
+    _specimen("7B fp8 decoded qkv 32 rows", 32, 3584, 4608, stored="*u8"),
+    _specimen("7B fp8 gate_up 32 rows", 32, 3584, 37888, gated=True, stored="*fp8e4nv"),
+    _specimen("7B fp8 gate_up 128 rows", 128, 3584, 37888, gated=True, stored="*fp8e4nv"),
+    _specimen("7B fp8 down 32 rows", 32, 18944, 3584, normed=False, stored="*fp8e4nv"),
 )

@@ -241,7 +241,7 @@ def _specimen(
     largest = {"*bf16": 0, "*i8": 127, "*fp8e4nv": 448}[cache]
     flags = {"SIZE": size, "NUM_HEADS": num_heads, "NUM_KV": kv_heads, "LARGEST": largest, "FP8": stored == "*u8"}
     types |= {"eps": "fp32", "head_eps": "fp32"}
-    since = 90 if overlap else 89 if cache == "*fp8e4nv" else 80
+    since = 90 if overlap else 89 if "*fp8e4nv" in (cache, stored) else 80
     arguments = {**types, **flags, "WIDE": False, "OVERLAP": overlap, **options}
     return Specimen(label, _fused_qkv_kernel, arguments, **launch, since=since)
 
@@ -252,6 +252,7 @@ SPECIMENS = (
     _specimen("0.5B 32 rows, overlapped", 32, 896, (14, 2, 64), overlap=True),
     _specimen("8B with norms, int8, int8 KV 64 rows", 64, 4096, (32, 8, 128), "*i8", "*i8", normed=True),
     _specimen("7B int8 128 rows", 128, 3584, (28, 4, 128), "*i8"),
-    _specimen("8B with norms, fp8 128 rows", 128, 4096, (32, 8, 128), "*u8", normed=True),
-    _specimen("7B fp8, fp8 KV 32 rows", 32, 3584, (28, 4, 128), "*u8", "*fp8e4nv"),
+    _specimen("8B with norms, fp8 decoded 128 rows", 128, 4096, (32, 8, 128), "*u8", normed=True),
+    _specimen("8B with norms, fp8 128 rows", 128, 4096, (32, 8, 128), "*fp8e4nv", normed=True),
+    _specimen("7B fp8, fp8 KV 32 rows", 32, 3584, (28, 4, 128), "*fp8e4nv", "*fp8e4nv"),
 )

@@ -139,17 +139,11 @@ class Decoder(nn.Module):
             self._check_length(positions)
             attend = CausalAttend(*self.rotary(positions))
         few = counters is not None and suits(hidden)
-        stream = ResidualStream(hidden, normed, counters if few and not self._quantizes_rows else None)
+        stream = ResidualStream(hidden, normed, counters if few else None)
         early, late = (None, read_rows) if few else (read_rows, None)
         for layer in self.layers:
             layer(stream, attend, early if layer is self.layers[-1] else None)
         return stream.normed(self.norm, late)
-
-    @property
-    def _quantizes_rows(self) -> bool:
-        """Before every layer, in a launch of their own."""
-        first: Any = self.layers[0]
-        return isinstance(first.qkv, W8Linear) and first.qkv.quantize
 
     @property
     def weight_kind(self) -> Kind | None:
