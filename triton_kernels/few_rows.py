@@ -75,16 +75,24 @@ def block_of(num_rows: int) -> int:
 
 
 def few_rows_options(
-    num_rows: int, size: int, width: int, pair: bool, element_size: int, outputs: int | None = None
+    num_rows: int,
+    size: int,
+    width: int,
+    pair: bool,
+    element_size: int,
+    outputs: int | None = None,
+    stored_size: int | None = None,
 ) -> dict[str, int]:
     """Tiles and cuts of a matrix [width, size], or [2 width, size] in pairs of tiles. Only blocks of rows, and how much
-    is loaded at once, follow the rows. `outputs`: of a tile, where the caller knows."""
+    is loaded at once, follow the rows. `outputs`: of a tile, where the caller knows; `stored_size`: bytes of a weight,
+    if they aren't those of the rows' elements."""
     rows = block_of(num_rows)
     outputs = outputs or (32 if width < 64 * 2 * MULTIPROCESSORS else 64)
     tiles = -(-width // outputs)
     splits = max(1, min((MULTIPROCESSORS * 5 // 4) // tiles, size // LEAST_PART))
     length = 32 if element_size == 4 else 128 if rows <= 32 and outputs <= 32 else 64
-    at_once = (rows + outputs * (2 if pair else 1)) * length * element_size
+    stored_size = stored_size or element_size
+    at_once = (rows * element_size + outputs * (2 if pair else 1) * stored_size) * length
     return {
         "BLOCK_ROWS": rows,
         "BLOCK_OUT": outputs,
@@ -92,7 +100,8 @@ def few_rows_options(
         "SPLITS": splits,
         "PART": -(-size // (splits * CUT_AT)) * CUT_AT,
         "num_warps": 8 if rows == 128 else 4,
-        "num_stages": min(max(SHARED_BYTES // at_once, 2), 5) + 1,
+        # as many bytes of weights are on their way
+        "num_stages": min(max(SHARED_BYTES // at_once, 2), 5 if stored_size > 1 else 8) + 1,
     }
 
 

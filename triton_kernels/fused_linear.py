@@ -95,7 +95,7 @@ def launch_fused_linear(
     assert residual is None or (residual.shape == out.shape and residual.is_contiguous() and residual.dtype == x.dtype)
     if out.numel() == 0:
         return out
-    options = few_rows_options(num_rows, size, width, gated, x.element_size())
+    options = few_rows_options(num_rows, size, width, gated, x.element_size(), stored_size=stored.values.element_size())
     tiles = triton.cdiv(width, options["BLOCK_OUT"])
     parts = make_parts(tiles, options, gated, counters)
     _fused_linear_kernel[(tiles, options["SPLITS"])](
@@ -152,7 +152,7 @@ def _specimen(
 ) -> Specimen:
     """A layer's matrices: those that are not behind a norm add to the residual."""
     width = outputs // 2 if gated else outputs
-    options = few_rows_options(num_rows, size, width, gated, 2)
+    options = few_rows_options(num_rows, size, width, gated, 2, stored_size=2 if stored == "*bf16" else 1)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     types: dict[str, str | None] = {"x": "*bf16", "out": "*bf16", "weight": stored, "counters": "*i32"}
     types |= {"norm": "*bf16" if normed else None, "residual": None if normed else "*bf16"}

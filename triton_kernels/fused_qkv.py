@@ -115,7 +115,7 @@ def launch_fused_qkv(
         return q, k, v
     tiles = num_heads + 2 * kv_heads
     options = few_rows_options(
-        num_rows, size, tiles * head_dim // 2, True, x.element_size(), outputs=head_dim // 2
+        num_rows, size, tiles * head_dim // 2, True, x.element_size(), head_dim // 2, stored.values.element_size()
     )  # fmt: skip
     _fused_qkv_kernel[(tiles, options["SPLITS"])](
         x, norm.weight, stored.values, stored.scales, bias, into.cos, into.sin, into.positions, *into.norms,
@@ -229,7 +229,9 @@ def _specimen(
 ) -> Specimen:
     num_heads, kv_heads, head_dim = shape
     tiles = num_heads + 2 * kv_heads
-    options = few_rows_options(num_rows, size, tiles * head_dim // 2, True, 2, outputs=head_dim // 2)
+    options = few_rows_options(
+        num_rows, size, tiles * head_dim // 2, True, 2, head_dim // 2, 2 if stored == "*bf16" else 1
+    )
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     types: dict[str, str | None] = dict.fromkeys(("x", "norm", "bias", "q", "k", "v"), "*bf16")
     types |= {"weight": stored, "scales": None if stored == "*bf16" else "*fp32"}
