@@ -23,6 +23,7 @@ CUT_AT = 128  # multiples of I, whatever a block is long
 MOST_TILES = 128  # of a matrix that is cut
 FETCHED_LINES = tl.constexpr(16)  # of 128 bytes, of each output's weights: 1,024 elements in bf16
 SHARED_BYTES = 72 << 10  # that a program's loads may be ahead by: every GPU's block has them
+ITEM_SIZES = {"*bf16": 2, "*i8": 1, "*fp8e4nv": 1, "*u8": None}  # `Stored.item_size` by a specimen's type
 
 
 def suits(x: Tensor) -> bool:
@@ -57,6 +58,11 @@ class Stored(NamedTuple):
         is_fp8 = scales is not None and values.dtype != torch.int8 and not multiplies_fp8(x.device)
         return cls(values.view(torch.uint8) if is_fp8 else values, scales, is_fp8)
 
+    @property
+    def item_size(self) -> int | None:
+        """Bytes of a weight that is multiplied as it is loaded; none of one that is decoded into registers first."""
+        return None if self.is_fp8 else self.values.element_size()
+
 
 def make_parts(tiles: int, options: dict[str, int], pair: bool, counters: Tensor) -> Tensor | None:
     """Room for the parts of a matrix that is cut; none where it isn't."""
@@ -90,8 +96,9 @@ def few_rows_options(
     outputs = outputs or (32 if width < 64 * 2 * MULTIPROCESSORS else 64)
     tiles = -(-width // outputs)
     splits = max(1, min((MULTIPROCESSORS * 5 // 4) // tiles, size // LEAST_PART))
-    length = 32 if element_size == 4 else 128 if rows <= 32 and outputs <= 32 else 64
     stored_size = stored_size or element_size
+    long = (rows <= 32 and outputs <= 32) or (rows == 128 and stored_size == 1)
+    length = 32 if element_size == 4 else 128 if long else 64
     at_once = (rows * element_size + outputs * (2 if pair else 1) * stored_size) * length
     return {
         "BLOCK_ROWS": rows,

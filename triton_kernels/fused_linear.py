@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from speeder_engine.triton_kernels.add_rms_norm import Norm
 from speeder_engine.triton_kernels.few_rows import (
+    ITEM_SIZES,
     Stored,
     added_up,
     fetch_ahead,
@@ -95,7 +96,7 @@ def launch_fused_linear(
     assert residual is None or (residual.shape == out.shape and residual.is_contiguous() and residual.dtype == x.dtype)
     if out.numel() == 0:
         return out
-    options = few_rows_options(num_rows, size, width, gated, x.element_size(), stored_size=stored.values.element_size())
+    options = few_rows_options(num_rows, size, width, gated, x.element_size(), stored_size=stored.item_size)
     tiles = triton.cdiv(width, options["BLOCK_OUT"])
     parts = make_parts(tiles, options, gated, counters)
     _fused_linear_kernel[(tiles, options["SPLITS"])](
@@ -152,7 +153,7 @@ def _specimen(
 ) -> Specimen:
     """A layer's matrices: those that are not behind a norm add to the residual."""
     width = outputs // 2 if gated else outputs
-    options = few_rows_options(num_rows, size, width, gated, 2, stored_size=2 if stored == "*bf16" else 1)
+    options = few_rows_options(num_rows, size, width, gated, 2, stored_size=ITEM_SIZES[stored])
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     types: dict[str, str | None] = {"x": "*bf16", "out": "*bf16", "weight": stored, "counters": "*i32"}
     types |= {"norm": "*bf16" if normed else None, "residual": None if normed else "*bf16"}
@@ -173,9 +174,12 @@ SPECIMENS = (
     _specimen("0.5B gate_up 32 rows, overlapped", 32, 896, 9728, gated=True, overlap=True),
     _specimen("0.5B down 64 rows, overlapped", 64, 4864, 896, normed=False, overlap=True),
     _specimen("7B int8 gate_up 32 rows", 32, 3584, 37888, gated=True, stored="*i8"),
+    _specimen("7B int8 gate_up 128 rows", 128, 3584, 37888, gated=True, stored="*i8"),
     _specimen("7B int8 down 64 rows", 64, 18944, 3584, normed=False, stored="*i8"),
+    _specimen("7B int8 down 128 rows", 128, 18944, 3584, normed=False, stored="*i8"),
     _specimen("7B fp8 decoded qkv 32 rows", 32, 3584, 4608, stored="*u8"),
     _specimen("7B fp8 gate_up 32 rows", 32, 3584, 37888, gated=True, stored="*fp8e4nv"),
     _specimen("7B fp8 gate_up 128 rows", 128, 3584, 37888, gated=True, stored="*fp8e4nv"),
+    _specimen("7B fp8 down 128 rows", 128, 18944, 3584, normed=False, stored="*fp8e4nv"),
     _specimen("7B fp8 down 32 rows", 32, 18944, 3584, normed=False, stored="*fp8e4nv"),
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 from speeder_engine.triton_kernels.add_rms_norm import Norm
 from speeder_engine.triton_kernels.compressed_attention import Scales, check_pair
 from speeder_engine.triton_kernels.few_rows import (
+    ITEM_SIZES,
     Stored,
     added_up,
     fetch_ahead,
@@ -115,7 +116,7 @@ def launch_fused_qkv(
         return q, k, v
     tiles = num_heads + 2 * kv_heads
     options = few_rows_options(
-        num_rows, size, tiles * head_dim // 2, True, x.element_size(), head_dim // 2, stored.values.element_size()
+        num_rows, size, tiles * head_dim // 2, True, x.element_size(), head_dim // 2, stored.item_size
     )  # fmt: skip
     _fused_qkv_kernel[(tiles, options["SPLITS"])](
         x, norm.weight, stored.values, stored.scales, bias, into.cos, into.sin, into.positions, *into.norms,
@@ -229,9 +230,7 @@ def _specimen(
 ) -> Specimen:
     num_heads, kv_heads, head_dim = shape
     tiles = num_heads + 2 * kv_heads
-    options = few_rows_options(
-        num_rows, size, tiles * head_dim // 2, True, 2, head_dim // 2, 2 if stored == "*bf16" else 1
-    )
+    options = few_rows_options(num_rows, size, tiles * head_dim // 2, True, 2, head_dim // 2, ITEM_SIZES[stored])
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     types: dict[str, str | None] = dict.fromkeys(("x", "norm", "bias", "q", "k", "v"), "*bf16")
     types |= {"weight": stored, "scales": None if stored == "*bf16" else "*fp32"}

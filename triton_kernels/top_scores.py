@@ -132,7 +132,7 @@ def launch_top_scores(
     (num_users, size), num_items = vectors.shape, table.shape[0]
     length = min(k, num_items)
     _check(vectors, table, answerable, scales)
-    options = partial_options(length, max(table.element_size(), vectors.element_size()))
+    options = partial_options(length, vectors.element_size(), table.element_size(), num_users == 1)
     tiles = tiles_of_program(num_items, num_users, options["BLOCK_ITEMS"])
     num_lists = triton.cdiv(num_items, tiles * options["BLOCK_ITEMS"])
     lists = torch.empty(num_users, num_lists, options["K"], dtype=torch.int64, device=vectors.device)
@@ -166,22 +166,24 @@ def _check(vectors: Tensor, table: Tensor, answerable: Answerable, scales: Tenso
     assert (answerable.allowed is None) == (answerable.limited is None)
 
 
-def partial_options(length: int, element_size: int) -> dict[str, int]:
-    """Block sizes for `length` answers, multiplied in elements of so many bytes. What is read ahead shares the
-    registers with the keys. Where the list is short programs are small: several share a multiprocessor, and while one
-    sorts the others read."""
+def partial_options(length: int, vector_size: int, item_size: int, alone: bool) -> dict[str, int]:
+    """Block sizes for `length` answers to one user or several; vectors and table are of elements of so many bytes.
+
+    What is read ahead shares the registers with the keys. Where the list is short programs are small: several share a
+    multiprocessor, and while one sorts the others read.
+    """
     assert length <= MAX_K, f"{length} answers: {MAX_K} fit into registers"
     kept = max(16, next_power_of_2(length))
-    small = kept <= SHORT
-    block_items = max(64 if small else 128, kept)
+    small, wide = kept <= SHORT, max(vector_size, item_size)
     return {
         "K": kept,
         "DEPTH": kept.bit_length() - 1,
         "BLOCK_USERS": BLOCK_USERS,
-        "BLOCK_ITEMS": block_items,
-        "BLOCK_SIZE": max(16, min(64, 16384 // (element_size * kept))),
+        "BLOCK_ITEMS": max(64 if small else 128, kept),
+        "BLOCK_SIZE": (128 // wide if alone else 32) if small else max(16, min(64, 16384 // (wide * kept))),
         "num_warps": 4 if small else 8,
-        "num_stages": 4 if small else 3,
+        # what is widened to fp32 is held in registers when it is read ahead
+        "num_stages": 1 if item_size < vector_size == 4 else 4 if small else 3,
     }
 
 
@@ -340,7 +342,7 @@ def _merge_lists_kernel(
 
 def _partial_specimen(label: str, kind: str, size: int, k: int, element_size: int) -> Specimen:
     int8, alone = element_size == 1, label.endswith("alone")
-    options = partial_options(k, max(element_size, 4 if kind == "*fp32" else 2))
+    options = partial_options(k, 4 if kind == "*fp32" else 2, element_size, alone)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     pointers = {"vectors": kind, "table": "*i8" if int8 else kind, "scales": "*fp32", "prior": "*fp32"}
     pointers |= dict.fromkeys(("available", "limited"), "*i1") | {"lists": "*i64"}
@@ -360,6 +362,9 @@ def _merge_specimen(k: int, last: bool) -> Specimen:
 SPECIMENS = (
     _partial_specimen("0.5B bf16 k 16", "*bf16", 896, 16, 2),
     _partial_specimen("0.5B bf16 k 16, alone", "*bf16", 896, 16, 2),
+    _partial_specimen("0.5B fp32 k 16, alone", "*fp32", 896, 16, 4),
+    _partial_specimen("0.5B int8 k 64", "*bf16", 896, 64, 1),
+    _partial_specimen("0.5B int8 k 64, alone", "*bf16", 896, 64, 1),
     _partial_specimen("7B bf16 k 256, alone", "*bf16", 3584, 256, 2),
     _partial_specimen("7B bf16 k 128", "*bf16", 3584, 128, 2),
     _partial_specimen("7B bf16 k 256", "*bf16", 3584, 256, 2),

@@ -172,7 +172,7 @@ def test_any_shape(num_users, num_items, size, k, seed):
 
 def compiled(num_users, num_items, k):
     """The constants of all merges of a search: one compilation each."""
-    block = module.partial_options(k, 2)["BLOCK_ITEMS"]
+    block = module.partial_options(k, 2, 2, alone=False)["BLOCK_ITEMS"]
     num_lists = triton.cdiv(num_items, block * module.tiles_of_program(num_items, num_users, block))
     while True:
         lists = module.merge_options(max(16, k), num_lists)["LISTS"]
