@@ -328,7 +328,8 @@ class EngineConfig(Config):
     max_waiting: int = 1024  # submitted requests that may wait; one more is refused
     batch_wait_ms: float = 0.0  # how long a submitted request waits for company while the engine is idle
     graphs: str = "auto"  # CUDA graphs: "auto" captures on a GPU, "on" runs their buckets on a CPU too, "off" never
-    launches: str = "fused"  # of small bf16 passes on a GPU: "apart", "fused" into layers, "overlapped" on Hopper too
+    launches: str = "fused"  # of small bf16 passes on a GPU: "apart" (with fp8 weights: of fp8 rows too), "fused" into
+    # layers, "overlapped" on Hopper too
     row_buckets: tuple[int, ...] = ROW_BUCKETS  # passes that are captured, by rows; larger ones run without a graph
     cpu_path: str = "auto"  # on a CPU: "auto", "avx512", "avx2", "plain" for native kernels, "torch" for none of them
     weights: str = "auto"  # of the decoder's linear layers: "auto" has them in dtype, "int8" and "fp8" in a byte each

@@ -100,7 +100,7 @@ class Serving:
             native = NativeDecoder(parts.model.decoder, dtype, config.weights, self.kernels)
             self.model = parts.model.heads_to(dtype)
         else:
-            self.model = place(parts.model, config.weights, device, dtype)
+            self.model = place(parts.model, config, device, dtype)
         room, two_stage = config.capacity_for(len(parts.catalogue)), config.search == "two_stage"
         self.catalogue = parts.catalogue.to(device, dtype, room, coarse=two_stage)
         self.cache = KVCache(config, parts.config.decoder, self.layout, device, dtype, kv_dtype)
@@ -303,11 +303,12 @@ def check_weights(model: ServingModel, weights: str, kernels: str | None) -> Non
     check(same, f"EngineParts: an engine with weights={held!r} has quantized this model; read its directory again")
 
 
-def place(model: ServingModel, weights: str, device: torch.device, dtype: torch.dtype) -> ServingModel:
+def place(model: ServingModel, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> ServingModel:
     """The model on the device in dtype, its linear layers in 8 bits where that is asked for: quantized from the weights
     as they are held, matrix by matrix, before anything is rounded to dtype."""
-    if weights != "auto" and model.decoder.weight_kind is None:
-        model.decoder.quantize(cast(Kind, weights), device)
+    if config.weights != "auto" and model.decoder.weight_kind is None:
+        # fused layers leave rows as they are, and larger passes must not answer otherwise than small ones
+        model.decoder.quantize(cast(Kind, config.weights), device, with_rows=config.launches == "apart")
     return model.to(device, dtype)
 
 

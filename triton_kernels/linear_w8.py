@@ -86,7 +86,7 @@ def _launch(
     if out.numel() == 0:
         return out
     fp8, has_rows, right = weight.kind == "fp8", row_scales is not None, weight.values
-    native = fp8 and has_rows and multiplies_fp8(left.device)
+    native = fp8 and multiplies_fp8(left.device)
     if fp8 and not native:
         left, right = left.view(torch.uint8) if has_rows else left, right.view(torch.uint8)
     options = linear_options(num_rows, width, dtype.itemsize)
@@ -99,7 +99,7 @@ def _launch(
 
 
 def multiplies_fp8(device: torch.device) -> bool:
-    """Whether a device has matrix units for fp8."""
+    """Whether a device has matrix units for fp8, and instructions that turn it into other types."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= NATIVE_FP8
 
 
@@ -164,14 +164,14 @@ def _products(
         right = tl.load(right_at + start, mask=made[None, :] & inside[:, None], other=0.0)
         if WHOLE:
             total = tl.dot(left, right, total, out_dtype=tl.int32)
-        elif NATIVE:
+        elif NATIVE and ROWS:
             # 32 columns are one instruction of Hopper's: sums leave its short accumulator after each. With 0 Triton
             # takes older instructions, which multiply fp16
             total = tl.dot(left, right, total, max_num_imprecise_acc=32)
         else:
             DOT: tl.constexpr = tl.float32 if WIDE else tl.float16 if ROWS else x.dtype.element_ty
             left = decoded(left) if ROWS else left
-            right = decoded(right) if FP8 else right
+            right = decoded(right) if DECODED else right
             total = tl.dot(cast(left, DOT), cast(right, DOT), total, input_precision="ieee")
     # what is decoded is too small by 2 ** 8
     shrunk: tl.constexpr = (65536.0 if ROWS else 256.0) if DECODED else 1.0
@@ -224,8 +224,10 @@ SPECIMENS = (
     _linear_specimen("7B int8 out 16 rows", "*bf16", "*i8", 3584, 3584, 16),
     _linear_specimen("0.5B int8 out 32 rows", "*bf16", "*i8", 896, 896, 32),
     _linear_specimen("0.5B int8 out 128 rows", "*bf16", "*i8", 896, 896, 128),
-    _linear_specimen("0.5B fp8 1 row", "*bf16", "*u8", 9728, 896, 1),
-    _linear_specimen("7B fp8 512 rows", "*bf16", "*u8", 37888, 3584, 512),
+    _linear_specimen("0.5B fp8 decoded 1 row", "*bf16", "*u8", 9728, 896, 1),
+    _linear_specimen("7B fp8 decoded 512 rows", "*bf16", "*u8", 37888, 3584, 512),
+    _linear_specimen("7B fp8 1 row", "*bf16", "*fp8e4nv", 37888, 3584, 1, since=89),
+    _linear_specimen("7B fp8 512 rows", "*bf16", "*fp8e4nv", 37888, 3584, 512, since=89),
     _linear_specimen("0.5B int8 fp32", "*fp32", "*i8", 9728, 896, 64),
     _linear_specimen("7B int8 rows of int8", "*i8", "*i8", 37888, 3584, 512),
     _linear_specimen("0.5B int8 16 rows of int8", "*i8", "*i8", 9728, 896, 16),

@@ -150,9 +150,10 @@ class Decoder(nn.Module):
         """What the linear layers were quantized to; None for weights as they were trained."""
         return next((module.weight.kind for module in self.modules() if isinstance(module, W8Linear)), None)
 
-    def quantize(self, kind: Kind, device: torch.device) -> None:
-        """The linear layers in 8 bits from now on, on `device`; their weights as they were are let go."""
-        quantize_linears(self.layers, kind, device)
+    def quantize(self, kind: Kind, device: torch.device, with_rows: bool = False) -> None:
+        """The linear layers in 8 bits from now on, on `device`; their weights as they were are let go. `with_rows`: fp8
+        rows are rounded too where the device multiplies them, before every layer, in a launch of their own."""
+        quantize_linears(self.layers, kind, device, with_rows)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [N, D] in fp32, scaled as the backbone's rope type wants."""

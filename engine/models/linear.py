@@ -27,11 +27,11 @@ class W8Linear(nn.Module):
         self.quantize = quantize
 
     @classmethod
-    def of(cls, linear: nn.Linear, kind: Kind, device: torch.device) -> "W8Linear":
-        """On `device`, of the weights as they are held. fp8 rows too where the device multiplies them."""
+    def of(cls, linear: nn.Linear, kind: Kind, device: torch.device, with_rows: bool = False) -> "W8Linear":
+        """On `device`, of the weights as they are held. `with_rows`: fp8 rows too where the device multiplies them."""
         weight = quantize_weight(linear.weight.detach().to(device).contiguous(), kind)
         bias = None if linear.bias is None else linear.bias.detach().to(device)
-        return cls(weight, bias, kind == "fp8" and multiplies_fp8(device))
+        return cls(weight, bias, with_rows and kind == "fp8" and multiplies_fp8(device))
 
     @property
     def weight(self) -> W8Weight:
@@ -76,11 +76,11 @@ def gated_linear(linear: nn.Module, x: Tensor) -> Tensor:
     return linear(x, gated=True) if isinstance(linear, W8Linear) else swiglu(linear(x))
 
 
-def quantize_linears(module: nn.Module, kind: Kind, device: torch.device) -> None:
+def quantize_linears(module: nn.Module, kind: Kind, device: torch.device, with_rows: bool = False) -> None:
     """Puts a W8Linear on `device` in the place of every linear layer below `module`, one after the other: no more than
     one matrix is there in both types."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
-            setattr(module, name, W8Linear.of(child, kind, device))
+            setattr(module, name, W8Linear.of(child, kind, device, with_rows))
         else:
-            quantize_linears(child, kind, device)
+            quantize_linears(child, kind, device, with_rows)

@@ -140,28 +140,30 @@ by_kind = pytest.mark.parametrize("kind", ["int8", "fp8"])
 TURNED = {"int8": 5e-3, "fp8": 3e-2}
 
 
+by_launches = pytest.mark.parametrize("launches", ["fused", "apart"])
+
+
 @by_kind
-def test_8_bits_answer_alike_in_graphs_warm_cold_packed_and_on_the_cpu(tiny, kind, monkeypatch):
-    settings, rng = in_8_bits(kind), np.random.default_rng(5)
+@by_launches
+def test_8_bits_answer_alike_in_graphs_warm_cold_packed_and_on_the_cpu(tiny, kind, launches, monkeypatch):
+    settings, rng = {"launches": launches, **in_8_bits(kind)}, np.random.default_rng(5)
     graphs, eager = made(tiny, **settings), made(tiny, graphs="off", **settings)
     cold = made(tiny, kv_budget="0", **settings)
     # the CPU's reference rounds rows where the GPU does
     rounds_rows = graphs.model.decoder.layers[0].qkv.quantize
+    assert rounds_rows == (kind == "fp8" and launches == "apart" and multiplies_fp8(torch.device("cuda")))
     monkeypatch.setattr(linear, "multiplies_fp8", lambda device: rounds_rows)
     on_cpu = Engine(tiny.parts(), EngineConfig(device="cpu", cpu_path="torch", dtype="float32", **settings))
     assert_all_alike(tiny, rng, TURNED[kind], graphs, eager, cold, on_cpu)
 
 
 @by_kind
-@pytest.mark.parametrize("launches", ["fused", "apart"])
-def test_8_bits_of_a_bf16_engine_answer_alike(tiny, kind, launches, monkeypatch):
-    """As engines are run: other kernels than in fp32, in blocks of other sizes. Fused layers leave rows as they are;
-    what is launched apart here does the same then, since what rounding rows to fp8 changes is no error of a kernel."""
-    if launches == "fused":
-        monkeypatch.setattr(linear, "multiplies_fp8", lambda device: False)
-    settings, rng = {"dtype": "bfloat16", "launches": launches, **in_8_bits(kind)}, np.random.default_rng(8)
-    graphs, eager = made(tiny, **settings), made(tiny, graphs="off", **settings)
-    wide, cold = made(tiny, **in_8_bits(kind)), made(tiny, kv_budget="0", **settings)
+@by_launches
+def test_8_bits_of_a_bf16_engine_answer_alike(tiny, kind, launches):
+    """As engines are run: other kernels than in fp32, in blocks of other sizes."""
+    settings, rng = {"launches": launches, **in_8_bits(kind)}, np.random.default_rng(8)
+    graphs, eager = made(tiny, dtype="bfloat16", **settings), made(tiny, dtype="bfloat16", graphs="off", **settings)
+    wide, cold = made(tiny, **settings), made(tiny, dtype="bfloat16", kv_budget="0", **settings)
     bound = BOUND["bfloat16"] + TURNED[kind]
     assert_all_alike(tiny, rng, bound, graphs, eager, cold, wide)
 

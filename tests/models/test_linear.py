@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from speeder_engine.models import linear
 from speeder_engine.models.linear import W8Linear, gated_linear, linear_part, quantize_linears
 
 CPU = torch.device("cpu")
@@ -50,7 +51,16 @@ def test_rows_may_be_rounded_too(kind):
     torch.testing.assert_close(layer(x), wide(small * scale))
     torch.testing.assert_close(linear_part(layer, x, slice(3, 30)), wide(small * scale)[:, 3:30])
     assert (layer(x) - wide(x)).abs().max() > 1e-3
-    assert not W8Linear.of(wide, kind, CPU).quantize  # no CPU multiplies fp8
+    assert not W8Linear.of(wide, kind, CPU, with_rows=True).quantize  # no CPU multiplies fp8
+
+
+@by_kind
+def test_fp8_rows_are_rounded_where_it_is_asked_for_and_the_device_can(kind, monkeypatch):
+    monkeypatch.setattr(linear, "multiplies_fp8", lambda device: True)
+    model = nn.Sequential(nn.Linear(4, 4))
+    assert not W8Linear.of(model[0], kind, CPU).quantize
+    quantize_linears(model, kind, CPU, with_rows=True)
+    assert model[0].quantize == (kind == "fp8")
 
 
 @by_kind
