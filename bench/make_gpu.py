@@ -118,7 +118,8 @@ def environment(smoke: bool) -> dict[str, str]:
     # the root itself must not be named: its folders bear the names of other people's packages
     return {
         **os.environ,
-        "PYTHONPATH": str(PLACE),
+        # tests: where -p on_cuda is, which pytest imports before it reads `pythonpath` in older releases
+        "PYTHONPATH": os.pathsep.join([str(PLACE), str(ROOT / "tests")]),
         "PYTHONUNBUFFERED": "1",
         "TRITON_INTERPRET": "1" if smoke else "0",
         "SPEEDER_TEST_DEVICE": "cpu" if smoke else "cuda",

@@ -66,6 +66,8 @@ def _check_target(target: Path, source: Path) -> None:
 
 
 def _open(source: Path) -> pq.ParquetFile:
+    if source.is_dir():
+        raise DataError(f"{source}: is a folder; give one Parquet file")
     try:
         file = pq.ParquetFile(source)
     except FileNotFoundError:
@@ -79,9 +81,15 @@ def _open(source: Path) -> pq.ParquetFile:
         if names.count(name) > 1:
             raise DataError(f"{source}: has {names.count(name)} columns `{name}`; keep one")
     kind = file.schema_arrow.field("history").type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+    if _listed(kind) is None:
         raise DataError(f"{source}: column `history` is {kind}, expected lists of item ids (strings), oldest first")
     return file
+
+
+def _listed(kind: pa.DataType) -> pa.DataType | None:
+    """What lists of this type hold; None for what is no list."""
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return kind.value_type if is_list else None
 
 
 def _batches(file: pq.ParquetFile, source: Path) -> Iterator[pa.RecordBatch]:
@@ -99,7 +107,7 @@ def _unreadable(source: Path, error: Exception) -> DataError:
 def _answer(
     engine: Engine, batch: pa.RecordBatch, schema: pa.Schema, k: int, on_unknown: OnUnknown, source: Path
 ) -> pa.Table:
-    histories = batch.column("history").to_pylist()
+    histories = _histories(batch.column("history")).to_pylist()
     if None in histories:
         raise DataError(f"{source}: a history is null; write an empty list for a user without interactions")
     try:
@@ -115,10 +123,21 @@ def _answer(
     return pa.table(columns, schema=schema)
 
 
+def _histories(column: pa.Array) -> pa.Array:
+    """Whole numbers are ids by their decimals, as in training."""
+    kind = _listed(column.type)
+    return column.cast(pa.list_(pa.string())) if kind is not None and pa.types.is_integer(kind) else column
+
+
 def _times(batch: pa.RecordBatch) -> list[list[float] | None]:
+    """Unix seconds; Arrow's timestamps become those."""
     if "times" not in batch.schema.names:
         return [None] * batch.num_rows
-    return batch.column("times").to_pylist()  # type: ignore[no-any-return]
+    column = batch.column("times")
+    kind = _listed(column.type)
+    if kind is not None and (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
+        column = column.cast(pa.list_(pa.timestamp("s")), safe=False).cast(pa.list_(pa.int64()))
+    return column.to_pylist()  # type: ignore[no-any-return]
 
 
 def _user_ids(batch: pa.RecordBatch, source: Path) -> list[str | None]:

@@ -79,7 +79,7 @@ def train(
     start_from: Annotated[
         Path | None, typer.Option(metavar="CHECKPOINT", help="Go on with this model: new interactions, new items.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the epoch OUT stopped at.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the epoch OUT stopped at, if it has one.")] = False,
     seed: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe, e.g. collaborative.epochs=3.")
@@ -144,6 +144,9 @@ def evaluate(
     candidates: Annotated[
         Path | None, typer.Option(help="Frozen candidate lists: read if there, else drawn and written.")
     ] = None,
+    negatives: Annotated[
+        int, typer.Option(min=0, help="Of each candidate list; 0: full ranking alone, without lists.")
+    ] = 19,
     head: Annotated[
         str | None,
         typer.Option(
@@ -161,12 +164,14 @@ def evaluate(
     column: Column = None,
     as_json: AsJson = False,
 ) -> None:
-    """Full ranking and the candidate protocol (1 target, 19 negatives), systems side by side."""
+    """Full ranking and the candidate protocol (1 target among negatives), systems side by side."""
     from speeder_engine.data.columns import Columns
     from speeder_engine.evaluation.compare import compare, print_comparison
 
     columns, groupings = Columns.parse(column or []), [name.strip() for name in by.split(",") if name.strip()]
-    comparison = compare(systems, data, part, candidates, min_interactions, columns, head, groupings, against)
+    comparison = compare(
+        systems, data, part, candidates, min_interactions, columns, head, groupings, against, negatives
+    )
     if as_json:
         typer.echo(json.dumps(comparison.to_json()))
     else:

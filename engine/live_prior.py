@@ -7,14 +7,16 @@ Counts move while a model serves: `engine.set_prior(dict(zip(item_ids, popularit
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from speeder_engine.checks import LATEST_SECOND
 from speeder_engine.config import LivePriorConfig
-from speeder_engine.errors import ConfigError, DataError
+from speeder_engine.errors import ConfigError, DataError, shown
 
 SECONDS_A_DAY = 86_400
 Floats = NDArray[np.float32]
@@ -38,14 +40,24 @@ class LivePopularity:
         times: Ints | Sequence[int] | None,
         rows: Ints | Sequence[int],
     ) -> "LivePopularity":
-        """Events in any order; DataError where they have no times, ConfigError for a model without a live prior."""
+        """Events in any order, `rows` places among the items. DataError for events that have no times, or no such item
+        (-1 too: leave out what is not known), ConfigError for a model without a live prior."""
         if config is None:
             raise ConfigError("live prior: this model was trained without; train it with `live_prior` in its recipe")
         if times is None:
             raise DataError("live prior: the interactions have no times; give a time column or leave live_prior out")
-        moments, items = np.asarray(times, np.int64), np.asarray(rows, np.int32)
+        moments, items = _whole(times, "times"), _whole(rows, "rows")
+        if len(moments) != len(items):
+            raise DataError(f"live prior: {len(moments)} times for {len(items)} rows; give every event both")
+        if len(items) and not 0 <= items.min() <= items.max() < num_items:
+            strange = items[(items < 0) | (items >= num_items)][0]
+            raise DataError(
+                f"live prior: row {strange} is none of {num_items} items; leave out events of unknown items"
+            )
+        if len(items) and max(int(moments.max()), -int(moments.min())) > LATEST_SECOND:
+            raise DataError("live prior: times are Unix seconds; divide milliseconds by 1000")
         order = np.argsort(moments, kind="stable")
-        return cls(config, num_items, moments[order], items[order])
+        return cls(config, num_items, moments[order], items[order].astype(np.int32))
 
     def features(self, moments: Ints) -> Floats:
         """float32 [n, num_items, S] at the moments int64 [n], in any order: only events strictly before count."""
@@ -69,3 +81,12 @@ class LivePopularity:
             raise ConfigError("live prior: its weights are learned in training; take the config of an engine directory")
         weighed: Floats = self.features(np.array([moment]))[0] @ np.asarray(self.config.weights, np.float32)
         return weighed
+
+
+def _whole(values: Ints | Sequence[int], name: str) -> NDArray[np.int64]:
+    """One number an event, whole ones of it; or DataError."""
+    with suppress(TypeError, ValueError, OverflowError):
+        given = np.asarray(values)
+        if given.ndim == 1 and (given.dtype.kind in "iu" or bool(np.isfinite(given).all())):
+            return given.astype(np.int64)
+    raise DataError(f"live prior: {name}: a number for each event is needed, got {shown(values)}")

@@ -8,6 +8,7 @@ compressor.safetensors     with encoders/ and tokenizer/: so that new items can 
 """
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -125,7 +126,9 @@ class EngineParts:
     @classmethod
     def load(cls, path: Path) -> "EngineParts":
         """Raises ArtifactError, naming the file, for anything but a whole engine directory of this format."""
-        artifact = read_artifact(path)
+        # encoders and tokenizer are read when they are first asked for: wherever the process has moved to by then, and
+        # whatever a link has been turned to
+        artifact = read_artifact(Path(os.path.realpath(path)) if path.exists() else path)
         try:
             config = ModelConfig.from_json(artifact.manifest["model"])
         except (ConfigError, KeyError) as error:

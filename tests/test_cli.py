@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ from interrupts import take_interrupts
 from reference import make_tiny, make_titled
 
 from speeder_engine import Engine
+from speeder_engine.catalogue import Catalogue
 from speeder_engine.config import CalendarConfig
 from speeder_engine.synthetic import write_synthetic_dataset
 
@@ -118,6 +120,22 @@ def test_a_file_gives_times_to_a_model_that_reads_them(tmp_path):
     for wrong, message in (([[10], None, []], "times: 1 for 2 interactions"), (["x", "y", "z"], "expected Unix sec")):
         pq.write_table(pa.table({"history": histories, "times": wrong}), source)
         assert message in speeder("recommend", tmp_path / "engine", "--input", source, "--output", target).error
+
+
+def test_a_file_may_hold_ids_and_times_as_training_data_may(tmp_path):
+    tiny = make_tiny(calendar=CALENDAR)
+    parts = tiny.parts()
+    table = parts.catalogue.table()
+    numbered = replace(table, item_ids=tuple(str(int(item_id)) for item_id in table.item_ids))
+    replace(parts, catalogue=Catalogue(numbered, parts.catalogue.served_tokens())).save(tmp_path / "engine")
+    source, target, scores = tmp_path / "users.parquet", tmp_path / "recs.parquet", []
+    moments = pa.array([[10_000, 4_500_999], None], pa.list_(pa.timestamp("ms", "Europe/Berlin")))
+    for histories, times in (([["1", "2"], ["3"]], [[10, 4500], None]), ([[1, 2], [3]], moments)):
+        pq.write_table(pa.table({"history": histories, "times": times}), source)
+        done = speeder("recommend", tmp_path / "engine", "--input", source, "--output", target)
+        assert (done.returncode, done.stderr) == (0, "")
+        scores.append(pq.read_table(target)["scores"].to_pylist())
+    assert scores[0] == scores[1]
 
 
 def test_inspect(engine_dir):

@@ -59,3 +59,21 @@ def test_plain_lists_are_events_and_a_model_without_says_so():
     assert popularity.times.tolist() == [0, 100] and popularity.rows.tolist() == [1, 2]
     with pytest.raises(ConfigError, match="live prior: this model was trained without"):
         LivePopularity.of_events(None, 3, [0], [1])
+
+
+@pytest.mark.parametrize(
+    ("times", "rows", "message"),
+    [
+        ([1, 2], [0, -1], "row -1 is none of 3 items; leave out events of unknown items"),
+        ([1, 2], [3, 0], "row 3 is none of 3 items"),
+        ([1, 2], [0], "2 times for 1 rows; give every event both"),
+        ([1, 2], [0, 1, 2], "2 times for 3 rows"),
+        ([1.0, float("nan")], [0, 1], "times: a number for each event is needed"),
+        ([[1, 2]], [0, 1], "times: a number for each event is needed"),
+        ([1, 2], ["a", "b"], r"rows: a number for each event is needed, got \['a', 'b'\]"),
+        ([1379024968000, 2], [0, 1], "times are Unix seconds; divide milliseconds by 1000"),
+    ],
+)
+def test_events_that_are_none_are_refused(times, rows, message):
+    with pytest.raises(DataError, match=f"live prior: {message}"):
+        LivePopularity.of_events(LivePriorConfig(), 3, times, rows)

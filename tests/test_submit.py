@@ -11,9 +11,11 @@ import weakref
 
 import numpy as np
 import pytest
+import torch
 from reference import make_tiny
 
 from speeder_engine import (
+    ConfigError,
     DeadlineExceeded,
     Engine,
     EngineClosed,
@@ -388,6 +390,25 @@ def test_a_forked_process_is_told_to_load_its_own(tiny):
     os.close(reading)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert len(engine.recommend(["0001"])) == 10
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_loads_its_own_with_one_thread_or_is_told(tiny):
+    """torch's threads are not copied by a fork: a parallel loop in the child would wait for them for good."""
+    expected = made(tiny).recommend(["0001"])
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(2)
+            with pytest.raises(ConfigError, match=r"forked from one that had loaded an engine.*spawn"):
+                made(tiny)
+            torch.set_num_threads(1)
+            assert made(tiny).recommend(["0001"]) == expected
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("waits", [{}, {"timeout_ms": 60_000}])

@@ -341,6 +341,21 @@ def test_a_tokenizer_that_was_replaced_is_not_read(titled, tmp_path):
     assert title_scores(engine, ["0001"], ["0010"])["0010"] < 0
 
 
+def test_a_directory_is_found_again_wherever_process_and_links_have_gone(titled, tmp_path, monkeypatch):
+    """The tokenizer is read when the first title is asked for."""
+    titled.parts().save(tmp_path / "v1")
+    make_tiny().parts().save(tmp_path / "v2")
+    (tmp_path / "current").symlink_to("v1")
+    monkeypatch.chdir(tmp_path)
+    engines = [Engine.load(path, kv_budget="0") for path in ("v1", "current")]
+    (tmp_path / "current").unlink()
+    (tmp_path / "current").symlink_to("v2")
+    monkeypatch.chdir("/")
+    for engine in engines:
+        assert title_scores(engine, ["0001"], ["0010"])["0010"] < 0
+        engine.save(tmp_path / "saved")
+
+
 def test_a_waiting_request_is_answered_by_titles_as_they_stand(titled):
     engine = Engine(titled.parts(), EngineConfig(dtype="float32", batch_wait_ms=500))
     request = Request(["0001"], candidates=["0010", "0020"], head="title")

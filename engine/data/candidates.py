@@ -146,7 +146,10 @@ def _draw_unseen(
     num_unseen = dataset.num_items - len(seen)
     if num_unseen < count:
         user_id = dataset.user_ids[user]
-        raise DataError(f"{dataset.name}: user {user_id!r} leaves {num_unseen} items, {count} negatives are needed")
+        raise DataError(
+            f"{dataset.name}: user {user_id!r} leaves {num_unseen} items, {count} negatives are needed; draw fewer"
+            " (--negatives, in Python num_negatives)"
+        )
     ranks = generator.choice(num_unseen, count, replace=False)
     return ranks + np.searchsorted(seen - np.arange(len(seen)), ranks, side="right")
 

@@ -9,6 +9,7 @@ from speeder_engine.errors import DataError
 TABLES = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
 PICTURES = tuple(f"{name}{suffix}" for name in ("posters", "images", "covers") for suffix in ("", ".zip", ".parquet"))
 MODALITIES = ("text", "image", "collaborative")
+VECTORS = (".parquet", ".npz")
 REVIEWS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz")
 
 
@@ -67,7 +68,10 @@ def _one(folder: Path, what: str, names: Sequence[str]) -> Path | None:
 
 def _find_vectors(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for path in sorted([*folder.glob("*.parquet"), *folder.glob("*.npz")]):
+    strange = [path for path in sorted(folder.glob("*")) if path.stem in MODALITIES and path.suffix not in VECTORS]
+    if strange:
+        raise DataError(f"{strange[0]}: vectors are read from {' or '.join(VECTORS)}; write it as one, or take it away")
+    for path in sorted(path for suffix in VECTORS for path in folder.glob(f"*{suffix}")):
         if path.stem not in MODALITIES:
             raise DataError(f"{path}: {path.stem!r} is no modality; the modalities are {', '.join(MODALITIES)}")
         if path.stem in found:

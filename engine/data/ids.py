@@ -7,6 +7,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from speeder_engine.checks import is_unicode
+from speeder_engine.data.tables import is_text
 from speeder_engine.errors import DataError, shown
 
 
@@ -28,7 +29,7 @@ class IdColumn:
     def from_arrow(cls, column: pa.ChunkedArray, where: str) -> "IdColumn":
         """From strings or whole numbers, plain or as a dictionary."""
         dtype = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        if not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_integer(dtype)):
+        if not (is_text(dtype) or pa.types.is_integer(dtype)):
             raise DataError(f"{where} holds {dtype}; ids must be strings or whole numbers")
         coded = column.cast(dtype).cast(pa.large_string()).dictionary_encode().combine_chunks()
         codes = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)

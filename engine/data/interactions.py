@@ -1,5 +1,6 @@
 """Who took what, and when: one table read from any supported file. Knows no catalogue."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from speeder_engine.checks import LATEST_SECOND
 from speeder_engine.data.columns import Columns
 from speeder_engine.data.ids import IdColumn, id_text
-from speeder_engine.data.tables import column_names, read_columns, read_jsonl, table_format
+from speeder_engine.data.tables import column_names, is_text, read_columns, read_jsonl, table_format
 from speeder_engine.errors import DataError
 
 AMAZON_ITEM = "parent_asin"
@@ -82,6 +83,9 @@ def _from_jsonl(path: Path, user: str, item: str, time: str, timed: bool) -> pa.
 
 
 def _number(value: object, where: str) -> float:
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53:
         return float(value)
     raise DataError(f"{where} is {value!r}; a number is needed (Unix time)")
@@ -91,8 +95,10 @@ def _seconds(column: pa.ChunkedArray, unit: Literal["s", "ms"], where: str) -> N
     """Whole Unix seconds, rounded down, from plain numbers in `unit` or from Arrow timestamps and dates."""
     if column.null_count:
         raise DataError(f"{where}, row {_first(column.is_null()) + 1}: no time; drop the row or give it one")
-    if pa.types.is_string(column.type):
-        column = _parsed(column, where)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if is_text(column.type):
+        column = _parsed(column.cast(pa.string()), where)
     dtype = column.type
     if pa.types.is_timestamp(dtype) or pa.types.is_date(dtype):
         values, unit = column.cast(pa.timestamp("ms"), safe=False).cast(pa.int64()).to_numpy(), "ms"

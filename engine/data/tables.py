@@ -30,6 +30,8 @@ LINES_A_TICK = 8192
 
 def table_format(path: Path) -> Format:
     """By the file's name; `.gz` may follow `.csv` and `.jsonl`. A DataError where there is no such file or format."""
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; a table is one file, write its parts into one")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     zipped = path.suffix == ".gz"
@@ -37,6 +39,11 @@ def table_format(path: Path) -> Format:
     if found is None or (zipped and found not in ("csv", "jsonl")):
         raise DataError(f"{path}: not one of .parquet, .csv, .csv.gz, .jsonl, .jsonl.gz, .inter, .item")
     return found
+
+
+def is_text(dtype: pa.DataType) -> bool:
+    """Any of Arrow's types of strings."""
+    return any(is_one(dtype) for is_one in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
 
 
 @contextmanager
@@ -62,7 +69,12 @@ def column_names(path: Path) -> tuple[str, ...]:
     with reading(path):
         if kind == "parquet":
             return tuple(pq.read_schema(path).names)
-        return tuple(_bare(name) for name in _header(path, kind))
+        names = tuple(_bare(name) for name in _header(path, kind))
+    if kind == "csv" and len(names) == 1:
+        separator = next((mark for mark in (";", "\t", "|") if mark in names[0]), None)
+        if separator:
+            raise DataError(f"{path}: its cells are separated by {separator!r}; separate them by commas")
+    return names
 
 
 def _refuse_utf16(path: Path) -> None:

@@ -38,19 +38,22 @@ def compare(
     head: str | None = None,
     by: Sequence[str] = (),
     against: str | None = None,
+    num_negatives: int = 19,
 ) -> Comparison:
     """One report a system, all on the same queries and candidate lists.
 
     candidates: a file of frozen lists, drawn and written if it isn't there; None draws the same lists without keeping
     them. head: how checkpoints and engine directories answer those lists, one of `HEADS`, of `CHECKPOINT_HEADS` where
     there are checkpoints; None leaves it to them. by: names of GROUPINGS. against: the system that others are paired
-    with, evaluated too where it isn't among `systems`. Raises ConfigError for a system that is neither a folder of ours
-    nor a baseline, and for a head that it hasn't.
+    with, evaluated too where it isn't among `systems`. num_negatives: of a list; 0 leaves the lists out. Raises
+    ConfigError for a system that is neither a folder of ours nor a baseline, and for a head that it hasn't.
     """
     if head is not None and head not in HEADS:
         raise ConfigError(f"head: {head!r} is no way to answer; choose one of {', '.join(HEADS)}")
     if part not in FROM_END:
         raise ConfigError(f"part: {part!r}; choose {' or '.join(FROM_END)}")
+    if num_negatives == 0 and (candidates is not None or head is not None):
+        raise ConfigError("negatives: 0 leaves candidate lists out; leave out `candidates` and `head`, too")
     check_groupings(by)
     systems = list(dict.fromkeys([*systems, *([] if against is None else [against])]))
     for system in systems:
@@ -58,10 +61,11 @@ def compare(
     split = leave_one_out(load_dataset(data, columns=columns, min_interactions=min_interactions))
     asked: Part = "test" if part == "test" else "validation"
     queries = split.queries(asked)
-    if candidates is None:
-        lists = draw_candidates(split.dataset, queries)
-    else:
-        lists = frozen_candidates(candidates, split.dataset, queries)
+    lists = None
+    if candidates is not None:
+        lists = frozen_candidates(candidates, split.dataset, queries, num_negatives=num_negatives)
+    elif num_negatives:
+        lists = draw_candidates(split.dataset, queries, num_negatives=num_negatives)
     # a scorer goes before the next is made: only one model is in memory at a time
     reports = [evaluate(make_scorer(system, split, asked, head), queries, lists) for system in systems]
     return Comparison.of(reports, [GROUPINGS[name](split, queries) for name in by], against)

@@ -18,6 +18,7 @@ from speeder_engine.errors import shown
 
 PRECISIONS = ("float32", "bfloat16", "auto")
 MOST_NEGATIVES = 1000  # every one is a row of the forward pass
+MOST_DIM = 16_384  # of item vectors: wider than any backbone
 MOST_SEED = 2**62  # what is added to it for each epoch and stage still fits 64 bits
 SHORTEST_DAYS, LONGEST_DAYS = 1 / 1440, 36_500.0  # of calendar buckets: a minute, a century
 
@@ -76,6 +77,7 @@ class CollaborativeConfig(Config):
         for name in ("dim", "epochs", "learning_rate"):
             check(getattr(self, name) > 0, f"collaborative.{name} must be positive, is {getattr(self, name)}")
         check(self.dim % 2 == 0, f"collaborative.dim must be even, is {self.dim}")
+        check(self.dim <= MOST_DIM, f"collaborative.dim must be at most {MOST_DIM:,}, is {self.dim}")
         check(self.neighbours >= 0, f"collaborative.neighbours can't be negative, is {self.neighbours}")
         check(0 <= self.dropout < 1, f"collaborative.dropout must be within 0..1, is {self.dropout}")
 
@@ -169,6 +171,9 @@ class TrainingConfig(Config):
             "title_targets",
         ):
             check(getattr(self, name) > 0, f"{name} must be positive, is {getattr(self, name)}")
+        for name in ("text_encoder", "image_encoder"):
+            value = getattr(self, name)
+            check(value is None or bool(value.strip()), f"{name}: is empty; name a folder or hub id, or leave it out")
         self._check_bounds()
         check(
             self.rank_negatives <= MOST_NEGATIVES,

@@ -1,5 +1,6 @@
 """From a dataset to a checkpoint: features, backbone, staged training, and what a resumed run needs in between."""
 
+import warnings
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from speeder_engine.catalogue import ItemTable
 from speeder_engine.checkpoint import Checkpoint, TrainingState, check_replaceable
 from speeder_engine.config import CalendarConfig, CompressorConfig, ModelConfig, PromptConfig
 from speeder_engine.data.splits import Histories, Split
-from speeder_engine.errors import ConfigError, DataError
+from speeder_engine.errors import ConfigError, DataError, SpeederWarning
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.files import ensure_writable, write_atomic
@@ -60,10 +61,11 @@ def train(
 ) -> Checkpoint:
     """Trains on `split.train` and leaves a checkpoint in `out`, saved after every epoch.
 
-    cache_dir: where encoded features are kept (default: beside `out`). resume: go on from the epoch `out` stopped at;
-    raises ConfigError where it was made with other settings or other data. tensorboard: a folder for its scalars.
-    processes: those that train together, each calling this; the first writes. start_from: a finished checkpoint whose
-    model goes on learning (that very object), over the items of `split`; it is validated before it is trained.
+    cache_dir: where encoded features are kept (default: beside `out`). resume: go on from the epoch `out` stopped at,
+    or begin where none was saved; raises ConfigError where it was made with other settings or other data. tensorboard:
+    a folder for its scalars. processes: those that train together, each calling this; the first writes. start_from: a
+    finished checkpoint whose model goes on learning (that very object), over the items of `split`; it is validated
+    before it is trained.
     """
     if not len(split.users):
         raise DataError(f"{split.dataset.name}: no user has the three interactions that training and validation need")
@@ -71,6 +73,9 @@ def train(
         raise DataError(f"{split.dataset.name}: there is one item, and nothing to tell it from; add others")
     check_replaceable(out)
     first = processes.is_first
+    if resume and (not out.exists() or not any(out.iterdir())):
+        warnings.warn(f"{out}: no epoch was saved there yet; begins from the first", SpeederWarning, stacklevel=2)
+        resume = False
     log = RunLog(_log_path(out) if first else None, tensorboard if first else None)
     if resume:
         checkpoint = _resumable(split, config, out)

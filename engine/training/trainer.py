@@ -113,7 +113,8 @@ class Trainer:
         self.model.train()
         self.table.train()
         # dropout, too, is resumed exactly
-        torch.manual_seed(self.config.seed * 100_003 + state.epochs_done + 1_000_000_007 * self.processes.rank)
+        seed = self.config.seed * 100_003 + state.epochs_done + 1_000_000_007 * self.processes.rank
+        torch.manual_seed(seed % 2**63)
         tally = EpochTally()
         for group in groups(self.batches.epoch(state.epochs_done), self.config.accumulate):
             share = self.share(stage, state.step / max(self._steps(stage), 1))

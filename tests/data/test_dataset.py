@@ -104,6 +104,15 @@ def test_a_folder_is_found_by_its_names(folder):
     assert len(load_dataset(folder, keep_all_items=True).items) == 6
 
 
+def test_vectors_that_would_not_be_read_are_refused(folder):
+    (folder / "vectors").mkdir()
+    (folder / "vectors" / "SOURCE.txt").write_text("where they are from")
+    load_dataset(folder)
+    np.save(folder / "vectors" / "text.npy", np.eye(2))
+    with pytest.raises(DataError, match=r"text\.npy: vectors are read from \.parquet or \.npz; write it as one"):
+        load_dataset(folder)
+
+
 def test_every_convention_gives_the_same_data(folder, tmp_path, write):
     expected = load_dataset(folder).fingerprint()
     atomic, amazon, parquet = (tmp_path / name for name in ("atomic", "amazon", "parquet"))

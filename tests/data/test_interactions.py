@@ -64,6 +64,38 @@ def test_parquet_dictionaries_large_strings_and_timestamps(tmp_path):
     assert read.times.tolist() == [int(moment.timestamp()) for moment in moments]
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
+@pytest.mark.parametrize("coded", [False, True])
+def test_text_of_any_type_is_read_alike(tmp_path, kind, coded):
+    columns = {name: pa.array(values, kind) for name, values in (("user_id", USERS), ("item_id", ITEMS))}
+    columns["timestamp"] = pa.array(map(str, TIMES), kind)
+    if coded:
+        columns = {name: column.cast(pa.large_string()).dictionary_encode() for name, column in columns.items()}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    read = read_interactions(tmp_path / "x.parquet")
+    assert (read.user_ids.tolist(), read.item_ids.tolist(), read.times.tolist()) == (USERS, ITEMS, TIMES)
+
+
+def test_times_of_json_may_be_text(tmp_path, write):
+    columns = {"user_id": USERS, "item_id": ITEMS, "timestamp": list(map(str, TIMES))}
+    assert read_interactions(write(tmp_path / "x.jsonl", columns)).times.tolist() == TIMES
+    with pytest.raises(DataError, match="timestamp is 'soon'; a number is needed"):
+        read_interactions(write(tmp_path / "y.jsonl", {**columns, "timestamp": ["soon"] * 4}))
+
+
+@pytest.mark.parametrize(("mark", "shown"), [(";", "';'"), ("\t", r"'\\t'"), ("|", r"'\|'")])
+def test_other_separators_are_named(tmp_path, mark, shown):
+    (tmp_path / "x.csv").write_text(f"user_id{mark}item_id{mark}timestamp\na{mark}b{mark}1\n")
+    with pytest.raises(DataError, match=rf"its cells are separated by {shown}; separate them by commas"):
+        read_interactions(tmp_path / "x.csv")
+
+
+def test_a_table_in_parts_is_no_file(tmp_path):
+    (tmp_path / "x.parquet").mkdir()
+    with pytest.raises(DataError, match=r"x\.parquet: is a folder; a table is one file"):
+        read_interactions(tmp_path / "x.parquet")
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
 def test_without_a_time_column_there_are_no_times(suffix, tmp_path, write):
     path = write(tmp_path / f"x.{suffix}", {"user_id": ["a"], "item_id": ["b"]})

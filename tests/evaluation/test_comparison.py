@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from speeder_engine.cli import app
-from speeder_engine.errors import ConfigError
+from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.evaluation.bootstrap import paired_difference
 from speeder_engine.evaluation.compare import compare
 from speeder_engine.evaluation.comparison import Comparison
@@ -60,6 +60,15 @@ def test_the_command_evaluates_what_others_are_paired_with(tmp_path):
     assert set(told[0]["groups"]) == {"length", "popularity"} and told[0]["difference"]["against"] == "popularity"
     shown = CliRunner().invoke(app, asked).stdout
     assert "up to 5" in shown and "head" in shown and "difference to popularity" in shown
+    full = json.loads(CliRunner().invoke(app, [*asked, "--negatives", "0", "--json"]).stdout)
+    assert "vhr@1" not in full[0]["metrics"] and full[0]["metrics"]["hr@10"] == told[0]["metrics"]["hr@10"]
+    assert "difference to popularity" in CliRunner().invoke(app, [*asked, "--negatives", "0"]).stdout
+    few = compare(["markov"], folder, num_negatives=1).reports[0]
+    assert few.metrics["vhr@1"] > told[0]["metrics"]["vhr@1"]
+    with pytest.raises(ConfigError, match="negatives: 0 leaves candidate lists out; leave out `candidates` and `head`"):
+        compare(["markov"], folder, head="rank", num_negatives=0)
+    with pytest.raises(DataError, match=r"leaves \d+ items, 99 negatives are needed; draw fewer \(--negatives"):
+        compare(["markov"], folder, num_negatives=99)
     with pytest.raises(ConfigError, match="by: 'age'"):
         compare(["markov"], folder, by=["age"])
     with pytest.raises(ConfigError, match="gossip: neither"):

@@ -21,7 +21,7 @@ from speeder_engine.models.families import FAMILIES
 from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.runs import offsets_of
 from speeder_engine.training import gradient as gradient_module
-from speeder_engine.training.config import Stage, TrainingConfig
+from speeder_engine.training.config import MOST_SEED, Stage, TrainingConfig
 from speeder_engine.training.features import read_images
 from speeder_engine.training.fit import train
 
@@ -65,6 +65,19 @@ def test_a_finished_run_resumes_to_itself(split, finished, tmp_path):
     shutil.copytree(finished[1] / "c", tmp_path / "c")
     again = train(split, CONFIG, tmp_path / "c", resume=True)
     assert all(torch.equal(value, weights(finished[0])[name]) for name, value in weights(again).items())
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+def test_resuming_what_has_saved_nothing_begins(split, finished, tmp_path, emptied):
+    if emptied:
+        (tmp_path / "c").mkdir()
+    with pytest.warns(SpeederWarning, match=r"c: no epoch was saved there yet; begins from the first"):
+        begun = train(split, CONFIG, tmp_path / "c", resume=True)
+    assert all(torch.equal(value, weights(finished[0])[name]) for name, value in weights(begun).items())
+
+
+def test_the_largest_seed_trains(split, tmp_path):
+    train(split, replace(CONFIG, seed=MOST_SEED, stages=CONFIG.stages[:1]), tmp_path / "c")
 
 
 def test_resuming_with_something_else_is_refused(split, finished):
