@@ -3,6 +3,7 @@
 A table for people; the last line of stdout is JSON with flat keys. bench/README.md documents every key.
 """
 
+import math
 import os
 from typing import Annotated
 
@@ -34,14 +35,17 @@ SECTIONS = {
     "kernels": 0.08,
     "train": 0.07,
 }
+OF_NO_ENGINE = ("cache", "host")  # sections that measure the same whatever is served
 DTYPES = ("bfloat16", "float32", "float16")
-SECONDS = {True: 40.0, False: 780.0}  # quick or not
+SECONDS = {True: 55.0, False: 780.0}  # quick or not
 
 
 def main(
     section: Annotated[str, typer.Argument(help=f"{', '.join(SECTIONS)} or all")],
     shape: Annotated[str | None, typer.Option(help=f"random weights: {', '.join(SHAPES)}; tiny if --quick")] = None,
-    engine: Annotated[Path | None, typer.Option(help="an engine directory instead of random weights")] = None,
+    engine: Annotated[
+        Path | None, typer.Option(help="an engine directory, of a window of 31 at least, instead of random weights")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bfloat16",
     quick: Annotated[bool, typer.Option("--quick", help="small counts: under a minute for all")] = False,
@@ -58,6 +62,10 @@ def main(
         raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
     if shape is not None and engine is not None:
         raise typer.BadParameter("give --shape or --engine, not both", param_hint="--engine")
+    if engine is not None and set(chosen) <= set(OF_NO_ENGINE):
+        raise typer.BadParameter(f"{section} measures no engine's weights; leave it out", param_hint="--engine")
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise typer.BadParameter(f"{seconds:g}: a time above 0 is needed", param_hint="--seconds")
     report = Report(json_file)
     try:
         bench = Bench(
@@ -70,6 +78,8 @@ def main(
             report=report,
             clock=Clock.of(seconds or SECONDS[quick] * sum(SECTIONS[name] for name in chosen) ** 0.5),
         )
+        if engine is not None:
+            bench.subject  # noqa: B018  what can't be loaded is said before anything is measured
         failed = run(bench, chosen)
     except SpeederError as error:
         typer.echo(f"bench/run.py: {error}", err=True)

@@ -50,7 +50,7 @@ def quick(root, tmp_path_factory):
     """What a quick run of everything says, as the last line and as a file; and how long it took."""
     path = tmp_path_factory.mktemp("bench") / "found.json"
     started = time.monotonic()
-    done = run(root, "all", "--quick", "--json", path, "--seconds", 45)
+    done = run(root, "all", "--quick", "--json", path, "--seconds", 90)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1]), json.loads(path.read_text()), time.monotonic() - started
 
@@ -108,12 +108,22 @@ def test_what_was_measured_stays_when_it_is_interrupted(root, tmp_path):
         (("latency", "--only", "nobody"), "no such contender; there are transformers"),
         (("latency", "--dtype", "int3"), "is none of bfloat16"),
         (("cache", "--engine", "nowhere", "--shape", "tiny"), "not both"),
+        (("host", "--engine", "nowhere"), "host measures no engine's weights; leave it out"),
+        (("cache", "--seconds", "-1"), "-1: a time above 0 is needed"),
+        (("cache", "--seconds", "nan"), "nan: a time above 0 is needed"),
+        (("cache", "--seconds", "0"), "0: a time above 0 is needed"),
     ],
 )
 def test_what_cannot_be_measured_is_said_before_anything_is(root, options, says):
     done = run(root, *options)
     assert done.returncode == 2
     assert says in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_an_engine_that_cannot_be_loaded_is_said_before_anything_is_measured(root, tmp_path):
+    done = run(root, "all", "--engine", tmp_path / "nowhere")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"bench/run.py: no engine directory: {tmp_path / 'nowhere'} is not a folder")
 
 
 def test_interleave_takes_turns_and_leaves_preparation_out():
