@@ -1,8 +1,9 @@
 """Kernels and latency on a GPU: `make gpu` runs it, `python bench/gpu.py --out DIR` alone.
 
 Ceilings of the chip first, then whole steps at 0.5B, 7B and 1.5B with random weights, at 0.5B launched in other ways
-and at 7B with weights and with keys and values in 8 bits too, transformers on as many rows, and every kernel. Every
-section has its share of the time; results are written after each.
+and at 7B with weights and with keys and values in 8 bits too, searches of a million items, transformers on the same
+rows, and every kernel. Every section has its share of the time; results are written after each. `--only` measures some
+of them, into the file that is there.
 `--cpu-smoke` runs all of it with tiny shapes on the CPU, so that it keeps working; its figures mean nothing.
 """
 
@@ -12,18 +13,24 @@ import json
 import math
 import platform
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_cases import Maker
+from baselines.one_token import Compiled, StaticPrefix
+from goals import SEARCHED, goals_of
+from kernel_cases import Case, Maker
 from measure import Ceilings, Clock, OutOfTime, device_seconds, l2_bytes, measure_ceilings, num_copies
-from steps import Load, count_all_launches, latency, saturated, touch, transformers_latency
+from steps import Load, contender_latency, count_all_launches, latency, saturated, touch
+from subject import Subject
+from workload import Workload, make_users
 
 from speeder_engine.config import DecoderConfig
 from speeder_engine.random_engine import SHAPES
@@ -31,21 +38,26 @@ from speeder_engine.triton_kernels.linear_w8 import multiplies_fp8
 
 FEW_BUCKETS = (16, 32, 64, 192)
 SCHEMA = 1
-SECTIONS = ("machine", "kernels", "steps", "transformers", "failed", "skipped")
+EMPTY = {"machine": {}, "kernels": {}, "searches": {}, "steps": {}, "transformers": {}, "goals": {}, "failed": {}}
+Section = tuple[str, float, Callable[[Clock], None]]  # a name, the seconds it may take, what it does
 
 
 class Report:
     """What was measured so far, as a file."""
 
-    def __init__(self, out: Path, smoke: bool) -> None:
+    def __init__(self, out: Path, smoke: bool, go_on: bool = False) -> None:
+        """`go_on`: what the file in `out` holds stays, but for what is measured again."""
         self.path = out / "gpu.json"
-        self.found: dict[str, Any] = {"schema": SCHEMA, "is_smoke": smoke, "machine": {}, "kernels": {}, "steps": {}}
-        self.found |= {"transformers": {}, "failed": {}, "skipped": []}
+        self.found: dict[str, Any] = {"schema": SCHEMA, "is_smoke": smoke, **deepcopy(EMPTY), "skipped": []}
+        if go_on and self.path.exists():
+            self.found |= json.loads(self.path.read_text())
         out.mkdir(parents=True, exist_ok=True)
 
     def run(self, name: str, clock: Clock, seconds: float, section: Callable[[Clock], None]) -> None:
         """A section within its share; what it measured before the time was up, or before it failed, stays."""
         share = Clock.of(min(seconds, clock.left))
+        self.found["skipped"] = [each for each in self.found["skipped"] if not each.startswith(name)]
+        self.found["failed"].pop(name, None)
         if share.seconds <= 0:
             self.found["skipped"].append(name)
             print(f"{name}: skipped, the time is up", flush=True)
@@ -64,6 +76,7 @@ class Report:
             torch.cuda.empty_cache()  # the next section's shapes are others
 
     def write(self) -> None:
+        self.found["goals"] = goals_of(self.found)
         self.path.write_text(json.dumps(self.found, indent=1) + "\n")
         self.path.with_suffix(".txt").write_text(table(self.found) + "\n")
 
@@ -97,12 +110,35 @@ def kernel_makers(device: torch.device, smoke: bool) -> Iterator[tuple[str, Call
             yield from ((name, make) for make in makers)
 
 
-def one_kernel(report: Report, shape: str, make: Callable[[], Any], device: torch.device, ceilings: Ceilings) -> None:
+def searches(report: Report, device: torch.device, smoke: bool, clock: Clock) -> None:
+    """The whole catalogue, for one user and for many."""
+    for make in search_makers(device, smoke):
+        clock.check()
+        case = make()
+        seconds = seconds_of(make, case, device)
+        found = {"us": seconds * 1e6, "gb_s": case.num_bytes / seconds / 1e9}
+        # beside what a copy of as many bytes takes: the table is read and nothing of its size written
+        copy = report.found["machine"]["ceilings"]["copy_bytes"]
+        report.found["searches"][case.name] = found | {"of_copy": case.num_bytes / copy / seconds}
+
+
+def search_makers(device: torch.device, smoke: bool) -> Iterator[Callable[[], Case]]:
+    maker = Maker(SHAPES["tiny" if smoke else "0.5b"], 32, device, torch.float32 if smoke else torch.bfloat16)
+    for two_stage in (False, True):
+        for num_users in (1, 4 if smoke else 64):
+            yield partial(maker.search, 500 if smoke else SEARCHED, num_users, two_stage=two_stage)
+
+
+def seconds_of(make: Callable[[], Case], case: Case, device: torch.device) -> float:
+    others = [make().call for _ in range(num_copies(case.num_bytes, l2_bytes(device)) - 1)]
+    with torch.inference_mode():
+        return device_seconds([case.call, *others], device)
+
+
+def one_kernel(report: Report, shape: str, make: Callable[[], Case], device: torch.device, ceilings: Ceilings) -> None:
     try:
         case = make()
-        others = [make().call for _ in range(num_copies(case.num_bytes, l2_bytes(device)) - 1)]
-        with torch.inference_mode():
-            seconds = device_seconds([case.call, *others], device)
+        seconds = seconds_of(make, case, device)
     except Exception as error:  # the other kernels are measured all the same
         report.found["failed"][f"kernel at {shape}: {getattr(make, '__name__', 'case')}"] = str(error)[:500]
         return
@@ -117,11 +153,11 @@ def one_kernel(report: Report, shape: str, make: Callable[[], Any], device: torc
 def steps(
     report: Report,
     shape: str,
+    other: dict[str, Any] | None,
+    clock: Clock,
     device: torch.device,
     ceilings: Ceilings,
     smoke: bool,
-    clock: Clock,
-    other: dict[str, Any] | None = None,
 ) -> None:
     """`other`: the engine's settings, where they are not its own; fewer buckets and batches then, since kernels are
     compiled for each."""
@@ -131,7 +167,7 @@ def steps(
     late: OutOfTime | None = None
     try:
         try:
-            measure_steps(report, shape, other, load, ceilings, smoke, clock, found)
+            measure_steps(other, load, ceilings, smoke, clock, found)
         except OutOfTime as error:
             late = error
         # last: what the profiler leaves behind slows launches down
@@ -161,8 +197,11 @@ def compile_part(index: int, device: torch.device, smoke: bool) -> None:
     parts = plan(device, smoke)
     if index == len(parts):
         with torch.inference_mode():
-            for _, make in kernel_makers(device, smoke):
+            for make in (*(make for _, make in kernel_makers(device, smoke)), *search_makers(device, smoke)):
                 make().call()
+        return
+    if index > len(parts):
+        transformers(Report(Path(tempfile.mkdtemp()), smoke), Compiled, device, smoke, Clock.of(math.inf), num_users=1)
         return
     shape, other, _ = parts[index]
     load = made_load(replace(SHAPES[shape], num_layers=2), device, smoke, other, kv_budget="256MiB")
@@ -170,9 +209,22 @@ def compile_part(index: int, device: torch.device, smoke: bool) -> None:
     load.engine.close()
 
 
+def transformers(
+    report: Report, kind: type[StaticPrefix], device: torch.device, smoke: bool, clock: Clock, num_users: int = 53
+) -> None:
+    """What a user would write over the same weights."""
+    shape, workload = "tiny" if smoke else "0.5b", Workload()
+    dtype, num_items = ("float32", 200) if smoke else ("bfloat16", 10_000)
+    subject = Subject.random(shape, num_items=num_items, dtype=dtype, device=str(device))
+    contender = kind(subject)
+    try:
+        users = make_users(5 if smoke else num_users, num_items, workload, 0)
+        contender_latency(contender, users, clock, device, report.found["transformers"].setdefault(shape, {}))
+    finally:
+        contender.close()
+
+
 def measure_steps(
-    report: Report,
-    shape: str,
     other: dict[str, Any] | None,
     load: Load,
     ceilings: Ceilings,
@@ -182,10 +234,7 @@ def measure_steps(
 ) -> None:
     """Each is filled row by row: what is measured when the time is up stays."""
     latency(load, ceilings, clock, 4 if smoke else 300, found.setdefault("latency", {}))
-    if shape in ("0.5b", "tiny") and other is None:
-        theirs = report.found["transformers"].setdefault(shape, {})
-        transformers_latency(load, clock, 2 if smoke else 50, theirs)
-    saturated(load, clock, batches(smoke, other), found.setdefault("saturated", {}))
+    saturated(load, ceilings, clock, batches(smoke, other), found.setdefault("saturated", {}))
 
 
 def batches(smoke: bool, other: dict[str, Any] | None) -> tuple[int, ...]:
@@ -205,8 +254,23 @@ def plan(device: torch.device, smoke: bool) -> list[tuple[str, dict[str, Any] | 
     in_8_bits += ({"kv": "fp8" if smoke or multiplies_fp8(device) else "int8"},)
     if smoke:
         return [("tiny", None, 20), *(("tiny", other, 20) for other in (launches[0], *in_8_bits))]
-    first = [("0.5b", None, 65), *(("0.5b", other, 20) for other in launches), ("7b", None, 50)]
-    return [*first, *(("7b", other, 30) for other in in_8_bits), ("1.5b", None, 40)]
+    first = [("0.5b", None, 55), *(("0.5b", other, 20) for other in launches), ("7b", None, 50)]
+    return [*first, ("7b", in_8_bits[0], 30), ("1.5b", None, 40), *(("7b", other, 30) for other in in_8_bits[1:])]
+
+
+def sections(report: Report, device: torch.device, ceilings: Ceilings, smoke: bool) -> list[Section]:
+    """All of it, what matters most first."""
+    run = partial(steps, report, device=device, ceilings=ceilings, smoke=smoke)
+    shapes: list[Section] = [
+        (f"steps {label(shape, other)}", seconds, partial(run, shape, other))
+        for shape, other, seconds in plan(device, smoke)
+    ]
+    searching: Section = ("searches", 20, partial(searches, report, device, smoke))
+    theirs: Section = ("transformers", 20, partial(transformers, report, StaticPrefix, device, smoke))
+    last: list[Section] = [("kernels", 120, partial(kernels, report, device, ceilings, smoke))]
+    if not smoke:  # on a CPU a compiler's minute for figures that mean nothing
+        last.insert(0, ("transformers, compiled", 60, partial(transformers, report, Compiled, device, smoke)))
+    return [shapes[0], searching, theirs, *shapes[1:], *last]
 
 
 def table(found: dict[str, Any]) -> str:
@@ -218,6 +282,15 @@ def table(found: dict[str, Any]) -> str:
     if ceilings:
         copy, matmul = ceilings["copy_bytes"] / 1e9, ceilings["matmul_flops"] / 1e12
         lines.append(f"ceilings: copy {copy:,.0f} GB/s, bf16 product {matmul:,.1f} TFLOP/s")
+    if found["goals"]:
+        lines += ["", f"{'to reach on an H200':62} {'found':>8} {'bound':>8}"]
+    for name, row in found["goals"].items():
+        bound = f"{'<=' if row['at_most'] else '>='} {row['bound']:g}"
+        lines.append(f"{name:62} {row['found']:8.3f} {bound:>8}{'' if row['reached'] else '  missed'}")
+    if found["searches"]:
+        lines += ["", f"{'search':58} {'us':>9} {'GB/s':>8} {'of a copy':>10}"]
+    for name, row in found["searches"].items():
+        lines.append(f"{name:58} {row['us']:9.1f} {row['gb_s']:8.0f} {row['of_copy']:10.0%}")
     lines += ["", f"{'kernel':58} {'us':>9} {'GB/s':>8} {'TFLOP/s':>8} {'of ceiling':>10}"]
     for name, row in found["kernels"].items():
         lines.append(f"{name:58} {row['us']:9.1f} {row['gb_s']:8.0f} {row['tflop_s']:8.1f} {row['of_ceiling']:10.0%}")
@@ -250,6 +323,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--until", type=float, default=math.inf, help="Unix time by which it must have ended")
     parser.add_argument("--cpu-smoke", action="store_true", help="tiny shapes on the CPU; the figures mean nothing")
+    parser.add_argument("--only", default="", help="sections, as 'searches; steps 7b', into the file that is there")
     parser.add_argument("--compile", type=int, metavar="PART", help="only compile what this part of it runs")
     options = parser.parse_args()
     smoke = options.cpu_smoke
@@ -260,18 +334,19 @@ def main() -> int:
     if options.compile is not None:
         compile_part(options.compile, device, smoke)
         return 0
-    report, clock = Report(options.out, smoke), Clock.of(min(options.seconds, options.until - time.time()))
+    only = [name.strip() for name in options.only.split(";") if name.strip()]
+    report = Report(options.out, smoke, go_on=bool(only))
+    clock = Clock.of(min(options.seconds, options.until - time.time()))
     ceilings = measure_ceilings(device, smoke)
     report.found["machine"] = {**machine(device), "ceilings": asdict(ceilings)}
-    for shape, other, seconds in plan(device, smoke):
-        report.run(
-            f"steps {label(shape, other)}",
-            clock,
-            seconds,
-            lambda share, shape=shape, other=other: steps(report, shape, device, ceilings, smoke, share, other),
-        )
-    # the kernels last: what whole steps take matters most
-    report.run("kernels", clock, 120, lambda share: kernels(report, device, ceilings, smoke, share))
+    all_sections = sections(report, device, ceilings, smoke)
+    if strange := sorted(set(only) - {name for name, _, _ in all_sections}):
+        known = "; ".join(name for name, _, _ in all_sections)
+        print(f"bench/gpu.py: --only {'; '.join(strange)}: no such section; there are {known}")
+        return 1
+    for name, seconds, section in all_sections:
+        if not only or name in only:
+            report.run(name, clock, clock.left if only else seconds, section)
     report.write()
     print(table(report.found))
     return 1 if report.found["failed"] else 0

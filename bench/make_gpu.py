@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / "build" / "gpu"
-NUM_PARTS = 9  # of bench/gpu.py's plan, kernels included
+NUM_PARTS = 10  # of bench/gpu.py's plan, kernels and what is compiled of transformers included
 CUDA = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
 
 

@@ -1,10 +1,11 @@
 """Whole steps of an engine with random weights: device time, end to end, launches, saturated users a second."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from baselines.base import Baseline
 from measure import (
     Ceilings,
     Clock,
@@ -16,6 +17,7 @@ from measure import (
     synchronize,
     wall_seconds,
 )
+from workload import BenchUser
 
 from speeder_engine import Engine, EngineConfig, Request
 from speeder_engine.config import DecoderConfig
@@ -23,7 +25,8 @@ from speeder_engine.random_engine import random_parts
 from speeder_engine.step_buffers import Bucket
 
 HISTORY, CANDIDATES, WINDOW = 30, 20, 50
-UNTIMED = 3  # batches
+UNTIMED = 3  # batches, or users
+TRANSFORMERS = "transformers, "
 
 
 class Load:
@@ -151,8 +154,9 @@ def touch(load: Load, batches: tuple[int, ...]) -> None:
             load.warm_calls(batch, ranked)[0]()
 
 
-def saturated(load: Load, clock: Clock, batches: tuple[int, ...], found: dict[str, Any]) -> None:
-    """Users a second with warm sessions, batch after batch; the first ones are not timed."""
+def saturated(load: Load, ceilings: Ceilings, clock: Clock, batches: tuple[int, ...], found: dict[str, Any]) -> None:
+    """Users a second with warm sessions, batch after batch; the first ones are not timed. The limit of ranked ones:
+    weights read once a batch, or products of all its rows."""
     for ranked in (True, False):
         for batch in batches:
             load.warm()
@@ -162,41 +166,27 @@ def saturated(load: Load, clock: Clock, batches: tuple[int, ...], found: dict[st
             clock.check()
             seconds = wall_seconds(calls[UNTIMED:], Clock.of(min(1.0, clock.left)))
             name = f"batch {batch}, {'1 + 20 ranked' if ranked else '1, catalogue'}"
-            found[name] = {"users_s": batch * len(seconds) / sum(seconds), **quantiles(seconds)}
+            users_s = batch * len(seconds) / sum(seconds)
+            found[name] = {"users_s": users_s, **quantiles(seconds)}
+            if ranked:
+                flops = 2 * load.num_weights * (1 + CANDIDATES)
+                found[name]["of_limit"] = ceilings.fraction(load.weight_bytes / batch, flops, 1 / users_s)
 
 
-def transformers_latency(load: Load, clock: Clock, count: int, found: dict[str, Any]) -> None:
-    """The same backbone shape in transformers (sdpa, eager launches): 30 + 30 + 20 rows as one prompt, and 1 + 20 rows
-    behind a cache of 60. What it computes is not the same (its candidates see one another); the rows are as many."""
-    from transformers import DynamicCache, Qwen2Config, Qwen2Model
-
-    shape, device = load.shape, load.device
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        intermediate_size=shape.intermediate_size,
-        attn_implementation="sdpa",
-    )
-    with device:  # drawing its weights on a CPU takes longer than all else here
-        model = Qwen2Model(config).to(load.engine.model.instruction.dtype).eval()
-
-    @torch.inference_mode()
-    def seconds(rows: int, cached: int) -> float:
-        """Of a pass over `rows`, behind a cache that is filled before."""
-        size, cache = shape.hidden_size, DynamicCache(config=config)
-        before, embeds = (torch.randn(1, count, size, device=device, dtype=model.dtype) for count in (cached, rows))
-        if cached:
-            model(inputs_embeds=before, past_key_values=cache)
-        synchronize(device)
-        return clocked(lambda: model(inputs_embeds=embeds, past_key_values=cache)[0].sum().item())
-
-    for name, rows, cached in (("30 + 30 + 20 rows", 80, 0), ("1 + 20 rows behind 60", 21, 60)):
+def contender_latency(
+    contender: Baseline, users: Sequence[BenchUser], clock: Clock, device: torch.device, found: dict[str, Any]
+) -> None:
+    """What a user would run instead, over the same rows: strangers, and users who return with one new item."""
+    for name, before, call in (
+        ("cold 30 + 20", None, contender.answer),
+        ("warm 1 + 20", contender.warm_up, contender.answer_warm),
+    ):
+        timed = []
         with quiet():
-            timed = []
-            for _ in range(count + 3):
-                timed.append(seconds(rows, cached))
+            for user in users:
+                if before is not None:
+                    before(user)
+                synchronize(device)
+                timed.append(clocked(lambda user=user, call=call: call(user)))
                 clock.check()
-        found[name] = quantiles(timed[3:])
+        found[f"{contender.label.removeprefix(TRANSFORMERS)}, {name}"] = quantiles(timed[UNTIMED:])

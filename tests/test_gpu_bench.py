@@ -9,9 +9,12 @@ from types import SimpleNamespace
 import gpu
 import make_gpu
 import pytest
-from gpu import Report, compile_part, plan
+from goals import COLD, STATIC, WARM, goals_of
+from gpu import EMPTY, Report, compile_part, plan
 from make_gpu import compile_commands
 from measure import CPU, Clock, OutOfTime, num_copies, quantiles
+
+KERNEL = {"us": 1.5, "gb_s": 1, "tflop_s": 1, "of_ceiling": 1}
 
 
 def run(root, script, *options, **environment):
@@ -46,19 +49,69 @@ def test_the_benchmarks_run_on_tiny_shapes(root, tmp_path):
         name = "kv_block_bytes" if "kv" in label else "weight_bytes"
         assert small[name] < step[name] * 0.35  # of fp32, scales included
         assert f"{label}, random weights" in (tmp_path / "gpu.txt").read_text()
-    if not found["skipped"]:
-        assert found["transformers"]["tiny"].keys() == {"30 + 30 + 20 rows", "1 + 20 rows behind 60"}
+    theirs = {f"{STATIC}, {name}" for name in (COLD, WARM)}
+    assert found["skipped"] == [] and found["transformers"]["tiny"].keys() == theirs
+    assert [name.split(", k")[0] for name in found["searches"]] == [
+        f"{search} 500 items, {users} users" for search in ("top_scores", "top_scores_two_stage") for users in (1, 4)
+    ]
+    assert {"us", "gb_s", "of_copy"} == found["searches"].popitem()[1].keys()
+    assert 0 < step["saturated"]["batch 2, 1 + 20 ranked"]["of_limit"] < 1
+    assert found["goals"] == {}  # no figure of a shape they are about
     assert "these figures mean nothing" in (tmp_path / "gpu.txt").read_text()
 
 
 def test_every_part_of_the_plan_is_compiled_before_it_is_timed():
-    assert set(compile_commands(False)) == {f"compile {part}" for part in range(len(plan(CPU, False)) + 1)}
+    assert set(compile_commands(False)) == {f"compile {part}" for part in range(len(plan(CPU, False)) + 2)}
+
+
+def test_some_sections_go_into_the_file_that_is_there(root, tmp_path):
+    before = {"schema": 1, "is_smoke": True, **EMPTY, "skipped": ["searches", "steps 7b"], "kernels": {"a": KERNEL}}
+    before |= {"failed": {"searches": "of yesterday", "kernels": "too"}}
+    (tmp_path / "gpu.json").write_text(json.dumps(before))
+    done = run(root, "gpu.py", "--cpu-smoke", "--out", tmp_path, "--only", "searches")
+    assert done.returncode == 1, done.stdout + done.stderr  # what had failed before has still
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(found["searches"]) == 4 and found["kernels"] == {"a": KERNEL} and found["steps"] == {}
+    assert (found["skipped"], found["failed"]) == (["steps 7b"], {"kernels": "too"})
+    done = run(root, "gpu.py", "--cpu-smoke", "--out", tmp_path, "--only", "steps; kernels")
+    assert done.returncode == 1 and "--only steps: no such section; there are steps tiny; searches;" in done.stdout
+
+
+def steps(cold, p50, **more):
+    return {"latency": {COLD: {"device_us": cold, "p50_ms": p50}}, **more}
+
+
+def test_goals_are_held_against_what_was_found():
+    found = {
+        "steps": {
+            "0.5b": steps(300, 0.5, saturated={"a": {"of_limit": 0.4}, "b": {"of_limit": 0.6}, "c": {"users_s": 1}}),
+            "1.5b": steps(1000, 1.1),
+            "7b": steps(3200, 3.5),
+            "7b, weights fp8": steps(2000, 2.1),
+        },
+        "searches": {
+            "top_scores 1000000 items, 1 users, k=10": {"of_copy": 0.8},
+            "top_scores 1000000 items, 64 users, k=10": {"of_copy": 0.5},
+            "top_scores_two_stage 1000000 items, 1 users, k=10": {"of_copy": 0.1},
+        },
+        "transformers": {"0.5b": {f"{STATIC}, {COLD}": {"p50_ms": 2.0}}},
+    }
+    rows = list(goals_of(found).values())
+    assert [row["found"] for row in rows] == pytest.approx([0.3, 1.0, 3.2, 0.2, 0.6, 2.0, 1.6, 4.0])
+    assert [row["reached"] for row in rows] == [True, False, True, False, True, False, True, True]
+    assert goals_of({"steps": {"7b": found["steps"]["7b"]}, "searches": {}, "transformers": {}}).keys() == {
+        "7b, cold: ms of the device"
+    }
+    lines = gpu.table({**EMPTY, "is_smoke": False, "skipped": [], "goals": goals_of(found)}).splitlines()
+    assert "1.5b, cold: ms of the device" in lines[4] and lines[4].endswith("1.000   <= 0.9  missed")
+    assert lines[5].endswith("3.200     <= 4")
 
 
 @pytest.mark.parametrize("part", [0, 5])
 def test_a_part_is_compiled_alone(monkeypatch, part):
     called = []
     monkeypatch.setattr(gpu, "touch", lambda load, batches: called.append(load.shape.num_layers))
+    monkeypatch.setattr(gpu, "search_makers", lambda *_: [])
     monkeypatch.setattr(
         gpu, "kernel_makers", lambda *_: [("tiny", lambda: SimpleNamespace(call=lambda: called.append(0)))]
     )
@@ -70,7 +123,7 @@ def test_what_a_section_measured_stands_when_its_time_is_up(tmp_path):
     report = Report(tmp_path, True)
 
     def section(clock):
-        report.found["kernels"]["first"] = {"us": 1.5, "gb_s": 1, "tflop_s": 1, "of_ceiling": 1}
+        report.found["kernels"]["first"] = KERNEL
         raise OutOfTime
 
     report.run("kernels", Clock.of(9), 9, section)
