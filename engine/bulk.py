@@ -114,7 +114,7 @@ def _answer(
         asked = zip(histories, _times(batch), strict=True)
         rankings = engine.recommend_many([Request(ids, k, times=times, on_unknown=on_unknown) for ids, times in asked])
     except UnknownItem as error:
-        raise UnknownItem(error.ids, f"{source}, column `history`") from None
+        raise UnknownItem(error.ids, f"{source}, column `history`", error.remedy) from None
     except InvalidRequest as error:
         raise InvalidRequest(f"{source}: {error}") from None
     columns = {name: [getattr(ranking, name) for ranking in rankings] for name in ("items", "scores", "unknown")}

@@ -442,7 +442,7 @@ def main() -> None:
 def _describe(error: Exception) -> str:
     """One line: our own errors and wrong usage say what to do, anything else is a bug and says where to look."""
     if isinstance(error, SpeederError):
-        return str(error)
+        return str(error).replace("on_unknown='skip'", "--skip-unknown")  # as this command spells it
     usage = getattr(error, "format_message", None)  # what the command parser raises
     if usage is not None:
         return f"{usage()} Try --help."

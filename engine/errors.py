@@ -22,12 +22,16 @@ class InvalidRequest(SpeederError, ValueError):
 class UnknownItem(InvalidRequest):
     """Item ids that are not in the catalogue: `ids` names them all, the message the first few."""
 
-    def __init__(self, ids: Iterable[str], where: str) -> None:
-        self.ids, self.where = tuple(ids), where
-        super().__init__(f"{where}: unknown item {name_some(self.ids)}; pass ids that are in engine.catalogue")
+    def __init__(self, ids: Iterable[str], where: str, remedy: str = "pass ids that are in engine.catalogue") -> None:
+        self.ids, self.where, self.remedy = tuple(ids), where, remedy
+        super().__init__(f"{where}: unknown item {name_some(self.ids)}; {remedy}")
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.ids, self.where)  # what it was made with, so that another process can make it
+        return type(self), (
+            self.ids,
+            self.where,
+            self.remedy,
+        )  # what it was made with, so that another process can make it
 
 
 class ArtifactError(SpeederError):

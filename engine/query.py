@@ -138,5 +138,6 @@ def _look_up(request: Request, catalogue: Catalogue) -> tuple[dict[str, Rows], l
                 found = [row for row in found if row is not None]
             rows[field] = np.array(found, np.int32)
     if unknown and request.on_unknown == "error":
-        raise UnknownItem(unknown, ", ".join(dict.fromkeys(unknown.values())))
+        remedy = "pass ids that are in engine.catalogue, or on_unknown='skip'"
+        raise UnknownItem(unknown, ", ".join(dict.fromkeys(unknown.values())), remedy)
     return rows, list(unknown)

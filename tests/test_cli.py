@@ -160,6 +160,7 @@ def test_inspect(engine_dir):
         (["inspect", "{tmp}"], "no engine directory"),
         (["recommend", "{engine}", "--history", "0001", "-k", "0"], "k: expected a whole number of at least 1, got 0"),
         (["recommend", "{engine}", "--history", "nope"], "history: unknown item 'nope'"),
+        (["recommend", "{engine}", "--history", "nope"], "pass ids that are in engine.catalogue, or --skip-unknown"),
         (["recommend", "{engine}", "--history", "0001,,0002"], "an empty one between commas"),
         (["recommend", "{engine}", "--candidates", ""], "--candidates names no item; leave it out to search"),
         (["recommend", "{engine}", "--input", "x.parquet"], "--input and --output go together"),
