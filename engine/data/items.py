@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -96,7 +98,8 @@ def join_sentences(parts: Sequence[str]) -> str:
 
 
 def field_text(value: object, name: str, where: str, depth: int = 0) -> str:
-    """A cell as text on one line: lists are joined, `a|b` is a list too except in a title, None and NaN are ''."""
+    """A cell as text on one line: lists are joined, `a|b` is a list too except in a title, None and NaN are ''; a
+    moment is its day."""
     if value is None or value != value:
         return ""
     if isinstance(value, str):
@@ -109,7 +112,11 @@ def field_text(value: object, name: str, where: str, depth: int = 0) -> str:
         return (" " if name in PROSE else ", ").join(text for text in texts if text)
     if isinstance(value, int | float):
         return f"{value:g}" if isinstance(value, float) else str(value)
-    raise DataError(f"{where}: {name} is {type(value).__name__}; text, a number or a list of them is needed")
+    if isinstance(value, Decimal):
+        return f"{value:f}"
+    if isinstance(value, date):
+        return value.isoformat()[:10]  # a moment's day
+    raise DataError(f"{where}: {name} is {type(value).__name__}; text, a number, a date or a list of them is needed")
 
 
 def _read_records(path: Path, columns: Columns) -> tuple[tuple[str, ...], list[tuple[str, dict[str, Any]]]]:

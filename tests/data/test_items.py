@@ -1,4 +1,6 @@
+import datetime
 import json
+from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -69,6 +71,16 @@ def test_whole_numbers_and_named_columns(tmp_path, write):
         read_items(path, Columns(item="id", title="name"))
 
 
+def test_dates_and_decimals_are_text(tmp_path):
+    moment = datetime.datetime(1995, 11, 22, 20, 15, tzinfo=datetime.UTC)
+    columns = {"item_id": ["1", "2"], "title": ["Toy Story", "Heat"]}
+    columns["year"] = pa.array([moment.date(), None], pa.date32())
+    columns["genres"] = pa.array([[moment], []], pa.list_(pa.timestamp("us", "UTC")))
+    columns["description"] = pa.array([Decimal("3.50"), None], pa.decimal128(5, 2))
+    pq.write_table(pa.table(columns), tmp_path / "items.parquet")
+    assert read_items(tmp_path / "items.parquet").texts == ("Toy Story. 1995-11-22. 1995-11-22. 3.50", "Heat")
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
 def test_a_doubled_id_is_named(suffix, tmp_path, write):
     path = write(tmp_path / f"x.{suffix}", {"item_id": ["a", "01", "01"], "title": ["x", "y", "z"]})
@@ -93,7 +105,10 @@ def test_a_repeated_column_is_refused(tmp_path):
     [
         ('"title": "\\ud800"', r"line 1: title is .* no valid Unicode text; mend it"),
         ('"title": "x", "genres": ["a", "\\ud800"]', r"line 1: genres is .* no valid Unicode text; mend it"),
-        ('"title": ' + "[" * 900 + "]" * 900, r"line 1: title is list; text, a number or a list of them is needed"),
+        (
+            '"title": ' + "[" * 900 + "]" * 900,
+            r"line 1: title is list; text, a number, a date or a list of them is needed",
+        ),
     ],
 )
 def test_text_that_could_not_be_saved_is_refused(cells, message, tmp_path):
