@@ -1,5 +1,5 @@
 """Processes that were forked from one that computed: the threads of torch's parallel loops were not copied, and whoever
-waits for them waits for good."""
+waits for them waits for good. What loads, trains or serves asks here first."""
 
 import os
 
@@ -24,7 +24,7 @@ def claim_threads(what: str) -> None:
     global _computed
     if _forked and torch.get_num_threads() > 1:
         raise ConfigError(
-            f"{what}: this process was forked from one that had loaded an engine, and torch's threads stayed there; "
-            "start workers by spawn, fork before an engine is loaded, or set OMP_NUM_THREADS=1"
+            f"{what}: this process was forked from one that had loaded an engine or trained, and torch's threads are "
+            "not copied; start workers by spawn, fork before anything is loaded or trained, or set OMP_NUM_THREADS=1"
         )
     _computed = True

@@ -401,7 +401,9 @@ def test_a_forked_process_loads_its_own_with_one_thread_or_is_told(tiny):
         code = 1
         try:
             torch.set_num_threads(2)
-            with pytest.raises(ConfigError, match=r"forked from one that had loaded an engine.*spawn"):
+            with pytest.raises(
+                ConfigError, match=r"Engine: this process was forked from one that had loaded an engine.*spawn"
+            ):
                 made(tiny)
             torch.set_num_threads(1)
             assert made(tiny).recommend(["0001"]) == expected

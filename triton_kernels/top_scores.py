@@ -340,8 +340,8 @@ def _merge_lists_kernel(
         tl.store(merged + (user * num_merged + number) * K + columns, best)
 
 
-def _partial_specimen(label: str, kind: str, size: int, k: int, element_size: int) -> Specimen:
-    int8, alone = element_size == 1, label.endswith("alone")
+def _partial_specimen(label: str, kind: str, size: int, k: int, element_size: int, alone: bool = False) -> Specimen:
+    int8 = element_size == 1
     options = partial_options(k, 4 if kind == "*fp32" else 2, element_size, alone)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     pointers = {"vectors": kind, "table": "*i8" if int8 else kind, "scales": "*fp32", "prior": "*fp32"}
@@ -361,11 +361,11 @@ def _merge_specimen(k: int, last: bool) -> Specimen:
 
 SPECIMENS = (
     _partial_specimen("0.5B bf16 k 16", "*bf16", 896, 16, 2),
-    _partial_specimen("0.5B bf16 k 16, alone", "*bf16", 896, 16, 2),
-    _partial_specimen("0.5B fp32 k 16, alone", "*fp32", 896, 16, 4),
+    _partial_specimen("0.5B bf16 k 16, alone", "*bf16", 896, 16, 2, alone=True),
+    _partial_specimen("0.5B fp32 k 16, alone", "*fp32", 896, 16, 4, alone=True),
     _partial_specimen("0.5B int8 k 64", "*bf16", 896, 64, 1),
-    _partial_specimen("0.5B int8 k 64, alone", "*bf16", 896, 64, 1),
-    _partial_specimen("7B bf16 k 256, alone", "*bf16", 3584, 256, 2),
+    _partial_specimen("0.5B int8 k 64, alone", "*bf16", 896, 64, 1, alone=True),
+    _partial_specimen("7B bf16 k 256, alone", "*bf16", 3584, 256, 2, alone=True),
     _partial_specimen("7B bf16 k 128", "*bf16", 3584, 128, 2),
     _partial_specimen("7B bf16 k 256", "*bf16", 3584, 256, 2),
     _partial_specimen("7B int8 k 256", "*bf16", 3584, 256, 1),

@@ -19,6 +19,7 @@ from speeder_engine.errors import ConfigError, DataError, SpeederWarning
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.files import ensure_writable, write_atomic
+from speeder_engine.forks import claim_threads
 from speeder_engine.live_prior import SECONDS_A_DAY, LivePopularity
 from speeder_engine.models.families import decoder_config
 from speeder_engine.models.follower_table import FollowerTable
@@ -67,6 +68,7 @@ def train(
     finished checkpoint whose model goes on learning (that very object), over the items of `split`; it is validated
     before it is trained.
     """
+    claim_threads("train")
     if not len(split.users):
         raise DataError(f"{split.dataset.name}: no user has the three interactions that training and validation need")
     if split.dataset.num_items < 2:
