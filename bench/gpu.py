@@ -319,7 +319,7 @@ def step_line(name: str, row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--out", type=Path, help="folder; bench/results, or a temporary one of a smoke test")
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--until", type=float, default=math.inf, help="Unix time by which it must have ended")
     parser.add_argument("--cpu-smoke", action="store_true", help="tiny shapes on the CPU; the figures mean nothing")
@@ -327,6 +327,7 @@ def main() -> int:
     parser.add_argument("--compile", type=int, metavar="PART", help="only compile what this part of it runs")
     options = parser.parse_args()
     smoke = options.cpu_smoke
+    out = options.out or Path(tempfile.mkdtemp() if smoke else "bench/results")
     if not smoke and not torch.cuda.is_available():
         print("bench/gpu.py: no CUDA device is usable here; run it on a machine with one, or with --cpu-smoke")
         return 1
@@ -335,7 +336,7 @@ def main() -> int:
         compile_part(options.compile, device, smoke)
         return 0
     only = [name.strip() for name in options.only.split(";") if name.strip()]
-    report = Report(options.out, smoke, go_on=bool(only))
+    report = Report(out, smoke, go_on=bool(only))
     clock = Clock.of(min(options.seconds, options.until - time.time()))
     ceilings = measure_ceilings(device, smoke)
     report.found["machine"] = {**machine(device), "ceilings": asdict(ceilings)}

@@ -36,11 +36,12 @@ def recommend_file(engine: Engine, source: Path, target: Path, k: int, on_unknow
     fields = [("user_id", pa.string())] if with_users else []
     schema = pa.schema([*fields, ("items", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))])
     schema = schema.append(pa.field("unknown", pa.list_(pa.string())))
-    skipped = 0
+    done = skipped = 0
     with replace_file(target) as beside, pq.ParquetWriter(beside, schema) as writer:
         total = -(-file.metadata.num_rows // BATCH_USERS)
         for batch in track(_batches(file, source), "recommendations", total=total):
-            answers = _answer(engine, batch, schema, k, on_unknown, source)
+            answers = _answer(engine, batch, schema, k, on_unknown, source, done)
+            done += batch.num_rows
             skipped += len(answers["unknown"].combine_chunks().flatten())
             writer.write_table(answers)
     if engine.parts.config.prompt.calendar is not None and "times" not in file.schema_arrow.names:
@@ -105,14 +106,25 @@ def _unreadable(source: Path, error: Exception) -> DataError:
 
 
 def _answer(
-    engine: Engine, batch: pa.RecordBatch, schema: pa.Schema, k: int, on_unknown: OnUnknown, source: Path
+    engine: Engine,
+    batch: pa.RecordBatch,
+    schema: pa.Schema,
+    k: int,
+    on_unknown: OnUnknown,
+    source: Path,
+    done: int,
 ) -> pa.Table:
-    histories = _histories(batch.column("history")).to_pylist()
-    if None in histories:
-        raise DataError(f"{source}: a history is null; write an empty list for a user without interactions")
+    """`done`: rows of the file before this batch."""
+    histories, requests = _histories(batch.column("history")).to_pylist(), []
+    for row, (history, times) in enumerate(zip(histories, _times(batch), strict=True), start=done + 1):
+        if history is None:
+            raise DataError(f"{source}, row {row}: a history is null; write an empty list for no interactions")
+        try:
+            requests.append(Request(history, k, times=times, on_unknown=on_unknown))
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{source}, row {row}: {error}") from None
     try:
-        asked = zip(histories, _times(batch), strict=True)
-        rankings = engine.recommend_many([Request(ids, k, times=times, on_unknown=on_unknown) for ids, times in asked])
+        rankings = engine.recommend_many(requests)
     except UnknownItem as error:
         raise UnknownItem(error.ids, f"{source}, column `history`", error.remedy) from None
     except InvalidRequest as error:

@@ -447,3 +447,7 @@ def _describe(error: Exception) -> str:
     if usage is not None:
         return f"{usage()} Try --help."
     return f"{type(error).__name__}: {error}; SPEEDER_DEBUG=1 shows where"
+
+
+if __name__ == "__main__":  # as torchrun starts it
+    main()

@@ -24,7 +24,7 @@ def claim_threads(what: str) -> None:
     global _computed
     if _forked and torch.get_num_threads() > 1:
         raise ConfigError(
-            f"{what}: this process was forked from one that had loaded an engine or trained, and torch's threads are "
-            "not copied; start workers by spawn, fork before anything is loaded or trained, or set OMP_NUM_THREADS=1"
+            f"{what}: this process was forked from one that had loaded a model, and torch's threads are not copied; "
+            "start workers by spawn, fork before anything is loaded, trained or evaluated, or set OMP_NUM_THREADS=1"
         )
     _computed = True

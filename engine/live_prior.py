@@ -47,6 +47,8 @@ class LivePopularity:
         if times is None:
             raise DataError("live prior: the interactions have no times; give a time column or leave live_prior out")
         moments, items = _whole(times, "times"), _whole(rows, "rows")
+        if not np.array_equal(items, np.asarray(rows)):
+            raise DataError("live prior: rows are whole numbers, the places of the events' items")
         if len(moments) != len(items):
             raise DataError(f"live prior: {len(moments)} times for {len(items)} rows; give every event both")
         if len(items) and not 0 <= items.min() <= items.max() < num_items:
@@ -77,6 +79,8 @@ class LivePopularity:
 
     def prior(self, moment: int) -> Floats:
         """float32 [num_items] at Unix second `moment`, by row: with item ids as keys, what `Engine.set_prior` takes."""
+        if not abs(moment) <= LATEST_SECOND:
+            raise DataError(f"live prior: {moment} is no Unix second of these millennia; divide milliseconds by 1000")
         if not self.config.weights:
             raise ConfigError("live prior: its weights are learned in training; take the config of an engine directory")
         weighed: Floats = self.features(np.array([moment]))[0] @ np.asarray(self.config.weights, np.float32)

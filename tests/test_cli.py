@@ -84,6 +84,13 @@ def test_recommend_by_titles(tmp_path):
     assert json.loads(done.stdout)["items"] == list(expected.items)
 
 
+def test_torchrun_starts_the_command_as_a_module():
+    command = [sys.executable, "-m", "speeder_engine.cli", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    assert done.stdout == speeder("--version").stdout
+
+
 def test_recommend_for_a_file(engine_dir, tmp_path):
     histories = [["0001", "0002"], [], ["0005"]] * 700  # more than one batch
     users = [f"{i:05d}" for i in range(2100)]

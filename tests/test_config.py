@@ -157,6 +157,21 @@ def test_recipes_that_are_none(tmp_path):
         load_recipe(tmp_path / "list.yaml")
 
 
+def test_numbers_of_a_recipe_may_be_spelled_with_an_exponent(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "{extends: small, weight_decay: 1e-3, instruction: 'a 1e3', stages: "
+        "[{name: S1, modalities: [text], epochs: 1, learning_rate: 2.5E-4}]}"
+    )
+    mine = load_recipe(tmp_path / "mine.yaml")
+    assert (mine.weight_decay, mine.stages[0].learning_rate, mine.instruction) == (1e-3, 2.5e-4, "a 1e3")
+
+
+def test_a_wrong_value_names_its_recipe(tmp_path):
+    (tmp_path / "mine.yaml").write_text("{extends: small, backbone: null}")
+    with pytest.raises(ConfigError, match=r"recipe .*mine\.yaml: BackboneConfig: expected an object, got NoneType"):
+        load_recipe(tmp_path / "mine.yaml")
+
+
 def test_a_recipe_lays_its_keys_over_the_one_it_extends(tmp_path):
     small = load_recipe("small")
     (tmp_path / "mine.yaml").write_text("{extends: small, collaborative: {dim: 32}, followers: null}")

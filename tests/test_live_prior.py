@@ -71,9 +71,18 @@ def test_plain_lists_are_events_and_a_model_without_says_so():
         ([1.0, float("nan")], [0, 1], "times: a number for each event is needed"),
         ([[1, 2]], [0, 1], "times: a number for each event is needed"),
         ([1, 2], ["a", "b"], r"rows: a number for each event is needed, got \['a', 'b'\]"),
+        ([1, 2], [1.5, 0], "rows are whole numbers"),
         ([1379024968000, 2], [0, 1], "times are Unix seconds; divide milliseconds by 1000"),
     ],
 )
 def test_events_that_are_none_are_refused(times, rows, message):
     with pytest.raises(DataError, match=f"live prior: {message}"):
         LivePopularity.of_events(LivePriorConfig(), 3, times, rows)
+
+
+@pytest.mark.parametrize("moment", [1379024968000, float("nan"), -float("inf")])
+def test_a_moment_that_is_no_second_is_refused(moment):
+    popularity = LivePopularity.of_events(LivePriorConfig((1.0,), (1.0,)), 3, [1379024968], [0])
+    assert popularity.prior(1379024969)[0] > 0.6
+    with pytest.raises(DataError, match=r"is no Unix second of these millennia; divide milliseconds by 1000"):
+        popularity.prior(moment)

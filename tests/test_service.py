@@ -1,6 +1,7 @@
 """The service of docs/service.md as it stands, asked through HTTP; the answers are those of the engine."""
 
 import importlib.util
+import json
 import re
 import sys
 
@@ -61,12 +62,18 @@ def _json(value):
         ({"history": [], "candidats": ["a"]}, "candidats"),
         ({"history": [], "times": []}, "times: this model was trained without"),
         ({}, "history"),
+        ({"history": [], "times": [float("nan")]}, "times"),
+        ({"history": [], "foo": float("inf")}, "foo: Unexpected keyword argument"),
+        ({"history": [], "user_id": "\ud800"}, "user_id: "),
+        ({"history": [], "\ud800": 1}, "unable to parse raw data as a unicode string"),
+        ({"history": ["0000001"] * 100_000, "k": 0}, "k: expected a whole number"),
     ],
 )
 def test_a_wrong_request_is_told_what_to_mend(service, asked, told):
-    answer = service.post("/recommend", json=asked)
+    answer = service.post("/recommend", content=json.dumps(asked), headers={"content-type": "application/json"})
     assert answer.status_code == 422
-    assert told in answer.text
+    assert told in answer.json()["detail"]
+    assert len(answer.content) < 1200
 
 
 @pytest.mark.parametrize(

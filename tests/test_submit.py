@@ -402,7 +402,7 @@ def test_a_forked_process_loads_its_own_with_one_thread_or_is_told(tiny):
         try:
             torch.set_num_threads(2)
             with pytest.raises(
-                ConfigError, match=r"Engine: this process was forked from one that had loaded an engine.*spawn"
+                ConfigError, match=r"Engine: this process was forked from one that had loaded a model.*spawn"
             ):
                 made(tiny)
             torch.set_num_threads(1)

@@ -80,6 +80,11 @@ def draw_candidates(dataset: Dataset, queries: Queries, *, num_negatives: int = 
         raise ConfigError(
             f"num_negatives={num_negatives}, seed={seed}: at least 1 negative and a seed from 0 are needed"
         )
+    if num_negatives >= dataset.num_items:
+        raise DataError(
+            f"{dataset.name}: {num_negatives} negatives of {dataset.num_items} items; draw fewer"
+            " (--negatives, in Python num_negatives)"
+        )
     rows = np.empty((len(queries), num_negatives + 1), np.int32)
     slots = np.empty(len(queries), np.int32)
     numbers = range(len(queries))

@@ -22,6 +22,7 @@ from speeder_engine.evaluation.groups import GROUPINGS, check_groupings
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.evaluation.scorer import Scorer
+from speeder_engine.forks import claim_threads
 
 GENERATE = "generate"  # the literature's way: a title is written, and the candidate that has it is the answer
 HEADS = ("retrieve", "rank", "title", GENERATE)
@@ -48,6 +49,7 @@ def compare(
     with, evaluated too where it isn't among `systems`. num_negatives: of a list; 0 leaves the lists out. Raises
     ConfigError for a system that is neither a folder of ours nor a baseline, and for a head that it hasn't.
     """
+    claim_threads("evaluate")
     if head is not None and head not in HEADS:
         raise ConfigError(f"head: {head!r} is no way to answer; choose one of {', '.join(HEADS)}")
     if part not in FROM_END:

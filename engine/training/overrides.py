@@ -6,6 +6,7 @@ from typing import Any
 
 from speeder_engine.errors import ConfigError, MissingDependency
 from speeder_engine.training.config import TrainingConfig
+from speeder_engine.training.recipe import numbered
 
 
 def override(config: TrainingConfig, changes: Iterable[str]) -> TrainingConfig:
@@ -28,12 +29,7 @@ def _value(change: str, text: str) -> Any:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # the latter: no such number or date
         raise ConfigError(f"--set {change}: no valid YAML: {' '.join(str(error).split())}") from None
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML takes 1e-3 for a word
-        except ValueError:
-            return value
-    return value
+    return numbered(value)
 
 
 def _put(settings: dict[str, Any], path: list[str], value: Any, change: str) -> None:

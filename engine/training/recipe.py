@@ -1,5 +1,6 @@
 """Recipes: YAML files of the keys of `TrainingConfig`, packaged or a user's own; one may extend another."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from speeder_engine.errors import ConfigError, MissingDependency, shown
 from speeder_engine.training.config import TrainingConfig
 
 RECIPES = Path(__file__).parent / "recipes"
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 EXTENDS = "extends"  # the key that names the recipe whose settings these are laid over
 
 
@@ -19,7 +21,11 @@ def load_recipe(name_or_path: str | Path) -> TrainingConfig:
     """
     if not isinstance(name_or_path, str | Path):
         raise ConfigError(f"recipe: give a packaged one's name or a YAML file's path, not {shown(name_or_path)}")
-    return TrainingConfig.from_json(_settings(name_or_path, Path(), ()))
+    settings = _settings(name_or_path, Path(), ())
+    try:
+        return TrainingConfig.from_json(settings)
+    except ConfigError as error:
+        raise ConfigError(f"recipe {name_or_path}: {error}") from None
 
 
 def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,6 +35,15 @@ def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
         inner = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
         found[key] = merged(found[key], value) if inner else value
     return found
+
+
+def numbered(value: Any) -> Any:
+    """What YAML has read, where 1e-3 is a word, with such words as numbers."""
+    if isinstance(value, dict):
+        return {key: numbered(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [numbered(each) for each in value]
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
 def _settings(name_or_path: str | Path, folder: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
@@ -57,6 +72,6 @@ def _read_yaml(path: Path) -> Any:
     except ImportError:
         raise MissingDependency("pyyaml", "train", "reading recipes") from None
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return numbered(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
     except (yaml.YAMLError, ValueError) as error:  # the latter: no UTF-8, or no such number or date
         raise ConfigError(f"recipe {path}: no valid YAML: {' '.join(str(error).split())}") from None

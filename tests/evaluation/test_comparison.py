@@ -67,8 +67,10 @@ def test_the_command_evaluates_what_others_are_paired_with(tmp_path):
     assert few.metrics["vhr@1"] > told[0]["metrics"]["vhr@1"]
     with pytest.raises(ConfigError, match="negatives: 0 leaves candidate lists out; leave out `candidates` and `head`"):
         compare(["markov"], folder, head="rank", num_negatives=0)
-    with pytest.raises(DataError, match=r"leaves \d+ items, 99 negatives are needed; draw fewer \(--negatives"):
-        compare(["markov"], folder, num_negatives=99)
+    with pytest.raises(DataError, match=r"leaves \d+ items, 77 negatives are needed; draw fewer \(--negatives"):
+        compare(["markov"], folder, num_negatives=77)
+    with pytest.raises(DataError, match=r"1000000000000 negatives of 78 items; draw fewer"):
+        compare(["markov"], folder, num_negatives=10**12)
     with pytest.raises(ConfigError, match="by: 'age'"):
         compare(["markov"], folder, by=["age"])
     with pytest.raises(ConfigError, match="gossip: neither"):
