@@ -56,7 +56,8 @@ class Report:
     def run(self, name: str, clock: Clock, seconds: float, section: Callable[[Clock], None]) -> None:
         """A section within its share; what it measured before the time was up, or before it failed, stays."""
         share = Clock.of(min(seconds, clock.left))
-        self.found["skipped"] = [each for each in self.found["skipped"] if not each.startswith(name)]
+        rest = f"{name}: the rest of it"
+        self.found["skipped"] = [each for each in self.found["skipped"] if each not in (name, rest)]
         self.found["failed"].pop(name, None)
         if share.seconds <= 0:
             self.found["skipped"].append(name)
@@ -65,7 +66,7 @@ class Report:
         try:
             section(share)
         except OutOfTime:
-            self.found["skipped"].append(f"{name}: the rest of it")
+            self.found["skipped"].append(rest)
         except Exception as error:  # one section's failure must not cost the others
             self.found["failed"][name] = f"{type(error).__name__}: {error}"
             traceback.print_exc()
@@ -201,7 +202,7 @@ def compile_part(index: int, device: torch.device, smoke: bool) -> None:
                 make().call()
         return
     if index > len(parts):
-        transformers(Report(Path(tempfile.mkdtemp()), smoke), Compiled, device, smoke, Clock.of(math.inf), num_users=1)
+        transformers({}, Compiled, device, smoke, Clock.of(math.inf), num_users=1)
         return
     shape, other, _ = parts[index]
     load = made_load(replace(SHAPES[shape], num_layers=2), device, smoke, other, kv_budget="256MiB")
@@ -210,16 +211,21 @@ def compile_part(index: int, device: torch.device, smoke: bool) -> None:
 
 
 def transformers(
-    report: Report, kind: type[StaticPrefix], device: torch.device, smoke: bool, clock: Clock, num_users: int = 53
+    found: dict[str, Any],
+    kind: type[StaticPrefix],
+    device: torch.device,
+    smoke: bool,
+    clock: Clock,
+    num_users: int = 53,
 ) -> None:
-    """What a user would write over the same weights."""
+    """What a user would write over the same weights, by shape."""
     shape, workload = "tiny" if smoke else "0.5b", Workload()
     dtype, num_items = ("float32", 200) if smoke else ("bfloat16", 10_000)
     subject = Subject.random(shape, num_items=num_items, dtype=dtype, device=str(device))
     contender = kind(subject)
     try:
         users = make_users(5 if smoke else num_users, num_items, workload, 0)
-        contender_latency(contender, users, clock, device, report.found["transformers"].setdefault(shape, {}))
+        contender_latency(contender, users, clock, device, found.setdefault(shape, {}))
     finally:
         contender.close()
 
@@ -266,10 +272,21 @@ def sections(report: Report, device: torch.device, ceilings: Ceilings, smoke: bo
         for shape, other, seconds in plan(device, smoke)
     ]
     searching: Section = ("searches", 20, partial(searches, report, device, smoke))
-    theirs: Section = ("transformers", 20, partial(transformers, report, StaticPrefix, device, smoke))
+    theirs: Section = (
+        "transformers",
+        20,
+        partial(transformers, report.found["transformers"], StaticPrefix, device, smoke),
+    )
     last: list[Section] = [("kernels", 120, partial(kernels, report, device, ceilings, smoke))]
     if not smoke:  # on a CPU a compiler's minute for figures that mean nothing
-        last.insert(0, ("transformers, compiled", 60, partial(transformers, report, Compiled, device, smoke)))
+        last.insert(
+            0,
+            (
+                "transformers, compiled",
+                60,
+                partial(transformers, report.found["transformers"], Compiled, device, smoke),
+            ),
+        )
     return [shapes[0], searching, theirs, *shapes[1:], *last]
 
 

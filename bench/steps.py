@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from baselines.base import Baseline
+from goals import COLD, WARM
 from measure import (
     Ceilings,
     Clock,
@@ -120,8 +121,8 @@ def single_cases(load: Load, count: int) -> dict[str, tuple[list[Callable[[], ob
     """One request at a time: cold, and warm with one new item; 20 candidates, or the whole catalogue. With the rows of
     its pass and how many of them are read."""
     return {
-        "cold 30 + 20": (load.cold_calls(count), HISTORY + CANDIDATES, CANDIDATES + 1),
-        "warm 1 + 20": (load.warm_calls(1, True), 1 + CANDIDATES, 1 + CANDIDATES),
+        COLD: (load.cold_calls(count), HISTORY + CANDIDATES, CANDIDATES + 1),
+        WARM: (load.warm_calls(1, True), 1 + CANDIDATES, 1 + CANDIDATES),
         "warm 1, catalogue": (load.warm_calls(1, False), 1, 1),
     }
 
@@ -178,8 +179,8 @@ def contender_latency(
 ) -> None:
     """What a user would run instead, over the same rows: strangers, and users who return with one new item."""
     for name, before, call in (
-        ("cold 30 + 20", None, contender.answer),
-        ("warm 1 + 20", contender.warm_up, contender.answer_warm),
+        (COLD, None, contender.answer),
+        (WARM, contender.warm_up, contender.answer_warm),
     ):
         timed = []
         with quiet():

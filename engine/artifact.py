@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from speeder_engine.errors import ArtifactError, name_some
-from speeder_engine.files import replace_folder, sha256_file
+from speeder_engine.files import holds_nothing, replace_folder, sha256_file
 
 RESERVED = frozenset({"format", "format_version", "files", "digest"})
 
@@ -208,7 +208,7 @@ def _check_files(path: Path, files: dict[str, dict[str, Any]], kind: Kind) -> No
 
 def _check_replaceable(out: Path, kind: Kind) -> None:
     try:
-        if not out.is_dir() or not any(out.iterdir()):
+        if holds_nothing(out):
             return
         listed = _listed(out, kind)
         foreign = sorted(set(_names(out, kind.noun)) - listed) if listed else []

@@ -30,7 +30,7 @@ from speeder_engine.encoders.base import Encoder, load_encoder
 from speeder_engine.encoders.features import Features
 from speeder_engine.encoders.sources import without_bars
 from speeder_engine.errors import ArtifactError, MissingDependency, name_some, shown
-from speeder_engine.files import refuse_unless_folder, replace_folder, write_json
+from speeder_engine.files import holds_nothing, refuse_unless_folder, replace_folder, write_json
 from speeder_engine.models.recommender import Recommender
 
 CHECKPOINT = Kind("speeder-checkpoint", 1, "checkpoint.json", "checkpoint", "`speeder train`", verb="train")
@@ -144,7 +144,7 @@ class Checkpoint:
 def check_replaceable(folder: Path) -> None:
     """ArtifactError unless `folder` is absent, empty, or a checkpoint with nothing of anyone else's in it."""
     refuse_unless_folder(folder)
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if holds_nothing(folder):
         return
     if not (folder / MANIFEST).is_file():
         raise ArtifactError(f"{folder}: is not empty and no checkpoint; choose another folder")

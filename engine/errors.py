@@ -27,11 +27,8 @@ class UnknownItem(InvalidRequest):
         super().__init__(f"{where}: unknown item {name_some(self.ids)}; {remedy}")
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (
-            self.ids,
-            self.where,
-            self.remedy,
-        )  # what it was made with, so that another process can make it
+        # what it was made with, so that another process can make it
+        return type(self), (self.ids, self.where, self.remedy)
 
 
 class ArtifactError(SpeederError):

@@ -130,6 +130,11 @@ def refuse_unless_folder(target: Path) -> None:
     _refuse_unless(stat.S_ISDIR, target, "something else stands where a folder must go")
 
 
+def holds_nothing(folder: Path) -> bool:
+    """Whether it is absent or empty."""
+    return not folder.is_dir() or not any(folder.iterdir())
+
+
 def _refuse_unless(kind: Callable[[int], bool], target: Path, reason: str) -> None:
     with suppress(FileNotFoundError):
         if not kind(target.stat().st_mode):

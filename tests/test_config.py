@@ -159,11 +159,12 @@ def test_recipes_that_are_none(tmp_path):
 
 def test_numbers_of_a_recipe_may_be_spelled_with_an_exponent(tmp_path):
     (tmp_path / "mine.yaml").write_text(
-        "{extends: small, weight_decay: 1e-3, instruction: 'a 1e3', stages: "
+        "{extends: small, weight_decay: 1e-3, max_grad_norm: .5e1, instruction: 'a 1e3', stages: "
         "[{name: S1, modalities: [text], epochs: 1, learning_rate: 2.5E-4}]}"
     )
     mine = load_recipe(tmp_path / "mine.yaml")
     assert (mine.weight_decay, mine.stages[0].learning_rate, mine.instruction) == (1e-3, 2.5e-4, "a 1e3")
+    assert mine.max_grad_norm == 5
 
 
 def test_a_wrong_value_names_its_recipe(tmp_path):

@@ -65,14 +65,20 @@ def test_every_part_of_the_plan_is_compiled_before_it_is_timed():
 
 
 def test_some_sections_go_into_the_file_that_is_there(root, tmp_path):
-    before = {"schema": 1, "is_smoke": True, **EMPTY, "skipped": ["searches", "steps 7b"], "kernels": {"a": KERNEL}}
+    before = {
+        "schema": 1,
+        "is_smoke": True,
+        **EMPTY,
+        "skipped": ["searches: the rest of it", "searches of more", "steps 7b"],
+        "kernels": {"a": KERNEL},
+    }
     before |= {"failed": {"searches": "of yesterday", "kernels": "too"}}
     (tmp_path / "gpu.json").write_text(json.dumps(before))
     done = run(root, "gpu.py", "--cpu-smoke", "--out", tmp_path, "--only", "searches")
     assert done.returncode == 1, done.stdout + done.stderr  # what had failed before has still
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert len(found["searches"]) == 4 and found["kernels"] == {"a": KERNEL} and found["steps"] == {}
-    assert (found["skipped"], found["failed"]) == (["steps 7b"], {"kernels": "too"})
+    assert (found["skipped"], found["failed"]) == (["searches of more", "steps 7b"], {"kernels": "too"})
     done = run(root, "gpu.py", "--cpu-smoke", "--out", tmp_path, "--only", "steps; kernels")
     assert done.returncode == 1 and "--only steps: no such section; there are steps tiny; searches;" in done.stdout
 

@@ -19,6 +19,7 @@ from speeder_engine.progress import track
 
 FORMAT = "speeder candidate lists 1"
 BAR_FROM_QUERIES = 50_000
+FEWER = "draw fewer (--negatives, in Python num_negatives)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +82,7 @@ def draw_candidates(dataset: Dataset, queries: Queries, *, num_negatives: int = 
             f"num_negatives={num_negatives}, seed={seed}: at least 1 negative and a seed from 0 are needed"
         )
     if num_negatives >= dataset.num_items:
-        raise DataError(
-            f"{dataset.name}: {num_negatives} negatives of {dataset.num_items} items; draw fewer"
-            " (--negatives, in Python num_negatives)"
-        )
+        raise DataError(f"{dataset.name}: {num_negatives} negatives of {dataset.num_items} items; {FEWER}")
     rows = np.empty((len(queries), num_negatives + 1), np.int32)
     slots = np.empty(len(queries), np.int32)
     numbers = range(len(queries))
@@ -152,8 +150,7 @@ def _draw_unseen(
     if num_unseen < count:
         user_id = dataset.user_ids[user]
         raise DataError(
-            f"{dataset.name}: user {user_id!r} leaves {num_unseen} items, {count} negatives are needed; draw fewer"
-            " (--negatives, in Python num_negatives)"
+            f"{dataset.name}: user {user_id!r} leaves {num_unseen} items, {count} negatives are needed; {FEWER}"
         )
     ranks = generator.choice(num_unseen, count, replace=False)
     return ranks + np.searchsorted(seen - np.arange(len(seen)), ranks, side="right")

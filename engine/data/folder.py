@@ -68,10 +68,11 @@ def _one(folder: Path, what: str, names: Sequence[str]) -> Path | None:
 
 def _find_vectors(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    strange = [path for path in sorted(folder.glob("*")) if path.stem in MODALITIES and path.suffix not in VECTORS]
-    if strange:
-        raise DataError(f"{strange[0]}: vectors are read from {' or '.join(VECTORS)}; write it as one, or take it away")
-    for path in sorted(path for suffix in VECTORS for path in folder.glob(f"*{suffix}")):
+    for path in sorted(folder.glob("*")):
+        if path.suffix not in VECTORS and path.stem in MODALITIES:
+            raise DataError(f"{path}: vectors are read from {' or '.join(VECTORS)}; write it as one, or take it away")
+        if path.suffix not in VECTORS:
+            continue
         if path.stem not in MODALITIES:
             raise DataError(f"{path}: {path.stem!r} is no modality; the modalities are {', '.join(MODALITIES)}")
         if path.stem in found:

@@ -18,7 +18,7 @@ from speeder_engine.data.splits import Histories, Split
 from speeder_engine.errors import ConfigError, DataError, SpeederWarning
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
-from speeder_engine.files import ensure_writable, write_atomic
+from speeder_engine.files import ensure_writable, holds_nothing, write_atomic
 from speeder_engine.forks import claim_threads
 from speeder_engine.live_prior import SECONDS_A_DAY, LivePopularity
 from speeder_engine.models.families import decoder_config
@@ -75,7 +75,7 @@ def train(
         raise DataError(f"{split.dataset.name}: there is one item, and nothing to tell it from; add others")
     check_replaceable(out)
     first = processes.is_first
-    if resume and (not out.exists() or not any(out.iterdir())):
+    if resume and holds_nothing(out):
         warnings.warn(f"{out}: no epoch was saved there yet; begins from the first", SpeederWarning, stacklevel=2)
         resume = False
     log = RunLog(_log_path(out) if first else None, tensorboard if first else None)

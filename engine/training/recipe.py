@@ -9,7 +9,7 @@ from speeder_engine.errors import ConfigError, MissingDependency, shown
 from speeder_engine.training.config import TrainingConfig
 
 RECIPES = Path(__file__).parent / "recipes"
-EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
 EXTENDS = "extends"  # the key that names the recipe whose settings these are laid over
 
 
