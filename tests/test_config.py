@@ -146,6 +146,11 @@ def test_recipes_that_are_none(tmp_path):
         load_recipe(tmp_path / "latin.yaml")
     with pytest.raises(ConfigError, match="recipe: give a packaged one's name or a YAML file's path, not None"):
         load_recipe(None)
+    (tmp_path / "twice.yaml").write_text("seed: 1\nheads: {rank: true}\nseed: 2")
+    with pytest.raises(ConfigError, match=r"twice\.yaml: no valid YAML: 'seed' stands there a second time.* line 3"):
+        load_recipe(tmp_path / "twice.yaml")
+    with pytest.raises(ConfigError, match=r"recipe \./nope: no such file"):
+        load_recipe("./nope")
     (tmp_path / "typo.yaml").write_text("batchsize: 3")
     with pytest.raises(ConfigError, match=r"unknown keys \['batchsize'\]"):
         load_recipe(tmp_path / "typo.yaml")
@@ -165,6 +170,14 @@ def test_numbers_of_a_recipe_may_be_spelled_with_an_exponent(tmp_path):
     mine = load_recipe(tmp_path / "mine.yaml")
     assert (mine.weight_decay, mine.stages[0].learning_rate, mine.instruction) == (1e-3, 2.5e-4, "a 1e3")
     assert mine.max_grad_norm == 5
+
+
+def test_a_path_needs_no_suffix_and_mappings_may_be_laid_over_others(tmp_path):
+    (tmp_path / "base").write_text("{extends: small, weight_decay: 0.5}")
+    stages = "[&first {name: A, modalities: [text], epochs: 2, learning_rate: 0.1}, {<<: *first, name: B, epochs: 1}]"
+    (tmp_path / "mine.yaml").write_text(f"{{extends: ./base, stages: {stages}}}")
+    mine = load_recipe(tmp_path / "mine.yaml")
+    assert mine.weight_decay == 0.5 and [(each.name, each.epochs) for each in mine.stages] == [("A", 2), ("B", 1)]
 
 
 def test_a_wrong_value_names_its_recipe(tmp_path):

@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from speeder_engine.errors import ConfigError, MissingDependency
+from speeder_engine.errors import ConfigError
 from speeder_engine.training.config import TrainingConfig
-from speeder_engine.training.recipe import numbered
+from speeder_engine.training.yaml_text import read_yaml
 
 
 def override(config: TrainingConfig, changes: Iterable[str]) -> TrainingConfig:
@@ -16,27 +16,19 @@ def override(config: TrainingConfig, changes: Iterable[str]) -> TrainingConfig:
         key, equals, text = change.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {change}: write KEY=VALUE, for example collaborative.epochs=3")
-        _put(settings, key.strip().split("."), _value(change, text), change)
+        _put(settings, key.strip().split("."), read_yaml(text, f"--set {change}", "--set"), change)
     return TrainingConfig.from_json(settings)
-
-
-def _value(change: str, text: str) -> Any:
-    try:
-        import yaml
-    except ImportError:
-        raise MissingDependency("pyyaml", "train", "--set") from None
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # the latter: no such number or date
-        raise ConfigError(f"--set {change}: no valid YAML: {' '.join(str(error).split())}") from None
-    return numbered(value)
 
 
 def _put(settings: dict[str, Any], path: list[str], value: Any, change: str) -> None:
     inner: Any = settings
     for depth, part in enumerate(path[:-1]):
-        inner = inner[_key(inner, part, path[:depth], change)]
-    inner[_key(inner, path[-1], path[:-1], change)] = value
+        key = _key(inner, part, path[:depth], change)
+        if inner[key] is None:  # a section that is off: what it lacks has defaults
+            inner[key] = {}
+        inner = inner[key]
+    whole = isinstance(inner, dict) and len(path) > 1  # a section, which knows its keys, those too that aren't given
+    inner[path[-1] if whole else _key(inner, path[-1], path[:-1], change)] = value
 
 
 def _key(inner: Any, part: str, before: list[str], change: str) -> Any:

@@ -1,15 +1,14 @@
 """Recipes: YAML files of the keys of `TrainingConfig`, packaged or a user's own; one may extend another."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from speeder_engine.errors import ConfigError, MissingDependency, shown
+from speeder_engine.errors import ConfigError, shown
 from speeder_engine.training.config import TrainingConfig
+from speeder_engine.training.yaml_text import read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
-EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
 EXTENDS = "extends"  # the key that names the recipe whose settings these are laid over
 
 
@@ -37,25 +36,17 @@ def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def numbered(value: Any) -> Any:
-    """What YAML has read, where 1e-3 is a word, with such words as numbers."""
-    if isinstance(value, dict):
-        return {key: numbered(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [numbered(each) for each in value]
-    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
-
-
 def _settings(name_or_path: str | Path, folder: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     """A recipe's settings with those it extends; `extending`: the files that led here."""
-    path = folder / name_or_path if Path(name_or_path).suffix else RECIPES / f"{name_or_path}.yaml"
+    is_path = bool(Path(name_or_path).suffix) or Path(name_or_path).name != str(name_or_path)
+    path = folder / name_or_path if is_path else RECIPES / f"{name_or_path}.yaml"
     led = f"recipe {extending[-1]}: {EXTENDS}: " if extending else "recipe "
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise ConfigError(f"{led}{name_or_path}: no such file; packaged recipes are {known}")
     if path.resolve() in extending:
         raise ConfigError(f"{led}{name_or_path}: extends itself; leave {EXTENDS} out of one of them")
-    settings = _read_yaml(path)
+    settings = _read(path)
     if not isinstance(settings, dict):
         raise ConfigError(f"recipe {path}: expected keys and their values, got {shown(settings)}")
     if EXTENDS not in settings:
@@ -66,12 +57,9 @@ def _settings(name_or_path: str | Path, folder: Path, extending: tuple[Path, ...
     return merged(_settings(base, path.parent, (*extending, path.resolve())), settings)
 
 
-def _read_yaml(path: Path) -> Any:
+def _read(path: Path) -> Any:
     try:
-        import yaml
-    except ImportError:
-        raise MissingDependency("pyyaml", "train", "reading recipes") from None
-    try:
-        return numbered(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except (yaml.YAMLError, ValueError) as error:  # the latter: no UTF-8, or no such number or date
-        raise ConfigError(f"recipe {path}: no valid YAML: {' '.join(str(error).split())}") from None
+        text = path.read_text(encoding="utf-8")
+    except UnicodeError as error:
+        raise ConfigError(f"recipe {path}: no valid YAML: {error}") from None
+    return read_yaml(text, f"recipe {path}", "reading recipes") or {}

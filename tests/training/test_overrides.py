@@ -24,18 +24,26 @@ def test_entries_of_lists_are_set():
     assert override(changed, changes[3:]).followers.discounts == (1.0, 0.3)
 
 
+def test_a_section_that_is_off_is_switched_on_by_a_key_of_it():
+    assert TrainingConfig().followers is None
+    changed = override(TrainingConfig(), ["followers.window=5", "followers.last=2"])
+    assert (changed.followers.window, changed.followers.last) == (5, 2)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("seed", r"--set seed: write KEY=VALUE"),
         ("=3", r"--set =3: write KEY=VALUE"),
         ("colaborative.epochs=3", r"the recipe has no 'colaborative'; it has seed, "),
-        ("collaborative.epoch=3", r"collaborative has no 'epoch'; it has dim, epochs"),
+        ("collaborative.epoch=3", r"unknown keys \['epoch'\]; known are .*'epochs'"),
         ("stages.9.epochs=3", r"stages has entries 0 to 2, not '9'"),
         ("stages.²=3", r"stages has entries 0 to 2, not '²'"),
         ("stages.-1=3", r"stages has entries 0 to 2, not '-1'"),
         ("seed=2020-13-45", r"--set seed=2020-13-45: no valid YAML"),
         ("seed.x=3", r"seed is 0 and has no keys"),
+        ("heads={rank: true, rank: false}", r"no valid YAML: 'rank' stands there a second time"),
+        ("followers.windo=3", r"FollowersConfig: unknown keys \['windo'\]"),
         ("seed=[", r"--set seed=\[: no valid YAML"),
         ("seed=many", r"TrainingConfig.seed: expected int, got 'many'"),
         ("batch_size=0", r"batch_size must be positive, is 0"),
