@@ -91,7 +91,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a model on a data folder, stage by stage; the log lies beside OUT."""
-    from speeder_engine.checkpoint import Checkpoint
+    from speeder_engine.checkpoint import Checkpoint, check_replaceable
     from speeder_engine.data.columns import Columns
     from speeder_engine.data.dataset import load_dataset
     from speeder_engine.data.splits import leave_one_out
@@ -107,6 +107,7 @@ def train(
     previous = None if start_from is None else Checkpoint.load(start_from)
     base = recipe_to_continue(previous) if previous and recipe is None else load_recipe(recipe or "small")
     config = override(base, [*(changes or []), *([] if seed is None else [f"seed={seed}"])])
+    check_replaceable(out)  # before the data is read
     dataset = load_dataset(data, columns=Columns.parse(column or []), min_interactions=min_interactions)
     if not as_json:
         typer.echo(dataset.summary(), err=True)

@@ -183,6 +183,7 @@ def test_inspect(engine_dir):
         (["export", "engine", "{tmp}", "{tmp}/out"], "no checkpoint here"),
         (["evaluate", "gossip", "--data", "{tmp}"], "neither a checkpoint nor an engine directory nor a baseline"),
         (["train", "{tmp}", "--out", "{tmp}/c"], "interactions"),
+        (["train", "{tmp}", "--out", "{engine}"], "is not empty and no checkpoint"),  # said before the data is read
         (["train", "{tmp}", "--out", "{tmp}/c", "--recipe", "soup"], "recipe soup: no such file"),
         (["train", "{tmp}", "--out", "{tmp}/c", "--column", "shoe=size"], "column 'shoe=size': write ROLE=NAME"),
         (["demo", "--data", "{tmp}/nowhere", "--out", "{tmp}/demo"], "nowhere"),

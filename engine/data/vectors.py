@@ -17,7 +17,13 @@ from speeder_engine.data.tables import column_names, read_columns, reading
 from speeder_engine.encoders.features import Features
 from speeder_engine.errors import DataError, SpeederWarning, name_some
 
-LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+LISTS = (
+    pa.types.is_list,
+    pa.types.is_large_list,
+    pa.types.is_fixed_size_list,
+    pa.types.is_list_view,
+    pa.types.is_large_list_view,
+)
 
 
 def read_vectors(path: Path | str, item_ids: Sequence[str], columns: Columns | None = None) -> Features:

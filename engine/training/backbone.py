@@ -88,6 +88,13 @@ def drop_residuals(body: nn.Module, share: float) -> None:
             module.register_forward_hook(drop)
 
 
+def checkpoint_layers(backbone: nn.Module) -> None:
+    """Computes layers again in the backward pass, by the name transformers has for it now, or by that of releases which
+    don't have it yet."""
+    enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # type: ignore[operator]
+
+
 def load_pretrained(config: BackboneConfig, with_head: bool = False) -> Backbone:
     """A pretrained body with LoRA on all its linear layers; its own weights and its head are frozen."""
     source = resolve_source(str(config.source), "backbone", "none for a small decoder from scratch")

@@ -27,6 +27,7 @@ from speeder_engine.models.prior import ConstantPrior, LivePrior, Prior
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.title_text import TitleText, answer_text
 from speeder_engine.training.backbone import (
+    checkpoint_layers,
     drop_residuals,
     embedding_scale,
     end_ids,
@@ -235,7 +236,7 @@ def _trainer(
     kept = [(stage, tuple(name for name in stage.modalities if name in names)) for stage in config.stages]
     config = replace(config, stages=tuple(replace(stage, modalities=left) for stage, left in kept if left))
     if config.checkpoint_layers:
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        checkpoint_layers(model.backbone)
     drop_residuals(model.backbone, config.backbone.residual_dropout)
     tuned = ("collaborative",) if config.collaborative.tune else ()
     table = TokenTable(model.compressor, checkpoint.features, config.modality_dropout, tuned)

@@ -11,6 +11,8 @@ LISTS = {
     "list": pa.list_(pa.float64()),
     "large": pa.large_list(pa.float32()),
     "fixed": pa.list_(pa.float32(), 2),
+    "view": pa.list_view(pa.float32()),
+    "large view": pa.large_list_view(pa.float64()),
     "ints": pa.list_(pa.int32()),
 }
 
@@ -43,7 +45,7 @@ def test_vectors_of_no_item_are_counted(path):
         read_vectors(path, ("1", "02"))
 
 
-@pytest.mark.parametrize("dtype", [LISTS["list"], LISTS["fixed"]])
+@pytest.mark.parametrize("dtype", [LISTS["list"], LISTS["fixed"], LISTS["view"]])
 def test_a_null_vector_is_absent(dtype, tmp_path):
     path = _parquet(tmp_path / "x.parquet", ["a", "b", "c"], [None, [1, 2], [3, 4]], dtype)
     features = read_vectors(path, ("a", "b", "c"))

@@ -8,6 +8,7 @@ from tiny_training import CONFIG, one_stage, without_dropout
 
 from speeder_engine.errors import ConfigError
 from speeder_engine.models.prior import ConstantPrior
+from speeder_engine.training.backbone import checkpoint_layers
 from speeder_engine.training.batches import TrainingBatch, TrainingBatches
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.features import make_features
@@ -26,7 +27,7 @@ def made(split, config, tmp_path, **settings):
     table = TokenTable(checkpoint.model.compressor, checkpoint.features, config.modality_dropout)
     model = checkpoint.model.train()
     if settings.get("checkpoint_layers"):
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model.backbone)
     prior = ConstantPrior(torch.from_numpy(checkpoint.table.prior))
     return model, GradientMaker(model, table, prior, replace(config, **settings), CPU)
 
