@@ -3,7 +3,8 @@
 Ceilings of the chip first, then whole steps at 0.5B, 7B and 1.5B with random weights, at 0.5B launched in other ways
 and at 7B with weights and with keys and values in 8 bits too, searches of a million items, transformers on the same
 rows, and every kernel. Every section has its share of the time; results are written after each. `--only` measures some
-of them, into the file that is there.
+of them, into the file that is there. After an illegal access no process can use the device again: the rest goes on in
+another one.
 `--cpu-smoke` runs all of it with tiny shapes on the CPU, so that it keeps working; its figures mean nothing.
 """
 
@@ -11,6 +12,7 @@ import argparse
 import gc
 import json
 import math
+import os
 import platform
 import sys
 import tempfile
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 from baselines.one_token import Compiled, StaticPrefix
 from goals import SEARCHED, goals_of
-from kernel_cases import Case, Maker
+from kernel_cases import Case, Maker, maker_name
 from measure import Ceilings, Clock, OutOfTime, device_seconds, l2_bytes, measure_ceilings, num_copies
 from steps import Load, contender_latency, count_all_launches, latency, saturated, touch
 from subject import Subject
@@ -42,6 +44,14 @@ EMPTY = {"machine": {}, "kernels": {}, "searches": {}, "steps": {}, "transformer
 Section = tuple[str, float, Callable[[Clock], None]]  # a name, the seconds it may take, what it does
 
 
+class DeviceLost(Exception):
+    """Nothing runs on the device any more, in this process."""
+
+    def __init__(self, next_case: int) -> None:
+        super().__init__(f"nothing runs on the device any more; case {next_case} is the next")
+        self.next_case = next_case  # of its section
+
+
 class Report:
     """What was measured so far, as a file."""
 
@@ -53,8 +63,9 @@ class Report:
             self.found |= json.loads(self.path.read_text())
         out.mkdir(parents=True, exist_ok=True)
 
-    def run(self, name: str, clock: Clock, seconds: float, section: Callable[[Clock], None]) -> None:
-        """A section within its share; what it measured before the time was up, or before it failed, stays."""
+    def run(self, name: str, clock: Clock, seconds: float, section: Callable[[Clock], None]) -> int:
+        """A section within its share; what it measured before the time was up, or before it failed, stays. Its case to
+        go on with in another process, 0 where there is none."""
         share = Clock.of(min(seconds, clock.left))
         rest = f"{name}: the rest of it"
         self.found["skipped"] = [each for each in self.found["skipped"] if each not in (name, rest)]
@@ -62,24 +73,38 @@ class Report:
         if share.seconds <= 0:
             self.found["skipped"].append(name)
             print(f"{name}: skipped, the time is up", flush=True)
-            return
+            return 0
+        next_case = 0
         try:
             section(share)
         except OutOfTime:
             self.found["skipped"].append(rest)
+        except DeviceLost as error:  # what failed there has been noted
+            next_case = error.next_case
         except Exception as error:  # one section's failure must not cost the others
             self.found["failed"][name] = f"{type(error).__name__}: {error}"
             traceback.print_exc()
         self.write()
         print(f"{name}: {share.seconds - share.left:.0f} s", flush=True)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # the next section's shapes are others
+        return next_case
 
     def write(self) -> None:
         self.found["goals"] = goals_of(self.found)
         self.path.write_text(json.dumps(self.found, indent=1) + "\n")
         self.path.with_suffix(".txt").write_text(table(self.found) + "\n")
+
+
+def still_answers(device: torch.device) -> bool:
+    """Whether the device runs anything for this process; memory is given back, the next section's shapes are others."""
+    gc.collect()
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize(device)
+    except RuntimeError:  # of whatever was launched before
+        return False
+    return True
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -92,10 +117,16 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"name": held.name, "memory_gib": held.total_memory / 2**30, "triton": triton.__version__, **named}
 
 
-def kernels(report: Report, device: torch.device, ceilings: Ceilings, smoke: bool, clock: Clock) -> None:
-    for name, make in kernel_makers(device, smoke):
+def kernels(
+    report: Report, device: torch.device, ceilings: Ceilings, smoke: bool, first_case: int, clock: Clock
+) -> None:
+    for case, (name, make) in enumerate(kernel_makers(device, smoke)):
+        if case < first_case:
+            continue
         clock.check()
-        one_kernel(report, name, make, device, ceilings)
+        measured = one_kernel(report, name, make, device, ceilings)
+        if not measured and not still_answers(device):
+            raise DeviceLost(case + 1)
 
 
 def kernel_makers(device: torch.device, smoke: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -136,19 +167,23 @@ def seconds_of(make: Callable[[], Case], case: Case, device: torch.device) -> fl
         return device_seconds([case.call, *others], device)
 
 
-def one_kernel(report: Report, shape: str, make: Callable[[], Case], device: torch.device, ceilings: Ceilings) -> None:
+def one_kernel(report: Report, shape: str, make: Callable[[], Case], device: torch.device, ceilings: Ceilings) -> bool:
+    """Whether it could be measured."""
+    failure = f"kernel at {shape}: {maker_name(make)}"
+    report.found["failed"].pop(failure, None)
     try:
         case = make()
         seconds = seconds_of(make, case, device)
     except Exception as error:  # the other kernels are measured all the same
-        report.found["failed"][f"kernel at {shape}: {getattr(make, '__name__', 'case')}"] = str(error)[:500]
-        return
+        report.found["failed"][failure] = f"{type(error).__name__}: {error}"[:500]
+        return False
     report.found["kernels"][f"{shape} {case.name}"] = {
         "us": seconds * 1e6,
         "gb_s": case.num_bytes / seconds / 1e9,
         "tflop_s": case.flops / seconds / 1e12,
         "of_ceiling": ceilings.fraction(case.num_bytes, case.flops, seconds),
     }
+    return True
 
 
 def steps(
@@ -197,9 +232,7 @@ def compile_part(index: int, device: torch.device, smoke: bool) -> None:
     the disk when that part is timed. Two layers, since a model's last one runs other kernels than the rest."""
     parts = plan(device, smoke)
     if index == len(parts):
-        with torch.inference_mode():
-            for make in (*(make for _, make in kernel_makers(device, smoke)), *search_makers(device, smoke)):
-                make().call()
+        compile_kernels(device, smoke)
         return
     if index > len(parts):
         transformers({}, Compiled, device, smoke, Clock.of(math.inf), num_users=1)
@@ -208,6 +241,20 @@ def compile_part(index: int, device: torch.device, smoke: bool) -> None:
     load = made_load(replace(SHAPES[shape], num_layers=2), device, smoke, other, kv_budget="256MiB")
     touch(load, batches(smoke, other))
     load.engine.close()
+
+
+def compile_kernels(device: torch.device, smoke: bool) -> None:
+    """All that compile; raises the last error of those that don't."""
+    failure: Exception | None = None
+    for make in (*(make for _, make in kernel_makers(device, smoke)), *search_makers(device, smoke)):
+        try:
+            with torch.inference_mode():
+                make().call()
+        except Exception as error:  # the others are run all the same
+            traceback.print_exc()
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 def transformers(
@@ -264,8 +311,8 @@ def plan(device: torch.device, smoke: bool) -> list[tuple[str, dict[str, Any] | 
     return [*first, ("7b", in_8_bits[0], 30), ("1.5b", None, 40), *(("7b", other, 30) for other in in_8_bits[1:])]
 
 
-def sections(report: Report, device: torch.device, ceilings: Ceilings, smoke: bool) -> list[Section]:
-    """All of it, what matters most first."""
+def sections(report: Report, device: torch.device, ceilings: Ceilings, smoke: bool, first_case: int) -> list[Section]:
+    """All of it, what matters most first; the kernels from this one on."""
     run = partial(steps, report, device=device, ceilings=ceilings, smoke=smoke)
     shapes: list[Section] = [
         (f"steps {label(shape, other)}", seconds, partial(run, shape, other))
@@ -277,7 +324,7 @@ def sections(report: Report, device: torch.device, ceilings: Ceilings, smoke: bo
         20,
         partial(transformers, report.found["transformers"], StaticPrefix, device, smoke),
     )
-    last: list[Section] = [("kernels", 120, partial(kernels, report, device, ceilings, smoke))]
+    last: list[Section] = [("kernels", 120, partial(kernels, report, device, ceilings, smoke, first_case))]
     if not smoke:  # on a CPU a compiler's minute for figures that mean nothing
         last.insert(
             0,
@@ -341,6 +388,8 @@ def main() -> int:
     parser.add_argument("--until", type=float, default=math.inf, help="Unix time by which it must have ended")
     parser.add_argument("--cpu-smoke", action="store_true", help="tiny shapes on the CPU; the figures mean nothing")
     parser.add_argument("--only", default="", help="sections, as 'searches; steps 7b', into the file that is there")
+    parser.add_argument("--begin", default="", help="with this section, and into the file that is there")
+    parser.add_argument("--case", type=int, default=0, help="the first kernel to measure")
     parser.add_argument("--compile", type=int, metavar="PART", help="only compile what this part of it runs")
     options = parser.parse_args()
     smoke = options.cpu_smoke
@@ -353,21 +402,33 @@ def main() -> int:
         compile_part(options.compile, device, smoke)
         return 0
     only = [name.strip() for name in options.only.split(";") if name.strip()]
-    report = Report(out, smoke, go_on=bool(only))
+    report = Report(out, smoke, go_on=bool(only or options.begin))
     clock = Clock.of(min(options.seconds, options.until - time.time()))
     ceilings = measure_ceilings(device, smoke)
     report.found["machine"] = {**machine(device), "ceilings": asdict(ceilings)}
-    all_sections = sections(report, device, ceilings, smoke)
-    if strange := sorted(set(only) - {name for name, _, _ in all_sections}):
-        known = "; ".join(name for name, _, _ in all_sections)
-        print(f"bench/gpu.py: --only {'; '.join(strange)}: no such section; there are {known}")
+    all_sections = sections(report, device, ceilings, smoke, options.case)
+    names = [name for name, _, _ in all_sections]
+    if strange := sorted({*only, *([options.begin] if options.begin else [])} - {*names}):
+        print(f"bench/gpu.py: {'; '.join(strange)}: no such section; there are {'; '.join(names)}")
         return 1
-    for name, seconds, section in all_sections:
-        if not only or name in only:
-            report.run(name, clock, clock.left if only else seconds, section)
+    behind = all_sections[names.index(options.begin) if options.begin else 0 :]
+    left = [section for section in behind if not only or section[0] in only]
+    for place, (name, seconds, section) in enumerate(left):
+        next_case = report.run(name, clock, clock.left if only or smoke else seconds, section)
+        following = name if next_case else left[place + 1][0] if place + 1 < len(left) else None
+        if not still_answers(device) and following is not None:
+            go_on_elsewhere(following, next_case, clock, options)
     report.write()
     print(table(report.found))
     return 1 if report.found["failed"] else 0
+
+
+def go_on_elsewhere(name: str, case: int, clock: Clock, options: argparse.Namespace) -> None:
+    """Does not return: this process becomes another one, which measures what is left from the section `name` on."""
+    print(f"the device is lost to this process; {name} is measured in another one", flush=True)
+    given = ["--out", str(options.out or "bench/results"), "--only", options.only, "--begin", name, "--case", str(case)]
+    limits = ["--seconds", str(clock.left), "--until", str(options.until)]
+    os.execv(sys.executable, [sys.executable, __file__, *given, *limits])
 
 
 if __name__ == "__main__":

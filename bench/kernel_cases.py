@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,19 +61,19 @@ class Maker:
     def all(self, num_items: int) -> Iterator[Callable[[], Case]]:
         yield self.norm
         yield self.gated
-        yield lambda: self.embed(num_items)
+        yield partial(self.embed, num_items)
         yield self.rope
         yield self.attention
-        yield from (lambda part=part: self.linear(part) for part in PARTS)
+        yield from (partial(self.linear, part) for part in PARTS)
         if self.num_rows <= MOST_ROWS:
             yield self.fused_heads
-            yield from (lambda part=part: self.fused(part) for part in PARTS if part != "qkv")
-        yield lambda: self.small_linear("int8")
-        yield lambda: self.small_linear("fp8")
-        yield lambda: self.small_linear("fp8", rows=True)
+            yield from (partial(self.fused, part) for part in PARTS if part != "qkv")
+        yield partial(self.small_linear, "int8")
+        yield partial(self.small_linear, "fp8")
+        yield partial(self.small_linear, "fp8", rows=True)
         yield self.experts
         yield self.last
-        yield lambda: self.ranked(num_items)
+        yield partial(self.ranked, num_items)
 
     def norm(self) -> Case:
         size, itemsize = self.shape.hidden_size, self.dtype.itemsize
@@ -239,3 +240,12 @@ class Maker:
             return Case(f"top_scores_two_stage {name}", lambda: top_scores_two_stage(*whole), table.numel(), flops)
         name = f"top_scores {name}"
         return Case(name, lambda: top_scores(vectors, table, prior, given, k), num_bytes, flops)
+
+
+def maker_name(make: Callable[[], Case]) -> str:
+    """Of a Maker's case that can't be made or run, whose name nobody has: `fused(gate_up), 32 rows`."""
+    method: Any = make
+    given: list[object] = []
+    if isinstance(make, partial):
+        method, given = make.func, [*make.args, *(f"{name}={value}" for name, value in make.keywords.items())]
+    return f"{method.__name__}({', '.join(map(str, given))}), {method.__self__.num_rows} rows"

@@ -4,15 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
+from functools import partial
 from types import SimpleNamespace
 
 import gpu
 import make_gpu
 import pytest
+import torch
 from goals import COLD, STATIC, WARM, goals_of
 from gpu import EMPTY, Report, compile_part, plan
+from kernel_cases import Case, Maker, maker_name
 from make_gpu import compile_commands
-from measure import CPU, Clock, OutOfTime, num_copies, quantiles
+from measure import CPU, Clock, OutOfTime, measure_ceilings, num_copies, quantiles
+
+from speeder_engine.random_engine import SHAPES
 
 KERNEL = {"us": 1.5, "gb_s": 1, "tflop_s": 1, "of_ceiling": 1}
 
@@ -23,7 +29,7 @@ def run(root, script, *options, **environment):
 
 
 def test_the_benchmarks_run_on_tiny_shapes(root, tmp_path):
-    done = run(root, "gpu.py", "--cpu-smoke", "--out", tmp_path, "--seconds", 120)
+    done = run(root, "gpu.py", "--cpu-smoke", "--out", tmp_path, "--seconds", 900)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["schema"] == 1
@@ -80,7 +86,9 @@ def test_some_sections_go_into_the_file_that_is_there(root, tmp_path):
     assert len(found["searches"]) == 4 and found["kernels"] == {"a": KERNEL} and found["steps"] == {}
     assert (found["skipped"], found["failed"]) == (["searches of more", "steps 7b"], {"kernels": "too"})
     done = run(root, "gpu.py", "--cpu-smoke", "--out", tmp_path, "--only", "steps; kernels")
-    assert done.returncode == 1 and "--only steps: no such section; there are steps tiny; searches;" in done.stdout
+    assert (
+        done.returncode == 1 and "bench/gpu.py: steps: no such section; there are steps tiny; searches;" in done.stdout
+    )
 
 
 def steps(cold, p50, **more):
@@ -136,6 +144,54 @@ def test_what_a_section_measured_stands_when_its_time_is_up(tmp_path):
     for name in ("gpu.json", "gpu.txt"):
         assert "first" in (tmp_path / name).read_text()
     assert "skipped for want of time: kernels: the rest of it" in (tmp_path / "gpu.txt").read_text()
+
+
+def broken():
+    raise RuntimeError("an illegal memory access was encountered")
+
+
+def test_a_kernel_that_breaks_the_device_costs_no_other(tmp_path, monkeypatch):
+    maker = Maker(SHAPES["tiny"], 32, CPU, torch.float32)
+    monkeypatch.setattr(maker.__class__, "gated", lambda self: Case("swiglu 32 rows", broken, 1, 1))
+    makers = [("tiny", maker.norm), ("tiny", maker.gated), ("tiny", partial(maker.linear, "down"))]
+    monkeypatch.setattr(gpu, "kernel_makers", lambda *_: makers)
+    answers = iter([False, True])
+    monkeypatch.setattr(gpu, "still_answers", lambda device: next(answers))
+    report, ceilings = Report(tmp_path, True), measure_ceilings(CPU, True)
+
+    def measured_from(case):
+        return report.run("kernels", Clock.of(60), 60, partial(gpu.kernels, report, CPU, ceilings, True, case))
+
+    assert measured_from(0) == 2  # the process is of no use any more
+    failure = {"kernel at tiny: <lambda>(), 32 rows": "RuntimeError: an illegal memory access was encountered"}
+    assert report.found["failed"] == failure and [*report.found["kernels"]] == ["tiny add_rms_norm 32 rows"]
+    assert measured_from(2) == 0 and len(report.found["kernels"]) == 2 and report.found["failed"] == failure
+    measured_from(1)  # where the device goes on, so does the section
+    assert len(report.found["kernels"]) == 2 and report.found["failed"] == failure
+    assert maker_name(makers[2][1]) == "linear(down), 32 rows"
+
+
+def test_what_is_left_is_measured_in_another_process(tmp_path, monkeypatch):
+    began = []
+    monkeypatch.setattr(os, "execv", lambda program, command: began.append(command[1:]))
+    options = Namespace(out=tmp_path, only="searches; kernels", until=9e9)
+    gpu.go_on_elsewhere("kernels", 7, Clock.of(50), options)
+    (command,) = began
+    assert command[0].endswith("bench/gpu.py") and {"--out", str(tmp_path), "searches; kernels"} <= {*command}
+    assert command[command.index("--begin") : command.index("--begin") + 4] == ["--begin", "kernels", "--case", "7"]
+    assert 45 < float(command[command.index("--seconds") + 1]) <= 50
+
+
+def test_a_run_that_goes_on_keeps_what_was_found(root, tmp_path):
+    found = {"schema": 1, "is_smoke": True, **EMPTY, "skipped": [], "failed": {"searches": "lost the device"}}
+    (tmp_path / "gpu.json").write_text(json.dumps(found))
+    only = ("--only", "searches; kernels", "--begin", "kernels", "--case", "12")
+    done = run(root, "gpu.py", "--cpu-smoke", "--out", tmp_path, *only)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["searches"] == {} and found["failed"] == {"searches": "lost the device"}
+    kinds = {name.split()[1] for name in found["kernels"]}
+    assert "keep_last" in kinds and "add_rms_norm" not in kinds
 
 
 def test_what_processes_say_is_joined_in_a_file(tmp_path, monkeypatch, capsys):
