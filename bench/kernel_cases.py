@@ -68,6 +68,7 @@ class Maker:
         if self.num_rows <= MOST_ROWS:
             yield self.fused_heads
             yield from (partial(self.fused, part) for part in PARTS if part != "qkv")
+            yield from (partial(self.fused, "gate_up", kind) for kind in ("int8", "fp8"))
         yield partial(self.small_linear, "int8")
         yield partial(self.small_linear, "fp8")
         yield partial(self.small_linear, "fp8", rows=True)
@@ -154,16 +155,19 @@ class Maker:
         num_bytes = (x.numel() + weight.numel() + self.num_rows * weight.shape[0]) * self.dtype.itemsize
         return self.case(f"F.linear {part}", lambda: F.linear(x, weight), num_bytes, flops)
 
-    def fused(self, part: str = "gate_up") -> Case:
-        """With what stands around it in a layer: the norm, the gate, the sum."""
+    def fused(self, part: str = "gate_up", kind: str | None = None) -> Case:
+        """With what stands around it in a layer: the norm, the gate, the sum. `kind`: of 8 bits a weight."""
         x, weight, flops = self._product(part)
         counters, gated = make_counters(self.device), part == "gate_up"
         norm = Norm(self.draw(x.shape[1]), 1e-6) if gated else None
         width = weight.shape[0] // (2 if gated else 1)
         residual = self.draw(self.num_rows, width) if part == "down" else None
-        num_bytes = (x.numel() + weight.numel() + self.num_rows * width) * self.dtype.itemsize
+        matrix = weight if kind is None else quantize_weight(weight, kind)  # type: ignore[arg-type]
+        num_bytes = (x.numel() + self.num_rows * width) * self.dtype.itemsize
+        num_bytes += weight.numel() * (self.dtype.itemsize if kind is None else 1)
         given: dict[str, Any] = {"norm": norm, "residual": residual, "gated": gated}
-        return self.case(f"fused_linear {part}", lambda: fused_linear(x, weight, counters, **given), num_bytes, flops)
+        name = f"fused_linear {f'{kind} ' if kind else ''}{part}"
+        return self.case(name, lambda: fused_linear(x, matrix, counters, **given), num_bytes, flops)
 
     def fused_heads(self) -> Case:
         """Norm, projection, rotation and the write into the cache."""
