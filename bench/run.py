@@ -20,6 +20,7 @@ from measure import Clock, OutOfTime
 from report import Report
 
 from speeder_engine.device import pick_device
+from speeder_engine.encoders.sources import has_native_bf16
 from speeder_engine.errors import SpeederError
 from speeder_engine.progress import progress_bar
 from speeder_engine.random_engine import SHAPES
@@ -36,7 +37,7 @@ SECTIONS = {
     "train": 0.07,
 }
 OF_NO_ENGINE = ("cache", "host")  # sections that measure the same whatever is served
-DTYPES = ("bfloat16", "float32", "float16")
+DTYPES = ("bfloat16", "float32", "float16", "auto")
 SECONDS = {True: 55.0, False: 780.0}  # quick or not
 
 
@@ -47,7 +48,9 @@ def main(
         Path | None, typer.Option(help="an engine directory, of a window of 31 at least, instead of random weights")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help=f"{', '.join(DTYPES)}: bfloat16 where the device multiplies it, else float32")
+    ] = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="small counts: under a minute for all")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="the keys go there, too")] = None,
     plot: Annotated[Path | None, typer.Option(help="a folder for charts, SVG and PNG")] = None,
@@ -68,10 +71,13 @@ def main(
         raise typer.BadParameter(f"{seconds:g}: a time above 0 is needed", param_hint="--seconds")
     report = Report(json_file)
     try:
+        chip = pick_device(device)
+        if dtype == "auto":  # elsewhere torch emulates bf16, a hundred times slower: nobody would run that
+            dtype = "bfloat16" if has_native_bf16(chip) else "float32"
         bench = Bench(
             shape=shape or ("tiny" if quick else "0.5b"),
             engine_dir=engine,
-            device=pick_device(device),
+            device=chip,
             dtype=dtype,
             quick=quick,
             only=contenders(only),

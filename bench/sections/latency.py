@@ -48,8 +48,9 @@ def measure(bench: Bench, clock: Clock) -> None:
     users = bench.users(NUM_USERS)
     reset_peak(bench.device)
     ours = Ours(bench.subject)
+    rows: list[Row] = []
     try:
-        rows = [own_row(bench, ours, users, Clock.of(OWN_SHARE * clock.left))]
+        rows.append(own_row(bench, ours, users, Clock.of(OWN_SHARE * clock.left)))
         rows += quantized_rows(bench, ours, users, clock)
         alternatives(bench, ours, users, rows, clock)
     finally:
@@ -61,7 +62,8 @@ def show(bench: Bench, rows: list[Row]) -> None:
     columns = ("", "p50 ms", "p95", "p99", "runs", "times ours")
     for warm, what in ((False, "a cold user, 30 items"), (True, "a returning user, one new item")):
         title = f"{bench.subject_name}: {what} and 20 candidates"
-        bench.report.table(title, columns, [row.cells(warm) for row in rows if row.has(warm)])
+        if cells := [row.cells(warm) for row in rows if row.has(warm)]:
+            bench.report.table(title, columns, cells)
 
 
 def calls(contender: Baseline, users: list[BenchUser], warm: bool, every: int = 1) -> Timed:
