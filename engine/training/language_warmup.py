@@ -20,9 +20,9 @@ log = logging.getLogger("speeder_engine")
 def warm_up(body: nn.Module, tokenizer: Any, texts: Sequence[str], config: BackboneConfig, seed: int) -> None:
     """Trains `body` in place for `config.warmup_epochs`, its embeddings scoring the next token (a tied head).
 
-    The same seed gives the same weights.
+    The same seed gives the same weights. Without texts there is nothing to read, and nothing is done.
     """
-    if not config.warmup_epochs:
+    if not (config.warmup_epochs and texts):
         return
     from transformers import get_cosine_schedule_with_warmup
 

@@ -50,6 +50,13 @@ def test_the_seed_decides():
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
+def test_a_catalogue_without_text_leaves_it_as_it_was():
+    body, tokenizer = make_body()
+    before = {name: value.clone() for name, value in body.state_dict().items()}
+    warm_up(body, tokenizer, [], BACKBONE, seed=0)
+    assert all(torch.equal(before[name], value) for name, value in body.state_dict().items())
+
+
 def test_every_token_is_predicted_and_none_is_padding():
     _, tokenizer = make_body()
     texts = TEXTS[:25]
