@@ -1,6 +1,7 @@
 """Where a run's language model comes from: a pretrained one under LoRA, or a small Llama made here from scratch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,17 +76,23 @@ def small_llama(config: BackboneConfig, vocab_size: int) -> nn.Module:
     return LlamaModel(shape)
 
 
-def drop_residuals(body: nn.Module, share: float) -> None:
-    """Dropout, in training, of what attention and perceptron add to their rows: GPT-2 has it, Llama has not."""
-    if not share:
-        return
+@contextmanager
+def drop_residuals(body: nn.Module, share: float) -> Iterator[None]:
+    """Dropout, in training, of what attention and perceptron add to their rows: GPT-2 has it, Llama has not.
+
+    Inside the `with` alone: a body that is trained again is not dropped from twice.
+    """
 
     def drop(module: nn.Module, inputs: Any, added: Tensor) -> Tensor:
         return F.dropout(added, share, module.training)
 
-    for name, module in body.named_modules():
-        if name.endswith((".o_proj", ".down_proj")):
-            module.register_forward_hook(drop)
+    adding = [module for name, module in body.named_modules() if name.endswith((".o_proj", ".down_proj"))]
+    hooks = [module.register_forward_hook(drop) for module in adding if share]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def checkpoint_layers(backbone: nn.Module) -> None:

@@ -109,7 +109,8 @@ def train(
 
     if start_from is not None and not resume:
         trainer.validate_untrained(checkpoint.state)
-    trainer.run(checkpoint.state, save)
+    with drop_residuals(trained.model.backbone, config.backbone.residual_dropout):
+        trainer.run(checkpoint.state, save)
     checkpoint.metrics = trainer.history[-1] if trainer.history else checkpoint.metrics
     save(None)
     return checkpoint
@@ -237,7 +238,6 @@ def _trainer(
     config = replace(config, stages=tuple(replace(stage, modalities=left) for stage, left in kept if left))
     if config.checkpoint_layers:
         checkpoint_layers(model.backbone)
-    drop_residuals(model.backbone, config.backbone.residual_dropout)
     tuned = ("collaborative",) if config.collaborative.tune else ()
     table = TokenTable(model.compressor, checkpoint.features, config.modality_dropout, tuned)
     if processes.size > 1:

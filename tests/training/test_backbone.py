@@ -33,36 +33,44 @@ def outputs(body, rows):
         return body(inputs_embeds=rows).last_hidden_state
 
 
-def bodies(share):
+def bodies():
     torch.manual_seed(0)
     plain = small_llama(CONFIG, 260)
     dropping = small_llama(CONFIG, 260)
     dropping.load_state_dict(plain.state_dict())
-    drop_residuals(dropping, share)
     return plain.train(), dropping.train(), torch.randn(3, 7, 32)
 
 
 def test_rows_alone_are_left_where_everything_added_is_dropped():
-    _, dropping, rows = bodies(1.0)
-    with torch.no_grad():
+    _, dropping, rows = bodies()
+    with torch.no_grad(), drop_residuals(dropping, 1.0):
         assert torch.equal(outputs(dropping, rows), dropping.norm(rows))
 
 
 def test_answers_are_not_touched():
-    plain, dropping, rows = bodies(0.5)
-    assert not torch.equal(outputs(plain, rows), outputs(dropping, rows))
-    assert torch.equal(outputs(plain.eval(), rows), outputs(dropping.eval(), rows))
+    plain, dropping, rows = bodies()
+    with drop_residuals(dropping, 0.5):
+        assert not torch.equal(outputs(plain, rows), outputs(dropping, rows))
+        assert torch.equal(outputs(plain.eval(), rows), outputs(dropping.eval(), rows))
+
+
+def test_nothing_is_dropped_any_more_once_it_is_trained():
+    plain, dropping, rows = bodies()
+    with drop_residuals(dropping, 0.5):
+        pass
+    assert torch.equal(outputs(plain, rows), outputs(dropping, rows))
 
 
 def test_what_is_added_keeps_its_mean():
     """Of one block's attention: its perceptron adds nothing, and the last norm's scale is taken out."""
-    plain, dropping, rows = bodies(0.3)
+    plain, dropping, rows = bodies()
     for body in (plain, dropping):
         body.layers = body.layers[:1]
         body.norm = torch.nn.Identity()
         torch.nn.init.zeros_(body.layers[0].mlp.down_proj.weight)
         body.layers[0].self_attn.o_proj.weight.data.mul_(50)
-    found = torch.stack([outputs(dropping, rows) for _ in range(3000)]).mean(0)
+    with drop_residuals(dropping, 0.3):
+        found = torch.stack([outputs(dropping, rows) for _ in range(3000)]).mean(0)
     assert (found - rows).abs().max() > 0.5  # something is added
     torch.testing.assert_close(found - rows, outputs(plain, rows) - rows, rtol=0.1, atol=0.05)
 

@@ -62,6 +62,7 @@ def report(checkpoint, split):
 def test_it_trains_resumes_and_is_served(split, tmp_path, choice):
     config = replace(BASE, **CHOICES[choice])
     whole = train(split, config, tmp_path / "whole")
+    assert not any(module._forward_hooks for module in whole.model.modules())  # it may be trained again
     resumed = resumed_after(1, split, config, tmp_path / "cut")
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
