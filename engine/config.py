@@ -83,6 +83,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     right = _is(hint, value)
     if right and hint is float:
         check(abs(value) <= sys.float_info.max, f"{where}: expected a finite number, such as 1e6, got {shown(value)}")
+    if right and hint is int:  # which no message could spell
+        check(abs(value) <= sys.float_info.max, f"{where}: expected a number of fewer digits, got {shown(value)}")
     check(right, f"{where}: expected {getattr(hint, '__name__', hint)}, got {shown(value)}")
     return hint(value) if hint in NUMBERS else value  # a number of numpy's is Python's from here on
 

@@ -77,13 +77,7 @@ class Engine(Recommends):
         Raises ArtifactError for a path that is no whole engine directory, ConfigError for settings that can't be.
         """
         claim_threads("Engine.load")
-        settings = {"device": device, "dtype": dtype, "kv_budget": kv_budget, **more}
-        sizes = {
-            name: str(settings[name])
-            for name in ("kv_budget", "host_budget", "user_quota")
-            if settings.get(name) is not None
-        }
-        config = EngineConfig.from_json(settings | sizes)
+        config = EngineConfig.from_json({"device": device, "dtype": dtype, "kv_budget": kv_budget, **more})
         engine = cls(EngineParts.load(given_path(path, "Engine.load", "an engine directory")), config)
         if engine.device.type == "cuda":
             engine.warm_up()

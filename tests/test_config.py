@@ -102,6 +102,11 @@ def test_no_sizes(size):
         ({"kv_budget": 1.5}, "EngineConfig.kv_budget: expected str or int, got 1.5"),
         ({"kv_budget": None}, "EngineConfig.kv_budget: expected str or int, got None"),
         ({"kv_budget": True}, "EngineConfig.kv_budget: expected str or int, got True"),
+        ({"kv_budget": 10**5000}, "EngineConfig.kv_budget: expected a number of fewer digits, got int of thousands"),
+        (
+            {"max_sessions": -(10**5000)},
+            "EngineConfig.max_sessions: expected a number of fewer digits, got int of thousands",
+        ),
         ({"user_quota": 1.5}, "EngineConfig.user_quota: expected str or int, got 1.5"),
         ({"row_buckets": 16}, "EngineConfig.row_buckets: expected a list, got 16"),
         ({"row_buckets": ("16",)}, "EngineConfig.row_buckets: expected int, got '16'"),
