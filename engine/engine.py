@@ -87,10 +87,11 @@ class Engine(Recommends):
         """Captures the CUDA graphs, compiles what is compiled when first used and, unless `freeze_gc` is off, takes all
         that stands by now out of the garbage collector's sight, whose pauses would be a step's. `load` does it on a
         GPU, `reload` wherever it has been done. A second time is harmless."""
-        serving = self._now()
-        with serving.lock:
-            serving.warm_up()
-        self._is_warm = True
+        with self._changing:  # a reload that is under way serves what it has read from now on, and that is warmed
+            serving = self._now()
+            with serving.lock:
+                serving.warm_up()
+            self._is_warm = True
         self._freeze()
 
     def _freeze(self) -> None:

@@ -86,6 +86,26 @@ def test_what_was_set_at_run_time_ends_with_what_it_was_set_on(old, directories)
     assert "x" not in engine.catalogue
 
 
+def test_what_is_reloaded_beside_a_warm_up_is_warm(directories, monkeypatch):
+    engine = loaded(directories / "old", graphs="on", row_buckets=(16,), freeze_gc=False)
+    begun, reloaded = threading.Event(), threading.Event()
+    warm_up = engine._now().warm_up
+
+    def slow():
+        begun.set()
+        reloaded.wait(1)
+        warm_up()
+
+    monkeypatch.setattr(engine._now(), "warm_up", slow)
+    warming = threading.Thread(target=engine.warm_up)
+    warming.start()
+    assert begun.wait(30)
+    engine.reload(directories / "new")
+    reloaded.set()
+    warming.join()
+    assert engine.stats().graphs_captured == 1
+
+
 def test_items_encoded_for_the_old_model_are_not_put_into_the_new_one(directories, monkeypatch):
     engine = loaded(directories / "old")
     tokens = engine._now().embedder.tokens
