@@ -358,7 +358,8 @@ class Engine(Recommends):
             saved = serving.parts.with_catalogue(catalogue.table(), catalogue.served_tokens()).save(out)
             known = serving.parts.artifact
             if known is not None and out.resolve() == known.path.resolve():
-                serving.parts = replace(serving.parts, artifact=saved)
+                # by the path that `load` made independent of where the process stands
+                serving.parts = replace(serving.parts, artifact=replace(saved, path=known.path))
         return str(saved.manifest["revision"])
 
     def stats(self) -> EngineStats:

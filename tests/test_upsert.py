@@ -363,6 +363,17 @@ def test_an_engine_is_saved_onto_its_own_directory_again_and_again(tiny, tmp_pat
     assert again.recommend(["0002", "new 2.0"], k=130) == engine.recommend(["0002", "new 2.0"], k=130)
 
 
+def test_an_engine_saved_onto_its_own_directory_finds_it_from_anywhere(tiny, tmp_path, monkeypatch):
+    tiny.parts().save(tmp_path / "engine")
+    monkeypatch.chdir(tmp_path)
+    engine = Engine.load("engine", dtype="float32")
+    engine.set_prior({"0001": 1.0})
+    engine.save("engine")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert engine.save(tmp_path / "copy") == engine.revision
+
+
 def test_saving_keeps_no_step_waiting(tiny, tmp_path):
     engine = made(tiny)
     engine.upsert([Item("x", vectors={"text": [0.5] * 8})])
