@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from speeder_engine.artifact import read_artifact
-from speeder_engine.config import EngineConfig, ModelConfig, parse_bytes
+from speeder_engine.config import EngineConfig, parse_bytes
 from speeder_engine.device import DTYPES
 from speeder_engine.kv_blocks import KVBlocks
-from speeder_engine.parts import WEIGHTS_FILE
+from speeder_engine.models.recommender import ServingModel
+from speeder_engine.models.shapes import ShapesOnly
+from speeder_engine.parts import model_config
 
 KV_DTYPES = {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -47,11 +49,11 @@ class EngineSummary:
 def inspect_engine(path: Path) -> EngineSummary:
     """Raises ArtifactError for anything but a whole engine directory."""
     artifact = read_artifact(path)
-    config = ModelConfig.from_json(artifact.manifest["model"])
+    config = model_config(artifact)
     decoder, prompt = config.decoder, config.prompt
     num_items = int(artifact.manifest["limits"]["num_items"])
-    # directories are written in fp32; four bytes an element, headers aside
-    num_parameters = artifact.file(WEIGHTS_FILE).stat().st_size // 4
+    with ShapesOnly():
+        num_parameters = sum(weight.numel() for weight in ServingModel(config).parameters())
     elements = num_parameters + num_items * decoder.hidden_size
     per_position = {name: KVBlocks.position_bytes(decoder, dtype) for name, dtype in KV_DTYPES.items()}
     block_size = EngineConfig().block_size

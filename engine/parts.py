@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speeder_engine.artifact import Artifact, read_artifact, write_artifact
-from speeder_engine.catalogue import Catalogue, ItemTable
+from speeder_engine.catalogue import ITEMS_FILE, TOKENS_FILE, Catalogue, ItemTable
 from speeder_engine.config import ModelConfig
 from speeder_engine.encoders.base import Encoder, load_encoder
 from speeder_engine.errors import ArtifactError, ConfigError, DataError
@@ -129,13 +129,19 @@ class EngineParts:
         # encoders and tokenizer are read when they are first asked for: wherever the process has moved to by then, and
         # whatever a link has been turned to
         artifact = read_artifact(Path(os.path.realpath(path)) if path.exists() else path)
-        try:
-            config = ModelConfig.from_json(artifact.manifest["model"])
-        except (ConfigError, KeyError) as error:
-            raise ArtifactError(f"{path / 'engine.json'}: settings that fit no model: {error}; export again") from None
+        config = model_config(artifact)
         catalogue = load_catalogue(artifact, config)
         compressor = _tensors(artifact, COMPRESSOR_FILE)
         return cls(config, load_model(artifact, config), catalogue, compressor, artifact=artifact)
+
+
+def model_config(artifact: Artifact) -> ModelConfig:
+    """What the manifest says of the model; ArtifactError where that is none."""
+    try:
+        return ModelConfig.from_json(artifact.manifest["model"])
+    except (ConfigError, KeyError) as error:
+        where = artifact.path / artifact.kind.manifest
+        raise ArtifactError(f"{where}: settings that fit no model: {error}; export again") from None
 
 
 def load_tokenizer(artifact: Artifact) -> Any:
@@ -168,15 +174,14 @@ def load_model(artifact: Artifact, config: ModelConfig) -> ServingModel:
 
 
 def load_catalogue(artifact: Artifact, config: ModelConfig) -> Catalogue:
-    for name in ("items.parquet", "item_tokens.safetensors"):
-        artifact.file(name)
+    artifact.file(ITEMS_FILE)
+    where = artifact.file(TOKENS_FILE)
     try:
         catalogue = Catalogue.load(artifact.path)
     except (SafetensorError, KeyError, DataError) as error:
-        raise ArtifactError(f"{artifact.path / 'item_tokens.safetensors'}: {error}; export again") from None
+        raise ArtifactError(f"{where}: {error}; export again") from None
     width = catalogue.tokens.shape[1]
     if width != config.decoder.hidden_size:
-        where = artifact.path / "item_tokens.safetensors"
         raise ArtifactError(f"{where}: tokens are {width} wide, the model {config.decoder.hidden_size}; export again")
     return catalogue
 

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from speeder_engine import ArtifactError, Engine
 from speeder_engine.artifact import write_artifact
+from speeder_engine.inspection import inspect_engine
 from speeder_engine.parts import EngineParts
+from speeder_engine.random_engine import random_parts
 
 
 @pytest.fixture
@@ -101,6 +103,21 @@ def test_content_that_does_not_fit_is_refused(directory, change, message):
     with pytest.raises(ArtifactError, match=message) as caught:
         Engine.load(rewritten(directory, change))
     assert "\n" not in str(caught.value)
+
+
+def test_settings_that_fit_no_model_are_an_artifact_error_of_whoever_looks_into_it(directory):
+    with pytest.raises(ArtifactError, match=r"engine.json: settings that fit no model: .*; export again"):
+        inspect_engine(rewritten(directory, strange_settings))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_it_takes_is_told_of_weights_in_any_type(tmp_path, dtype):
+    parts = random_parts(num_items=20, dtype=dtype)
+    parts.save(tmp_path / "engine")
+    summary = inspect_engine(tmp_path / "engine")
+    weights = sum(weight.numel() for weight in parts.model.parameters())
+    assert summary.num_parameters == weights
+    assert summary.memory["float32"] == 4 * (weights + parts.catalogue.served_tokens().numel())
 
 
 @pytest.mark.parametrize("what", ["nowhere", "file", "empty"])
