@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from speeder_engine.artifact import read_artifact
-from speeder_engine.catalogue import ItemTable
+from speeder_engine.catalogue import ITEMS_FILE, ItemTable
 from speeder_engine.checks import given_path
 from speeder_engine.config import ModelConfig
 from speeder_engine.errors import ArtifactError, ConfigError
@@ -41,7 +41,7 @@ class OnnxFiles:
             revision = str(manifest["engine_revision"])
         except (ConfigError, KeyError) as error:
             raise ArtifactError(f"{path / ONNX.manifest}: settings that fit no export: {error}; {ONNX.again}") from None
-        artifact.file("items.parquet")
+        artifact.file(ITEMS_FILE)
         if config.has_instruction:
             artifact.file(INSTRUCTION_FILE)
         for name in config.graphs:

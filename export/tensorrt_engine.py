@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 
 from speeder_engine.artifact import Artifact, read_artifact
-from speeder_engine.catalogue import ItemTable
+from speeder_engine.catalogue import ITEMS_FILE, ItemTable
 from speeder_engine.checks import given_path
 from speeder_engine.config import MOST_INT32, ModelConfig
 from speeder_engine.errors import ArtifactError, ConfigError, InvalidRequest
@@ -47,7 +47,7 @@ class PlanFiles:
         except (ConfigError, KeyError, TypeError) as error:
             source = path / PLANS.manifest
             raise ArtifactError(f"{source}: settings that fit no export: {error}; {PLANS.again}") from None
-        for name in ("items.parquet", *(f"sm{chip}/{graph}.plan" for chip in chips for graph in plans.graphs)):
+        for name in (ITEMS_FILE, *(f"sm{chip}/{graph}.plan" for chip in chips for graph in plans.graphs)):
             artifact.file(name)
         return cls(artifact, plans, model, ItemTable.load(path), revision)
 
