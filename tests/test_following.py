@@ -136,6 +136,13 @@ def test_casts_leave_the_counts_alone(histories):
     np.testing.assert_array_equal(again.scorer().similar.values, before)
 
 
+def test_what_is_filled_anew_is_told_anew():
+    first, other = (follower_table(CONFIG, make_train([[1, 2]] * times + [[3, 4]]), NUM_ITEMS) for times in (1, 5))
+    asked = torch.tensor([[1]]), torch.tensor([[1, 4]])
+    assert not torch.equal(first.along(*asked), other.along(*asked))
+    assert torch.equal(first.fill(*other.counted()).along(*asked), other.along(*asked))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

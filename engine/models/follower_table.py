@@ -51,6 +51,7 @@ class FollowerTable(nn.Module):
         self.rows.copy_(torch.from_numpy(counted.rows))
         self.pairs.copy_(torch.from_numpy(counted.values.astype(np.int32)))
         self.events.copy_(torch.from_numpy(events))
+        self._similar = None
         return self
 
     def counted(self) -> tuple[Followers, NDArray[np.int64]]:
@@ -65,7 +66,9 @@ class FollowerTable(nn.Module):
 
     def weighed(self) -> WeighedFollowers:
         """With gamma as it is now: before weights are cast."""
-        return WeighedFollowers(self.scorer(), {"retrieve": float(self.retrieve), "rank": float(self.rank)})
+        return WeighedFollowers(
+            self.scorer(), {"retrieve": float(self.retrieve.detach()), "rank": float(self.rank.detach())}
+        )
 
     def along(self, rows: Tensor, targets: Tensor, items: Tensor | None = None) -> Tensor:
         """f [N, I] where something is to be told: after the instruction and after each of a segment's items, its own
