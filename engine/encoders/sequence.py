@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from speeder_engine.encoders.windows import Ints, pad_right
+from speeder_engine.encoders.windows import Ints, by_length, pad_right
 from speeder_engine.errors import ConfigError
 
 SCORED_AT_ONCE = 256
@@ -78,10 +78,9 @@ class SequenceModel(nn.Module, ABC):
         self.eval()
         recent = [np.asarray(history, dtype=np.int64)[-self.config.window :] for history in histories]
         scores = self.bias.detach().repeat(len(recent), 1)
-        by_length = np.argsort([len(history) for history in recent], kind="stable")
-        order = [user for user in by_length.tolist() if len(recent[user])]
-        for start in range(0, len(order), SCORED_AT_ONCE):
-            users = order[start : start + SCORED_AT_ONCE]
+        told = [user for user, history in enumerate(recent) if len(history)]
+        for places in by_length([len(recent[user]) for user in told], SCORED_AT_ONCE):
+            users = [told[place] for place in places]
             padded, lengths = pad_right([recent[user] for user in users])
             hidden = self(padded)[torch.arange(len(users)), lengths - 1]
             scores[users] = self.logits(hidden)

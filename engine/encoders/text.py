@@ -13,6 +13,7 @@ from speeder_engine.encoders.base import Input, fingerprint_of, write_manifest
 from speeder_engine.encoders.features import Features, Flags
 from speeder_engine.encoders.pooling import SentenceSettings, pool, read_sentence_settings
 from speeder_engine.encoders.sources import best_device, fast_inference, resolve_source, without_bars
+from speeder_engine.encoders.windows import by_length
 from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.progress import track
 
@@ -28,7 +29,8 @@ def packaged_text_model() -> Path | None:
 
 
 def usable_texts(inputs: Sequence[Input]) -> tuple[list[str], Flags]:
-    """The texts that have a letter to read, and which inputs [n] they are; DataError for anything but text."""
+    """The texts that are more than white space, stripped of it, and which inputs [n] they are; DataError for what is no
+    text."""
     for row, text in enumerate(inputs):
         if text is not None and not isinstance(text, str):
             raise DataError(f"text encoder: input {row} is {type(text).__name__}, not a string or None")
@@ -80,10 +82,8 @@ class TransformersTextEncoder:
         texts, present = usable_texts(inputs)
         prompts = [self.settings.prefix + (text.lower() if self.settings.lower_case else text) for text in texts]
         values = np.zeros((len(prompts), self.dim), np.float32)
-        order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
-        starts = range(0, len(order), self.batch_size)
-        for start in track(starts, f"text: {self.label}"):
-            chosen = order[start : start + self.batch_size]
+        batches = by_length([len(prompt) for prompt in prompts], self.batch_size)
+        for chosen in track(batches, f"text: {self.label}"):
             values[chosen] = self._encode_batch([prompts[row] for row in chosen])
         return Features.of_present(values, present)
 

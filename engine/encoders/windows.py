@@ -46,6 +46,12 @@ def draw_batches(lengths: Ints, tokens: int, generator: np.random.Generator) -> 
     return [batches[index] for index in generator.permutation(len(batches))]
 
 
+def by_length(lengths: Sequence[int] | Ints, at_once: int) -> list[Ints]:
+    """Places of sequences of these lengths [n], shortest first and `at_once` of them together: little padding."""
+    order = np.argsort(lengths, kind="stable")
+    return [order[start : start + at_once] for start in range(0, len(order), at_once)]
+
+
 def gather(rows: Tensor, starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The windows' inputs [B, L], right-padded, which of them are real bool [B, L], and the next rows of those [n]."""
     steps = torch.arange(int(lengths.max()))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.data.splits import Part, Queries, Split
+from speeder_engine.encoders.windows import by_length
 from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.live_prior import LivePopularity
 from speeder_engine.models.prior import ConstantPrior, ExactPrior, Prior, of_candidates
@@ -100,16 +101,14 @@ class ModelScorer:
     ) -> tuple[Tensor, Tensor]:
         """User vectors [B, d] and the candidates' final hidden states [B, C, d] (empty without candidates)."""
         self.model.eval()
-        by_length = np.argsort([len(history) for history in histories], kind="stable")
-        parts = []
-        for start in range(0, len(histories), PADDED_TOGETHER):  # of like length: little padding
-            users = by_length[start : start + PADDED_TOGETHER].tolist()
+        batches, parts = by_length([len(history) for history in histories], PADDED_TOGETHER), []
+        for users in batches:
             asked = None if times is None else [times[u] for u in users]
             parts.append(
                 self._padded([histories[u] for u in users], asked, None if candidates is None else candidates[users])
             )
         vectors, hidden = (torch.cat(part) for part in zip(*parts, strict=True))
-        places = torch.from_numpy(np.argsort(by_length)).to(vectors.device)
+        places = torch.from_numpy(np.argsort(np.concatenate(batches))).to(vectors.device)
         return vectors[places], hidden[places]
 
     def _padded(

@@ -13,7 +13,7 @@ from speeder_engine.data.splits import Queries, Split
 from speeder_engine.encoders.sasrec import SASRec, SASRecConfig
 from speeder_engine.encoders.sequence import SCORED_AT_ONCE
 from speeder_engine.encoders.sequence_fit import ndcg_at_10, optimise
-from speeder_engine.encoders.windows import cut_windows, gather, pad_right
+from speeder_engine.encoders.windows import by_length, cut_windows, gather, pad_right
 from speeder_engine.errors import DataError
 from speeder_engine.evaluation.baselines.sequence import SASREC
 from speeder_engine.evaluation.scorer import CatalogueScorer
@@ -100,10 +100,9 @@ class SASRecWeeks(CatalogueScorer):
             raise DataError(f"{self.name}: the queries have no times; evaluate on data with a time column")
         self.model.eval()
         scores = self.model.sasrec.bias.detach().repeat(len(queries), 1)
-        order = np.argsort(queries.lengths, kind="stable")
-        order = order[queries.lengths[order] > 0]
-        for start in range(0, len(order), SCORED_AT_ONCE):
-            chosen = order[start : start + SCORED_AT_ONCE]
+        told = np.flatnonzero(queries.lengths)
+        for places in by_length(queries.lengths[told], SCORED_AT_ONCE):
+            chosen = told[places]
             scores[chosen] = self.model.sasrec.logits(self.last_hidden(queries, chosen))
         found: NDArray[np.float32] = scores.numpy()
         return found
