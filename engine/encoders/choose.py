@@ -14,23 +14,21 @@ logger = logging.getLogger("speeder_engine")
 
 def choose_text_encoder(source: str | None, texts: Sequence[str | None]) -> Encoder:
     """`None` or `auto`: the packaged MiniLM, else fitted on `texts`. `fitted`, or a transformers folder or hub id."""
-    if source in (None, "auto"):
-        packaged = packaged_text_model()
-        if packaged is not None:
-            encoder: Encoder = TransformersTextEncoder(packaged, label="all-MiniLM-L6-v2 (packaged)")
-            return _log(encoder, "none was asked for, and the extra [demo] brings this one")
-        return _log(FittedTextEncoder.fit(texts), "none was asked for, and no packaged one is installed")
-    if source == "fitted" or source is None:
+    if source == "fitted":
         return _log(FittedTextEncoder.fit(texts), "as asked")
-    return _log(TransformersTextEncoder(source), "as asked")
+    if source is not None and source != "auto":
+        return _log(TransformersTextEncoder(source), "as asked")
+    packaged = packaged_text_model()
+    if packaged is None:
+        return _log(FittedTextEncoder.fit(texts), "none was asked for, and no packaged one is installed")
+    encoder = TransformersTextEncoder(packaged, label="all-MiniLM-L6-v2 (packaged)")
+    return _log(encoder, "none was asked for, and the extra [demo] brings this one")
 
 
 def choose_image_encoder(source: str | None, images: Sequence[bytes | None]) -> Encoder:
     """`None`, `auto` or `fitted`: fitted on `images`. Otherwise a CLIP or SigLIP folder or hub id."""
-    if source in (None, "auto"):
-        return _log(FittedImageEncoder.fit(images), "none was asked for")
-    if source == "fitted" or source is None:
-        return _log(FittedImageEncoder.fit(images), "as asked")
+    if source is None or source in ("auto", "fitted"):
+        return _log(FittedImageEncoder.fit(images), "as asked" if source == "fitted" else "none was asked for")
     return _log(TransformersImageEncoder(source), "as asked")
 
 
