@@ -86,7 +86,7 @@ class RowLayout:
         self.candidate_reads = tuple(candidate_reads)
 
     def write(self, arrays: RowArrays, nobody: int = 0) -> RowArrays:
-        """Fills `arrays`; nobody: the sequence of what is left over."""
+        """Fills `arrays`. nobody: the sequence of the rows behind the plan's, which are padding."""
         fixed, flags = self.constants, (arrays.candidate, arrays.read_candidate, arrays.is_new)
         numbers = (fixed.instruction_len, fixed.instruction_slot, fixed.scratch_slot, nobody)
         ints = (arrays.rows, arrays.reads, arrays.users)

@@ -43,7 +43,7 @@ class CachePlan:
 
     @classmethod
     def of_nobody(cls, size: "CacheSize") -> "CachePlan":
-        """Of no sequence at all."""
+        """The plan of a step without any sequence."""
         none, tables = np.zeros(0, np.int32), np.zeros((0, size.blocks_per_sequence), np.int32)
         pairs, keys = np.zeros((0, 2), np.int32), np.zeros((0, KEY_WIDTH), np.int32)
         return cls(0, np.zeros(1, np.int32), keys, none, none, none, tables, none, keys, pairs)

@@ -25,7 +25,7 @@ def is_unicode(text: str) -> bool:
 
 
 def given_path(path: object, where: str, of: str) -> Path:
-    """ConfigError for what is none; `of`: what it should lead to."""
+    """ConfigError for what is no path. `where` names who asks in the message, `of` what the path should lead to."""
     try:
         return Path(path)  # type: ignore[arg-type]
     except TypeError:

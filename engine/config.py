@@ -43,7 +43,7 @@ class Config:
         self.check_values()
 
     def check_values(self) -> None:
-        """Raises ConfigError for what can't be, of fields that have their types."""
+        """Raises ConfigError for values that can't be. The fields' types have been checked by then."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -205,7 +205,7 @@ class HeadsConfig(Config):
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Of those that were trained."""
+        """The heads that were trained, in the order retrieve, rank, title."""
         return tuple(name for name in ("retrieve", "rank", "title") if getattr(self, name))
 
 

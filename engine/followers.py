@@ -31,7 +31,7 @@ class Followers:
 
     @property
     def items(self) -> NDArray[np.int64]:
-        """Whose follower each value is of."""
+        """int64, one a value: the item i whose follower it is about."""
         return np.repeat(np.arange(self.num_items), np.diff(self.offsets))
 
     def scaled(self, of_item: Floats, of_follower: Floats) -> Self:

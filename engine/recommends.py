@@ -8,7 +8,7 @@ from speeder_engine.request import Head, OnUnknown, Ranking, Request
 
 
 class Recommends(ABC):
-    """What answers many requests answers one."""
+    """`recommend` for whatever has a `recommend_many`: a question with arguments is one request."""
 
     def __reduce__(self) -> NoReturn:
         name = type(self).__name__

@@ -215,7 +215,7 @@ def _named(query: Query) -> Rows:
 
 
 def _parts(rows: Sequence[Rows], scores: Floats) -> Iterator[Floats]:
-    """The scores of each one's rows, which stand one behind the other."""
+    """`scores` of all `rows`, one list behind the other, cut into those of each list."""
     start = 0
     for each in rows:
         yield scores[start : start + len(each)]
@@ -223,7 +223,7 @@ def _parts(rows: Sequence[Rows], scores: Floats) -> Iterator[Floats]:
 
 
 def _search_answer(query: Query, top: Floats, rows: NDArray[np.int64], followed: Floats | None) -> Scored:
-    """Of the best by products and the products of what followed [n]."""
+    """Of a search: its best scores and rows, and what it gave the query's followers [n]; None without any."""
     if query.following is not None and followed is not None:
         top, rows = merged(query.following, top, rows, query.followers, followed)
     return _cut(query, top, rows)

@@ -95,12 +95,12 @@ def num_users(size: CacheSize) -> int:
 
 
 def bucket_words(bucket: Bucket, size: CacheSize) -> int:
-    """Of a transfer's arena."""
+    """How many words of a transfer's arena the buffers of a bucket take."""
     return sum(words_of(shape, dtype) for shape, dtype in _fields(bucket, size))
 
 
 def _fields(bucket: Bucket, size: CacheSize) -> list[tuple[tuple[int, ...], Dtype]]:
-    """Of `RowArrays`, and the block tables."""
+    """Shapes and types of a bucket's arrays, in their order: those of `RowArrays`, then the block tables."""
     counts = bucket.rows, bucket.reads, num_users(size)
     return [
         *(((len(names), count), np.dtype(np.int64)) for names, count in zip(FIELDS, counts, strict=True)),

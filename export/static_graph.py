@@ -134,7 +134,7 @@ class StaticModel(nn.Module):
         return GraphRows(batch, num_new, count, slots, total, last, past_lengths, past or [])
 
     def _embed(self, history: Tensor, candidates: Tensor | None, buckets: Tensor | None, slots: Tensor) -> Tensor:
-        """[B, T + C, d], as `ServingModel.embed`."""
+        """[B, T + C, d]: what the kernel `item_embed` gives, history before candidates."""
         embedded = self.tokens(history).float()
         if self.times is not None:
             assert buckets is not None, "a model that reads times takes buckets"

@@ -93,7 +93,7 @@ def read_images(dataset: Dataset) -> list[bytes | None]:
 
 
 def _collaborative(split: Split, config: TrainingConfig, cache_dir: Path) -> Features:
-    """Fitted on the training events, or what a run with the same settings on the same events has left."""
+    """Fitted on the training events, or read from what an earlier run with the same settings and events left."""
     path = cache_dir / f"collaborative-{_collaborative_key(split, config)}.safetensors"
     if path.is_file():
         return Features.load(path)

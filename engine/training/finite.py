@@ -1,4 +1,4 @@
-"""A step that isn't finite stops the run; only then is looked for the tensor that it began with."""
+"""A step whose loss or gradient isn't finite stops the run; which tensor it began with is searched for only then."""
 
 import math
 

@@ -31,8 +31,8 @@ class Processes:
         return self.rank == 0
 
     def part(self, batch: TrainingBatch) -> TrainingBatch:
-        """Every `size`-th segment from `rank` on. Where there are too few segments it is the first, for no loss: all
-        must run every pass."""
+        """Every `size`-th segment from `rank` on. Where there are too few segments it is the first one, left out
+        of the losses: every process must run every pass."""
         mine = slice(self.rank, None, self.size) if self.has_part(batch) else slice(0, 1)
         return TrainingBatch(*(getattr(batch, field.name)[mine] for field in fields(batch)))
 

@@ -46,6 +46,6 @@ class TitleTargets:
 
 
 def refuse_untitled(titles: Sequence[str]) -> None:
-    """DataError where no item has a title, and so no title an item."""
+    """DataError where no item has a title: the title head would have nothing to learn."""
     if not any(map(answer_text, titles)):
         raise DataError("items: none has a title, so that heads.title can't be trained; leave it out of the recipe")
