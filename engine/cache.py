@@ -119,9 +119,13 @@ class CacheSize:
         return self.num_shared + self.budget + self.working
 
     @property
+    def most_sessions(self) -> int:
+        """Every session holds a block at least."""
+        return min(self.max_sessions, self.budget + self.host)
+
+    @property
     def num_slots(self) -> int:
-        # every session holds a block at least
-        return min(self.max_sessions, self.budget + self.host) + self.max_users
+        return self.most_sessions + self.max_users
 
 
 def _whole_blocks(size: str | int, where: str, block_bytes: int) -> int:
@@ -179,8 +183,7 @@ class KVCache:
             max_seq_len=layout.config.window,
             key_width=KEY_WIDTH,
             budget_blocks=size.budget,
-            # every session holds a block at least
-            max_sessions=max(min(size.max_sessions, size.budget + size.host), 1),
+            max_sessions=max(size.most_sessions, 1),
             num_slots=size.num_slots,
             max_blocks_per_user=size.quota,
             num_host_blocks=size.host,
