@@ -212,7 +212,7 @@ def export_onnx(
     from speeder_engine.export.onnx_config import OnnxConfig
     from speeder_engine.export.to_onnx import export_onnx as export
 
-    config = OnnxConfig(flavour, dtype, tuple(name.strip() for name in graphs.split(",")), opset)
+    config = OnnxConfig(flavour, dtype, _names(graphs), opset)
     manifest = export(engine, out, config, parity_users)
     if as_json:
         typer.echo(json.dumps(manifest))

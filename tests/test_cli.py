@@ -16,6 +16,7 @@ from command import speeder
 from interrupts import take_interrupts
 from reference import make_tiny, make_titled
 
+import speeder_engine
 from speeder_engine import Engine
 from speeder_engine.catalogue import Catalogue
 from speeder_engine.config import CalendarConfig
@@ -58,6 +59,7 @@ def test_recommend_one_history(engine_dir):
 def test_the_version_is_the_packages():
     done = speeder("--version")
     assert (done.returncode, done.stdout) == (0, f"speeder-engine {version('speeder-engine')}\n")
+    assert speeder_engine.__version__ == version("speeder-engine")
 
 
 def test_recommend_with_times_and_in_few_bits(tmp_path):

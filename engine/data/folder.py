@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from speeder_engine.config import MODALITIES
 from speeder_engine.errors import DataError
 
 TABLES = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
 PICTURES = tuple(f"{name}{suffix}" for name in ("posters", "images", "covers") for suffix in ("", ".zip", ".parquet"))
-MODALITIES = ("text", "image", "collaborative")
 VECTORS = (".parquet", ".npz")
 REVIEWS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz")
 
