@@ -116,8 +116,10 @@ def _raw_names(item: Item) -> list[str]:
 def _raw(item: Item, modality: str) -> Input:
     if modality == "text":
         return item.text
-    if modality != "image" or item.image is None or isinstance(item.image, bytes):
-        return item.image if modality == "image" else None  # type: ignore[return-value]
+    if modality != "image":
+        return None
+    if item.image is None or isinstance(item.image, bytes):
+        return item.image
     try:
         return Path(item.image).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: no path of any system

@@ -72,7 +72,7 @@ def resolve(
     history, candidates = rows["history"], rows.get("candidates")
     length = request.history_offset + len(history)
     start = layout.start(length) - request.history_offset
-    if start < 0 and request.history_offset:
+    if start < 0:
         needed = length - layout.start(length)
         raise InvalidRequest(
             f"history_offset: with {request.history_offset} older interactions left out the window still needs the "
@@ -83,7 +83,6 @@ def resolve(
     excluded = [rows["deny"]] if "deny" in rows else []
     if request.exclude_seen and candidates is None:
         excluded.append(history)
-    start = max(start, 0)
     return Query(
         request=request,
         window=history[start:],
