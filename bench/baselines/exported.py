@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from baselines.base import Answer, Unavailable
 from baselines.exports import export_of
-from baselines.speeder import scores_of
+from baselines.speeder import answer_of
 from numpy.typing import NDArray
 from subject import Subject
 from workload import BenchUser
@@ -51,12 +51,8 @@ class ExportedGraphs:
     def answer_warm(self, user: BenchUser) -> Answer:
         return self._answer(user, user.grown, user.user_id)
 
-    def _answer(self, user: BenchUser, history: tuple[int, ...], user_id: str) -> Answer:
-        candidates = self.subject.item_ids(user.candidates)
-        ranking = self.engine.recommend(
-            self.subject.item_ids(history), len(candidates), user_id=user_id, candidates=candidates
-        )
-        return Answer(scores_of(ranking, candidates))
+    def _answer(self, user: BenchUser, history: Sequence[int], user_id: str) -> Answer:
+        return answer_of(self.engine, self.subject, user.candidates, history, user_id)
 
     def close(self) -> None:
         self.engine.close()

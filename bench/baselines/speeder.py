@@ -1,12 +1,14 @@
 """The engine itself, as one contender among the others."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from baselines.base import Answer
 from subject import Subject
 from workload import BenchUser
 
 from speeder_engine import Engine
-from speeder_engine.request import Ranking
+from speeder_engine.recommends import Recommends
 
 
 class Speeder:
@@ -20,26 +22,22 @@ class Speeder:
         self.engine.warm_up()
 
     def answer(self, user: BenchUser) -> Answer:
-        return self._answer(user, user.history, None)
+        return answer_of(self.engine, self.subject, user.candidates, user.history, None)
 
     def warm_up(self, user: BenchUser) -> None:
         self.engine.warm(user.user_id, self.subject.item_ids(user.history))
 
     def answer_warm(self, user: BenchUser) -> Answer:
-        return self._answer(user, user.grown, user.user_id)
-
-    def _answer(self, user: BenchUser, history: tuple[int, ...], user_id: str | None) -> Answer:
-        candidates = self.subject.item_ids(user.candidates)
-        ranking = self.engine.recommend(
-            self.subject.item_ids(history), len(candidates), user_id=user_id, candidates=candidates
-        )
-        return Answer(scores_of(ranking, candidates))
+        return answer_of(self.engine, self.subject, user.candidates, user.grown, user.user_id)
 
     def close(self) -> None:
         self.engine.close()
 
 
-def scores_of(ranking: Ranking, candidates: list[str]) -> "np.typing.NDArray[np.float32]":
-    """In the candidates' order; -inf for what was not answered."""
-    found = dict(ranking)
-    return np.array([found.get(item_id, -np.inf) for item_id in candidates], np.float32)
+def answer_of(
+    engine: Recommends, subject: Subject, candidates: Sequence[int], history: Sequence[int], user_id: str | None
+) -> Answer:
+    """Of one request; -inf for a candidate that was not answered."""
+    ids = subject.item_ids(candidates)
+    found = dict(engine.recommend(subject.item_ids(history), len(ids), user_id=user_id, candidates=ids))
+    return Answer(np.array([found.get(item_id, -np.inf) for item_id in ids], np.float32))
