@@ -16,6 +16,7 @@ from speeder_engine.export.item_features import read_features
 from speeder_engine.export.onnx_config import OnnxConfig
 from speeder_engine.export.onnx_session import Array
 from speeder_engine.export.user_cache import UserCache, UserState
+from speeder_engine.kv_blocks import KVBlocks
 from speeder_engine.prompt import PromptLayout
 from speeder_engine.query import Query, Rows, resolve
 from speeder_engine.recommends import Recommends
@@ -72,10 +73,8 @@ class GraphEngine(Recommends):
         self._sessions = dict(sessions)
         self._past = cache_names("past_key_values", model.decoder.num_layers)
         self._present = cache_names("present", model.decoder.num_layers)
-        decoder = model.decoder
-        self._kv_shape = (decoder.num_kv_heads, decoder.head_dim)
-        position_bytes = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * config.torch_dtype.itemsize
-        self._users = UserCache(parse_bytes(kv_budget), position_bytes)
+        self._kv_shape = (model.decoder.num_kv_heads, model.decoder.head_dim)
+        self._users = UserCache(parse_bytes(kv_budget), KVBlocks.position_bytes(model.decoder, config.torch_dtype))
         self._lock = threading.Lock()
         self._closed = False
         self.rows_computed = 0
