@@ -35,6 +35,14 @@ class GraphSpec:
     lists: dict[str, tuple[str, ...]] = field(default_factory=dict)  # parameter -> the inputs it takes as one list
 
     @property
+    def input_shapes(self) -> dict[str, tuple[str | int, ...]]:
+        """Every input's dimensions: a number, or the name of one that varies."""
+        return {
+            name: tuple(self.dynamic.get(name, {}).get(axis, size) for axis, size in enumerate(tensor.shape))
+            for name, tensor in self.inputs.items()
+        }
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """What `module.forward` is called with."""
         return self._grouped(self.inputs)
@@ -49,6 +57,11 @@ class GraphSpec:
         listed = {name for names in self.lists.values() for name in names}
         single = {name: value for name, value in values.items() if name not in listed}
         return single | {name: [values[each] for each in names] for name, names in self.lists.items()}
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """ "float32", "int64", ... as manifests write it."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def cache_names(kind: str, num_layers: int) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """GraphSession: one graph under ONNX Runtime, on the provider that was asked for and no other."""
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from speeder_engine.config import check
 from speeder_engine.errors import ArtifactError, ConfigError, MissingDependency, shown
+from speeder_engine.export.tools import installed_version
 
 Array = NDArray[Any]
 # by the names that callers use; what TensorRT can't take runs on CUDA
@@ -22,7 +22,7 @@ def load_runtime(provider: str) -> Any:
     check(known, f"provider: {shown(provider)} is not one of {', '.join(PROVIDERS)}")
     extra = "ort" if provider == "cpu" else "ort-gpu"
     what = f"provider {provider!r}"
-    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
+    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if installed_version(name)]
     if len(both) > 1:
         raise ConfigError("onnxruntime and onnxruntime-gpu are both installed and overwrite each other; uninstall one")
     try:
@@ -32,14 +32,6 @@ def load_runtime(provider: str) -> Any:
     if PROVIDERS[provider] not in onnxruntime.get_available_providers():
         raise MissingDependency("onnxruntime-gpu", extra, f"{what} (uninstall onnxruntime first)")
     return onnxruntime
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 class GraphSession:

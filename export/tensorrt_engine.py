@@ -16,7 +16,8 @@ from speeder_engine.export.onnx_config import OnnxConfig
 from speeder_engine.export.plan_builder import make_logger
 from speeder_engine.export.plan_config import PLANS, PlanConfig
 from speeder_engine.export.plan_session import PlanRuntime, PlanSession
-from speeder_engine.export.tensorrt_package import PACKAGES, find_chip, installed_version, load_tensorrt
+from speeder_engine.export.tensorrt_package import PACKAGES, find_chip, load_tensorrt
+from speeder_engine.export.tools import installed_version
 from speeder_engine.query import Query
 from speeder_engine.request import Request
 
@@ -54,7 +55,7 @@ class PlanFiles:
     def check_tool(self) -> None:
         """Plans are read by the version that built them alone: raises ArtifactError for another one."""
         package = PACKAGES[self.plans.runtime]
-        built, here = self.artifact.manifest["tools"].get(package), installed_version(self.plans.runtime)
+        built, here = self.artifact.manifest["tools"].get(package), installed_version(package)
         if here is not None and here != built:
             found = f"built with {package} {built}, here is {here}"
             raise ArtifactError(f"{self.artifact.path}: {found}; install that version, or {PLANS.again}")

@@ -3,7 +3,6 @@ for: without a driver some of their libraries end the process."""
 
 import ctypes
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,13 +27,6 @@ def load_tensorrt(runtime: str, what: str) -> Any:
         return importlib.import_module(MODULES[runtime])
     except ImportError as error:
         raise MissingDependency(PACKAGES[runtime], runtime, what) from error
-
-
-def installed_version(runtime: str) -> str | None:
-    try:
-        return version(PACKAGES[runtime])
-    except PackageNotFoundError:
-        return None
 
 
 def find_chip(what: str, index: int = 0) -> int:

@@ -3,7 +3,6 @@
 import platform
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from speeder_engine.artifact import write_artifact
 from speeder_engine.config import EngineConfig
 from speeder_engine.engine import Engine
 from speeder_engine.errors import ExportError, MissingDependency
-from speeder_engine.export.graph_spec import GraphSpec, cache_names, graph_specs
+from speeder_engine.export.graph_spec import GraphSpec, cache_names, dtype_name, graph_specs
 from speeder_engine.export.onnx_check import check_graph, load_onnx
 from speeder_engine.export.onnx_config import INSTRUCTION_FILE, ONNX, OnnxConfig
 from speeder_engine.export.onnx_engine import OnnxEngine, OnnxFiles
@@ -19,6 +18,7 @@ from speeder_engine.export.onnx_file import WeightsFile, write_graph
 from speeder_engine.export.onnx_session import load_runtime
 from speeder_engine.export.parity import BOUNDS, Parity, run_parity
 from speeder_engine.export.static_graph import run_instruction
+from speeder_engine.export.tools import versions
 from speeder_engine.parts import EngineParts
 from speeder_engine.progress import track
 
@@ -39,7 +39,8 @@ def export_onnx(engine: Path, out: Path, config: OnnxConfig, parity_users: int =
     parity_users: random users for whom export and engine must agree (ExportError); 0 leaves that out, and so does
     bfloat16, which ONNX Runtime can't run on a CPU. Raises MissingDependency, ArtifactError, ConfigError.
     """
-    _check_tools(compare=parity_users > 0 and config.dtype in BOUNDS)
+    compared = parity_users > 0 and config.dtype in BOUNDS
+    _check_tools(compared)
     parts = EngineParts.load(engine)
 
     def fill(folder: Path) -> dict[str, Any]:
@@ -47,9 +48,7 @@ def export_onnx(engine: Path, out: Path, config: OnnxConfig, parity_users: int =
         if config.has_instruction:
             _write_instruction(parts, config, folder)
         parts.catalogue.table().save(folder)
-        parity: dict[str, Parity] = {}
-        if parity_users > 0 and config.dtype in BOUNDS:
-            parity = _compare(parts, config, folder, parity_users)
+        parity = _compare(parts, config, folder, parity_users) if compared else {}
         return _manifest(parts, config, written, parity)
 
     return write_artifact(out, fill, ONNX).manifest
@@ -118,7 +117,7 @@ def _manifest(
         "engine_revision": parts.revision,
         "export": config.to_json(),
         "model": parts.config.to_json(),
-        "tools": {name: found for name in TOOLS if (found := _version(name))} | {"python": platform.python_version()},
+        "tools": versions(TOOLS) | {"python": platform.python_version()},
         "limits": {
             "num_items": parts.catalogue.num_rows,
             "window": prompt.window,
@@ -147,11 +146,11 @@ def _describe(graph: WrittenGraph, parity: Parity | None) -> dict[str, Any]:
     inputs = [
         {
             "name": name,
-            "dtype": str(value.dtype).removeprefix("torch."),
-            "shape": [spec.dynamic.get(name, {}).get(axis, size) for axis, size in enumerate(value.shape)],
+            "dtype": dtype_name(spec.inputs[name]),
+            "shape": list(shape),
             "has_default": name in spec.defaults,
         }
-        for name, value in spec.inputs.items()
+        for name, shape in spec.input_shapes.items()
     ]
     return {
         "file": f"{spec.name}.onnx",
@@ -161,10 +160,3 @@ def _describe(graph: WrittenGraph, parity: Parity | None) -> dict[str, Any]:
         "graph_bytes": graph.size,
         "parity": "not run" if parity is None else asdict(parity),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ from speeder_engine.artifact import write_artifact
 from speeder_engine.config import check
 from speeder_engine.errors import ArtifactError
 from speeder_engine.export.float8 import use_float8
-from speeder_engine.export.graph_spec import GraphSpec, graph_specs
+from speeder_engine.export.graph_spec import GraphSpec, dtype_name, graph_specs
 from speeder_engine.export.onnx_file import WeightsFile, write_graph
-from speeder_engine.export.plan_builder import Limits, PlanBuilder, Shapes
+from speeder_engine.export.plan_builder import Limits, PlanBuilder
 from speeder_engine.export.plan_config import PLANS, PlanConfig
 from speeder_engine.export.static_graph import StaticModel
 from speeder_engine.export.tensorrt_package import PACKAGES, check_installed, find_chip, load_tensorrt
+from speeder_engine.export.tools import versions
 from speeder_engine.files import write_atomic
 from speeder_engine.parts import EngineParts
 from speeder_engine.progress import progress_bar
@@ -34,8 +34,8 @@ class BuiltGraph:
 
     def to_json(self) -> dict[str, Any]:
         inputs = {
-            name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(shape)}
-            for (name, tensor), shape in zip(self.spec.inputs.items(), input_shapes(self.spec).values(), strict=True)
+            name: {"dtype": dtype_name(self.spec.inputs[name]), "shape": list(shape)}
+            for name, shape in self.spec.input_shapes.items()
         }
         named = {size for entry in inputs.values() for size in entry["shape"] if isinstance(size, str)}
         named |= {"k"} & inputs.keys()
@@ -76,7 +76,7 @@ def export_tensorrt(engine: Path, out: Path, config: PlanConfig, timing_cache: P
                 place.mkdir()
                 for path, spec in graphs.items():
                     step.begin(f"{spec.name} for SM {chip}")
-                    plan = builder.build(path, input_shapes(spec), built[spec.name].limits, None if here else chip)
+                    plan = builder.build(path, spec.input_shapes, built[spec.name].limits, None if here else chip)
                     sizes[f"{place.name}/{spec.name}.plan"] = _write(place / f"{spec.name}.plan", plan)
             known = builder.timing_cache
         return {
@@ -86,7 +86,7 @@ def export_tensorrt(engine: Path, out: Path, config: PlanConfig, timing_cache: P
             "model": parts.config.to_json(),
             "limits": {"num_items": len(parts.catalogue), "window": parts.config.prompt.window},
             "graphs": {name: graph.to_json() for name, graph in built.items()},
-            "tools": {name: version(name) for name in ("speeder-engine", "torch", "onnx", PACKAGES[config.runtime])},
+            "tools": versions(("speeder-engine", "torch", "onnx", PACKAGES[config.runtime])),
             "run": "built, not run",
         }
 
@@ -114,14 +114,6 @@ def graph_files(parts: EngineParts, config: PlanConfig, folder: Path) -> Iterato
             graphs[write_graph(spec, onnx.opset, weights)] = spec
     yield graphs
     shutil.rmtree(place)
-
-
-def input_shapes(spec: GraphSpec) -> Shapes:
-    """Every input's dimensions: a number, or the name of one that varies."""
-    return {
-        name: tuple(spec.dynamic.get(name, {}).get(axis, size) for axis, size in enumerate(tensor.shape))
-        for name, tensor in spec.inputs.items()
-    }
 
 
 def limits_of(spec: GraphSpec, parts: EngineParts, config: PlanConfig) -> Limits:

@@ -7,7 +7,7 @@ from typing import Any
 
 from speeder_engine.artifact import Kind
 from speeder_engine.config import MOST_INT32, Config, check
-from speeder_engine.export.graph_spec import GraphSpec
+from speeder_engine.export.graph_spec import GraphSpec, dtype_name
 from speeder_engine.export.onnx_config import check_chosen
 from speeder_engine.export.plan_config import MOST_K, PlanConfig, Range
 
@@ -32,8 +32,8 @@ class Word(str):
 
 @dataclass(frozen=True)
 class TritonConfig(Config):
-    """max_batch, history, candidates, excluded: (typical, most) for plans, the most for both backends. k: how many are
-    answered. queue_size: requests that may wait for a model; one more, or one that has waited for `queue_ms`, is
+    """batch, candidates, excluded: (typical, most) for plans, the most for both backends. k: how many are answered.
+    queue_size: requests that may wait for a model; one more, or one that has waited for `queue_ms`, is
     rejected. batch_wait_us: how long a request waits for company. max_sessions: users with a state on each instance;
     session_idle_s: when an idle one is forgotten.
     """
@@ -102,10 +102,8 @@ def graph_config(spec: GraphSpec, config: TritonConfig) -> dict[str, Any]:
     """A graph with dynamic batching, or, where it has a state, with sequences."""
     states = state_names(spec)
     inputs = [
-        tensor(
-            name, _name(value.dtype), [spec.dynamic[name].get(axis, size) for axis, size in enumerate(value.shape)][1:]
-        )
-        for name, value in spec.inputs.items()
+        tensor(name, dtype_name(spec.inputs[name]), shape[1:])
+        for name, shape in spec.input_shapes.items()
         if name not in states
     ]
     kept = set(states.values())
@@ -135,10 +133,6 @@ def state_names(spec: GraphSpec) -> dict[str, str]:
     return {"past_lengths": "total_lengths", "past_rows": "present_rows", **names} if names else {}
 
 
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def queueing(config: TritonConfig) -> dict[str, Any]:
     """Dynamic batching with a bounded queue: what waits too long, or comes to a full one, is rejected."""
     policy = {
@@ -155,7 +149,7 @@ def _sequences(spec: GraphSpec, config: TritonConfig) -> dict[str, Any]:
     states = []
     for past, present in state_names(spec).items():
         value = spec.inputs[past]
-        shape = {"data_type": Word(TYPES[_name(value.dtype)]), "dims": list(value.shape[1:])}
+        shape = {"data_type": Word(TYPES[dtype_name(value)]), "dims": list(value.shape[1:])}
         initial = {**shape, "zero_data": True, "name": f"empty {past}"}
         states.append({"input_name": past, "output_name": present, **shape, "initial_state": initial})
     oldest = {"max_candidate_sequences": config.max_sessions, "max_queue_delay_microseconds": config.batch_wait_us}

@@ -7,7 +7,6 @@ For every graph of `served_graph.py`: the graph itself (`recommend`), two Python
 import json
 import shutil
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from speeder_engine.export.plan_config import PlanConfig
 from speeder_engine.export.served_graph import served_specs
 from speeder_engine.export.static_graph import StaticModel
 from speeder_engine.export.tensorrt_package import check_installed, find_chip, load_tensorrt
-from speeder_engine.export.to_tensorrt import input_shapes, plan_progress
+from speeder_engine.export.to_tensorrt import plan_progress
+from speeder_engine.export.tools import versions
 from speeder_engine.export.triton_config import (
     TRITON,
     TritonConfig,
@@ -88,7 +88,7 @@ def _write_model(
         graph.rename(place / model_file("onnxruntime"))
         return
     limits = plans.limits(parts.config)
-    plan = builder.build(graph, input_shapes(spec), limits, None)
+    plan = builder.build(graph, spec.input_shapes, limits, None)
     shutil.rmtree(place)
     place.mkdir()
     (place / model_file("tensorrt")).write_bytes(memoryview(plan))
@@ -229,11 +229,11 @@ def _manifest(parts: EngineParts, config: TritonConfig, specs: list[GraphSpec], 
         "models": models,
         "graphs": {
             spec.name: {
-                "inputs": {name: list(shape) for name, shape in input_shapes(spec).items()},
+                "inputs": {name: list(shape) for name, shape in spec.input_shapes.items()},
                 "outputs": {name: list(shape) for name, shape in spec.outputs.items()},
             }
             for spec in specs
         },
-        "tools": {name: version(name) for name in tools},
+        "tools": versions(tools),
         "run": "built, not run",
     }

@@ -328,7 +328,7 @@ def test_tensorrt_builds_for_the_gpu_that_is_there(engine_dir, tmp_path, monkeyp
     }.items():
         monkeypatch.setattr(to_tensorrt, name, value)
     monkeypatch.setattr(to_tensorrt, "PlanBuilder", Builder)
-    monkeypatch.setattr(to_tensorrt, "version", lambda _: "1.2.3")
+    monkeypatch.setattr("speeder_engine.export.tools.version", lambda _: "1.2.3")
     config = PlanConfig(runtime="tensorrt", chips=(), graphs=("compress",))
     cache = tmp_path / "timing.cache"
     for _ in range(2):

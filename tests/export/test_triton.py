@@ -376,7 +376,7 @@ def test_a_repository_of_plans(engine_dir, tmp_path, monkeypatch):
     for name in ("find_chip", "check_installed", "load_tensorrt"):
         monkeypatch.setattr(triton_server, name, lambda *_: SimpleNamespace())
     monkeypatch.setattr(triton_server, "PlanBuilder", FakeBuilder)
-    monkeypatch.setattr(triton_server, "version", lambda _: "1.2.3")
+    monkeypatch.setattr("speeder_engine.export.tools.version", lambda _: "1.2.3")
     settings = TritonConfig("tensorrt", "float32", ("score",), batch=(2, 4), candidates=(20, 40), excluded=(16, 64))
     export_triton(engine_dir, tmp_path / "out", settings)
     config = read_config(tmp_path / "out" / "score" / "config.pbtxt")
