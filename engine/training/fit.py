@@ -101,6 +101,8 @@ def train(
         if trained is not checkpoint:
             trainer.weights.gather_into({"model": checkpoint.model})
         checkpoint.state = state
+        # between epochs too: a run that is resumed after its last one has no record of its own
+        checkpoint.metrics = trainer.history[-1] if trainer.history else checkpoint.metrics
         if state is None:
             _take_learned(checkpoint, trainer, split)
         if first:
@@ -111,7 +113,6 @@ def train(
         trainer.validate_untrained(checkpoint.state)
     with drop_residuals(trained.model.backbone, config.backbone.residual_dropout):
         trainer.run(checkpoint.state, save)
-    checkpoint.metrics = trainer.history[-1] if trainer.history else checkpoint.metrics
     save(None)
     return checkpoint
 

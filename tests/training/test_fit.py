@@ -61,6 +61,13 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(split, finished, tmp_
     assert [(r["stage"], r["epoch"], r["loss"]) for r in first] == [(r["stage"], r["epoch"], r["loss"]) for r in second]
 
 
+def test_a_run_stopped_behind_its_last_epoch_keeps_that_ones_metrics(split, finished, tmp_path):
+    resumed = resumed_after(len(log_of(finished[1] / "c")), split, CONFIG, tmp_path / "c")
+    last = log_of(tmp_path / "c")[-1]
+    assert resumed.metrics == Checkpoint.load(tmp_path / "c").metrics == last
+    assert resumed.metrics["ndcg@10"] == finished[0].metrics["ndcg@10"]
+
+
 def test_a_finished_run_resumes_to_itself(split, finished, tmp_path):
     shutil.copytree(finished[1] / "c", tmp_path / "c")
     again = train(split, CONFIG, tmp_path / "c", resume=True)
