@@ -28,7 +28,7 @@ from speeder_engine.catalogue import ITEMS_FILE, ItemTable
 from speeder_engine.config import ModelConfig
 from speeder_engine.encoders.base import Encoder, load_encoder
 from speeder_engine.encoders.features import Features
-from speeder_engine.encoders.sources import without_bars
+from speeder_engine.encoders.sources import read_weights, without_bars
 from speeder_engine.errors import ArtifactError, MissingDependency, name_some, shown
 from speeder_engine.files import holds_nothing, refuse_unless_folder, replace_folder, write_json
 from speeder_engine.models.recommender import Recommender
@@ -218,20 +218,13 @@ def load_backbone(folder: Path) -> nn.Module:
         return _load_adapted(folder, adapters) if adapters.is_file() else _load_body(folder)
 
 
-def _load_body(folder: Path | str, whole: bool = True) -> nn.Module:
+def _load_body(folder: Path, whole: bool = True) -> nn.Module:
     """`whole`: the files hold a body and nothing else; those of a base model may also hold heads."""
     from transformers import AutoModel
 
-    # a weight of another shape is named below, rather than in a report of many lines
-    body, odd = AutoModel.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    names = {
-        "is missing": odd["missing_keys"],
-        "has another shape than config.json says": [name for name, *_ in odd["mismatched_keys"]],
-        "belongs to no part of the model": odd["unexpected_keys"] if whole else [],
-    }
-    _refuse_odd(Path(folder) / "model.safetensors", names)
+    body, odd = read_weights(AutoModel, folder)
+    beyond = () if whole else ("belongs to no part of the model",)
+    _refuse_odd(folder / "model.safetensors", {what: names for what, names in odd.items() if what not in beyond})
     return body  # type: ignore[no-any-return]
 
 
@@ -240,7 +233,10 @@ def _load_adapted(folder: Path, config: Path) -> nn.Module:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError:
         raise MissingDependency("peft", "train", "a checkpoint with adapters") from None
-    base = _load_body(json.loads(config.read_bytes())["base_model_name_or_path"], whole=False)
+    base_folder = Path(json.loads(config.read_bytes())["base_model_name_or_path"])
+    if not base_folder.is_dir():
+        raise ArtifactError(f"{folder}: adapters of {str(base_folder)!r}, which is no folder here; put that model back")
+    base = _load_body(base_folder, whole=False)
     path = folder / "adapter_model.safetensors"
     with safe_open(path, "pt") as file:
         saved = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118

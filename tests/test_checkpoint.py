@@ -153,6 +153,17 @@ def test_adapters_and_their_base_are_never_completed_at_random(adapted, tmp_path
     assert f"{tmp_path / file}: {first.removeprefix('model.')} is missing" in refusal(adapted)
 
 
+def test_adapters_find_their_base_from_any_folder(adapted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    body, tokenizer, _ = load_pretrained(BackboneConfig(source="./base"))
+    make_checkpoint(body.eval(), tokenizer).save(tmp_path / "near")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    Checkpoint.load(tmp_path / "near")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    assert f"adapters of '{tmp_path / 'base'}', which is no folder here; put that model back" in refusal(adapted)
+
+
 def unlisted(folder: Path) -> Path:
     """As the first checkpoints were written: no file's hash is known."""
     manifest = json.loads((folder / "checkpoint.json").read_text())

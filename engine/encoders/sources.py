@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,9 @@ from speeder_engine.errors import ConfigError
 WANTED = ["*.json", "*.txt", "*.model", "*.safetensors"]
 UNWANTED = ["onnx/*", "openvino/*"]
 TIMEOUT_SECONDS = 5.0
+# whatever a config.json asks for: "eager" adds a mask of booleans to its scores, so that rows see what they must not,
+# and "flash_attention_2" takes none
+ATTENTION = "sdpa"
 ENCODER_OTHERWISE = "'fitted' for an encoder fitted on the catalogue"
 
 
@@ -66,6 +70,41 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def without_reports() -> Iterator[None]:
+    """Silences what transformers says of weights that files lack or have beyond a model, line by line: its callers say
+    it in one."""
+    from transformers.utils import logging
+
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(shown)
+
+
+def read_weights(kind: Any, folder: Path) -> tuple[Any, dict[str, list[str]]]:
+    """A model of transformers' class `kind` in fp32, and what is odd about its weights: names by what is wrong."""
+    with without_bars(), without_reports():
+        model, odd = kind.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation=ATTENTION,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named like the missing ones
+        )
+    # what is mapped from a file begins anywhere: products of such rows may round as those of a new model's don't, and
+    # a resumed run would drift away from an unbroken one
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model, {
+        "is missing": sorted(odd["missing_keys"]),
+        "has another shape than config.json says": sorted(name for name, *_ in odd["mismatched_keys"]),
+        "belongs to no part of the model": sorted(odd["unexpected_keys"]),
+    }
 
 
 def best_device() -> torch.device:

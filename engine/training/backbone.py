@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from speeder_engine.config import check
-from speeder_engine.encoders.sources import resolve_source
-from speeder_engine.errors import ConfigError, MissingDependency
+from speeder_engine.encoders.sources import read_weights, resolve_source
+from speeder_engine.errors import ConfigError, MissingDependency, SpeederError
 from speeder_engine.memory import host_memory
+from speeder_engine.models.families import decoder_config
 from speeder_engine.training.config import BackboneConfig
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]
@@ -103,20 +104,24 @@ def checkpoint_layers(backbone: nn.Module) -> None:
 
 
 def load_pretrained(config: BackboneConfig, with_head: bool = False) -> Backbone:
-    """A pretrained body with LoRA on all its linear layers; its own weights and its head are frozen."""
-    source = resolve_source(str(config.source), "backbone", "none for a small decoder from scratch")
-    from transformers import AutoTokenizer
+    """A pretrained body with LoRA on all its linear layers; its own weights and its head are frozen.
+
+    ConfigError for a folder that can't be read whole, and for a model that could be tuned, but not served.
+    """
+    # absolute: the adapters remember it, and the next command may be started elsewhere
+    source = resolve_source(str(config.source), "backbone", "none for a small decoder from scratch").resolve()
+    from transformers import AutoConfig, AutoTokenizer
 
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise MissingDependency("peft", "train", "tuning a pretrained backbone") from None
-    try:
-        body, head = _load_body(source, with_head)
+    with _reading(source):
+        shape = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"backbone {str(source)!r}: can't be loaded ({reason}); give another folder") from None
+    _refuse_quantized(source, shape)
+    decoder_config(shape)
+    body, head = _load_body(source, with_head)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
@@ -127,19 +132,42 @@ def load_pretrained(config: BackboneConfig, with_head: bool = False) -> Backbone
     return Backbone(get_peft_model(body, lora), tokenizer, head)
 
 
+@contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """What goes wrong inside, as one ConfigError that names `source`."""
+    try:
+        yield
+    except (SpeederError, MemoryError):
+        raise
+    except Exception as error:  # what transformers and safetensors raise about a damaged folder is no narrower
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"backbone {str(source)!r}: can't be loaded ({reason}); give another folder") from error
+
+
+def _refuse_quantized(source: Path, shape: Any) -> None:
+    quantized = getattr(shape, "quantization_config", None)
+    if quantized is None:
+        return
+    method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized.quant_method
+    message = f"its config says quantization_config ({method}), and adapters are merged into plain weights"
+    raise ConfigError(f"backbone {str(source)!r}: {message}; give a folder with those")
+
+
 def _load_body(source: Path, with_head: bool) -> tuple[Any, Tensor | None]:
-    """Raises ConfigError where a head is asked for and the files hold none."""
+    """Raises ConfigError where the files lack a weight, as a head that is asked for."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    if not with_head:
-        return AutoModel.from_pretrained(source, dtype=torch.float32), None
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    lm, info = loaded
-    if lm.config.tie_word_embeddings:
-        return lm.base_model, None
-    if any("lm_head" in name for name in info["missing_keys"]):
+    with _reading(source):
+        model, odd = read_weights(AutoModelForCausalLM if with_head else AutoModel, source)
+    untied = with_head and not model.config.tie_word_embeddings
+    if untied and any("lm_head" in name for name in odd["is missing"]):
         raise ConfigError(f"backbone {str(source)!r}: has no vocabulary head; heads.title needs a whole causal LM")
-    return lm.base_model, lm.get_output_embeddings().weight.detach()
+    for what in ("is missing", "has another shape than config.json says"):
+        if odd[what]:
+            raise ConfigError(f"backbone {str(source)!r}: {odd[what][0]} {what}; give another folder")
+    if not with_head:
+        return model, None
+    return model.base_model, model.get_output_embeddings().weight.detach() if untied else None
 
 
 def embedding_scale(backbone: nn.Module) -> float:
