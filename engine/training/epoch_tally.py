@@ -20,7 +20,7 @@ class EpochTally:
 
     @property
     def mean_loss(self) -> float:
-        return self.loss / self.num_targets
+        return self.loss / max(self.num_targets, 1)
 
     def add_step(self, losses: Losses, norm: float) -> None:
         """The losses of one step and the norm of its whole gradient, before it was clipped."""

@@ -1,10 +1,11 @@
 """From a dataset to a checkpoint: features, backbone, staged training, and what a resumed run needs in between."""
 
 import warnings
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from speeder_engine.catalogue import ItemTable
 from speeder_engine.checkpoint import Checkpoint, TrainingState, check_replaceable
-from speeder_engine.config import CalendarConfig, CompressorConfig, ModelConfig, PromptConfig
+from speeder_engine.config import CalendarConfig, CompressorConfig, ModelConfig, PromptConfig, check
 from speeder_engine.data.splits import Histories, Split
 from speeder_engine.errors import ConfigError, DataError, SpeederWarning
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
@@ -27,6 +28,7 @@ from speeder_engine.models.prior import ConstantPrior, LivePrior, Prior
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.title_text import TitleText, answer_text
 from speeder_engine.training.backbone import (
+    Backbone,
     checkpoint_layers,
     drop_residuals,
     embedding_scale,
@@ -44,6 +46,7 @@ from speeder_engine.training.incremental import continued_checkpoint
 from speeder_engine.training.language_warmup import warm_up
 from speeder_engine.training.parallel import ALONE, Processes
 from speeder_engine.training.run_log import RunLog
+from speeder_engine.training.sampled import make_sampler
 from speeder_engine.training.title_targets import TitleTargets, refuse_untitled
 from speeder_engine.training.title_validation import title_probability
 from speeder_engine.training.token_table import TokenTable
@@ -70,10 +73,7 @@ def train(
     before it is trained.
     """
     claim_threads("train")
-    if not len(split.users):
-        raise DataError(f"{split.dataset.name}: no user has the three interactions that training and validation need")
-    if split.dataset.num_items < 2:
-        raise DataError(f"{split.dataset.name}: there is one item, and nothing to tell it from; add others")
+    _refuse_early(split, config)
     check_replaceable(out)
     first = processes.is_first
     if resume and holds_nothing(out):
@@ -117,14 +117,30 @@ def train(
     return checkpoint
 
 
+def _refuse_early(split: Split, config: TrainingConfig) -> None:
+    """What can't be trained on these interactions, before minutes of encoding and fitting."""
+    name, num_items, train = split.dataset.name, split.dataset.num_items, split.train
+    if not len(split.users):
+        raise DataError(f"{name}: no user has the three interactions that training and validation need")
+    if num_items < 2:
+        raise DataError(f"{name}: there is one item, and nothing to tell it from; add others")
+    if train.lengths.max() < 2:
+        raise DataError(
+            f"{name}: each user's last two interactions are held out, and nobody has two more to learn from"
+        )
+    if config.live_prior is not None:
+        LivePopularity.of_events(config.live_prior, num_items, train.times, train.rows)
+    make_sampler(config, np.bincount(train.rows, minlength=num_items))
+    if config.heads.title:
+        refuse_untitled([split.dataset.items.titles[row] for row in np.unique(train.rows)])
+
+
 def _beginning(split: Split, config: TrainingConfig, cache_dir: Path, start_from: Checkpoint | None) -> Checkpoint:
     # before minutes of encoding and fitting
     ensure_writable(cache_dir)
     if start_from is None:
-        make_calendar(split, config.calendar_days)
-        if config.heads.title:
-            refuse_untitled(split.dataset.items.titles)
-        return new_checkpoint(split, config, make_features(split, config, cache_dir))
+        language = make_language(split, config)
+        return new_checkpoint(split, config, language, make_features(split, config, cache_dir))
     return continued_checkpoint(start_from, split, config, item_prior(split, config), cache_dir)
 
 
@@ -145,18 +161,46 @@ def _log_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.log.jsonl")
 
 
-def new_checkpoint(split: Split, config: TrainingConfig, made: ItemFeatures) -> Checkpoint:
-    """An untrained model over these features."""
-    items = split.dataset.items
+class Language(NamedTuple):
+    """A backbone, and prompts in its words."""
+
+    backbone: Backbone
+    prompt: PromptConfig
+
+
+def make_language(split: Split, config: TrainingConfig) -> Language:
+    """Untrained. ConfigError for a backbone that can't be served, or not with these prompts and titles."""
+    calendar, items, titled = make_calendar(split, config.calendar_days), split.dataset.items, config.heads.title
     titles = [answer_text(title) for title in items.titles]
-    read = [config.instruction, *([config.question, *titles] if config.heads.title else []), *items.texts]
-    backbone, tokenizer, head = make_backbone(config.backbone, read, with_head=config.heads.title)
-    warm_up(backbone, tokenizer, [text for text in [*titles, *items.texts] if text], config.backbone, config.seed)
-    hf = backbone.config
-    prompt = make_prompt(config, tokenizer, hf, make_calendar(split, config.calendar_days))
+    read = [config.instruction, *([config.question, *titles] if titled else []), *items.texts]
+    backbone = make_backbone(config.backbone, read, with_head=titled)
+    hf: Any = backbone.body.config
+    prompt = make_prompt(config, backbone.tokenizer, hf, calendar)
+    answers = TitleText(backbone.tokenizer.backend_tokenizer).answers(titles) if titled else []
+    _refuse_unknown_words(hf.vocab_size, prompt, answers)
+    # how long prompts are depends on no item's vectors
+    anything = CompressorConfig(dict.fromkeys(config.modalities, 1), hf.hidden_size)
+    ModelConfig(decoder_config(hf), anything, prompt, config.heads)
+    return Language(backbone, prompt)
+
+
+def _refuse_unknown_words(vocab_size: int, prompt: PromptConfig, answers: Iterable[tuple[int, ...]]) -> None:
+    """A tokenizer may have been given words that the model has no embedding for."""
+    texts = {"instruction": prompt.instruction_ids, "question": prompt.question_ids}
+    for what, ids in [*texts.items(), *(("titles", answer) for answer in answers)]:
+        found = max(ids, default=0)
+        beyond = f"backbone: its tokenizer writes {what} with token {found}, its vocabulary ends at {vocab_size - 1}"
+        check(found < vocab_size, f"{beyond}; give the tokenizer it was trained with")
+
+
+def new_checkpoint(split: Split, config: TrainingConfig, language: Language, made: ItemFeatures) -> Checkpoint:
+    """An untrained model over these features."""
+    items, (body, tokenizer, head), prompt = split.dataset.items, language.backbone, language.prompt
+    texts = [text for text in [*map(answer_text, items.titles), *items.texts] if text]
+    warm_up(body, tokenizer, texts, config.backbone, config.seed)
+    hf: Any = body.config
     widths = {name: made.features[name].dim for name in config.modalities if name in made.features}
-    scale = embedding_scale(backbone)
-    compressor = CompressorConfig(widths, hf.hidden_size, scale=scale, mixing=config.mixing)  # type: ignore[union-attr,arg-type]
+    compressor = CompressorConfig(widths, hf.hidden_size, scale=embedding_scale(body), mixing=config.mixing)
     followers = make_followers(split, config)
     shape = ModelConfig(
         decoder_config(hf),
@@ -167,7 +211,7 @@ def new_checkpoint(split: Split, config: TrainingConfig, made: ItemFeatures) -> 
         followers=None if followers is None else followers.config,
         vocabulary_tied=head is None,
     )
-    model = Recommender(shape, backbone)
+    model = Recommender(shape, body)
     model.followers = followers
     if head is not None:
         model.vocabulary_head = nn.Parameter(head, requires_grad=False)

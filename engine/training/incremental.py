@@ -51,9 +51,12 @@ SHAPE = (
 
 
 def recipe_to_continue(previous: Checkpoint) -> TrainingConfig:
-    """The checkpoint's own recipe: of its last stage a third of the epochs, everything brought in from the start."""
-    config = TrainingConfig.from_json(previous.training["config"])
-    last = config.stages[-1]
+    """The checkpoint's own recipe: of its last stage a third of the epochs, everything brought in from the start.
+
+    The last that was trained: one whose modalities no item had was left out.
+    """
+    config, had = TrainingConfig.from_json(previous.training["config"]), set(previous.model.compressor.modalities)
+    last = next(stage for stage in reversed(config.stages) if had.intersection(stage.modalities))
     return replace(config, stages=(replace(last, epochs=max(1, last.epochs // 3), ramp=0.0),))
 
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from counting import make_dataset
-from tiny_training import CONFIG, log_of, pretrained, resumed_after
+from tiny_training import CONFIG, log_of, one_stage, pretrained, resumed_after
 
 from speeder_engine import Engine
 from speeder_engine.checkpoint import Checkpoint
+from speeder_engine.config import HeadsConfig, LivePriorConfig
 from speeder_engine.data.dataset import Dataset
 from speeder_engine.data.splits import leave_one_out
 from speeder_engine.errors import ArtifactError, ConfigError, DataError, SpeederError, SpeederWarning
@@ -20,10 +21,12 @@ from speeder_engine.export.engine_directory import export_engine
 from speeder_engine.models.families import FAMILIES
 from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.runs import offsets_of
+from speeder_engine.training import fit
 from speeder_engine.training import gradient as gradient_module
 from speeder_engine.training.config import MOST_SEED, Stage, TrainingConfig
 from speeder_engine.training.features import read_images
 from speeder_engine.training.fit import train
+from speeder_engine.training.incremental import recipe_to_continue
 
 
 def weights(checkpoint):
@@ -103,12 +106,38 @@ def test_one_item_is_nothing_to_learn(split, tmp_path):
         train(leave_one_out(one), CONFIG, tmp_path / "c")
 
 
+def test_two_training_events_of_a_user_are_the_least(split, tmp_path):
+    taken, times = np.tile(np.arange(3, dtype=np.int32), 5), np.arange(15)
+    short = Dataset("short", split.dataset.items, tuple("abcde"), offsets_of(np.full(5, 3)), taken, times)
+    with pytest.raises(DataError, match="last two interactions are held out, and nobody has two more to learn from"):
+        train(leave_one_out(short), one_stage(1), tmp_path / "c")
+
+
+def test_settings_that_the_catalogue_forbids_are_refused_before_features_are_made(split, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "make_features", lambda *_: pytest.fail("features were made"))
+    with pytest.raises(ConfigError, match="label_smoothing needs a softmax over all 24 items"):
+        train(split, one_stage(1, label_smoothing=0.1, sampled_items=5), tmp_path / "c")
+    untimed = leave_one_out(replace(split.dataset, times=None))
+    with pytest.raises(DataError, match="live prior: the interactions have no times"):
+        train(untimed, one_stage(1, live_prior=LivePriorConfig()), tmp_path / "c")
+
+
+def test_a_step_without_a_title_does_not_end_a_run_of_titles_alone(split, tmp_path):
+    titled = ("Title", *[""] * (len(split.dataset.items) - 1))
+    few = leave_one_out(replace(split.dataset, items=replace(split.dataset.items, titles=titled)))
+    heads = HeadsConfig(retrieve=False, rank=False, title=True)
+    weights = {"retrieve_weight": 0, "rank_weight": 0, "order_weight": 0, "title_weight": 1}
+    train(few, one_stage(1, heads=heads, batch_size=1, **weights), tmp_path / "c")
+    assert log_of(tmp_path / "c")[0]["title_probability"] > 0
+
+
 def test_a_modality_that_no_item_has_is_left_out(split, tmp_path):
     stages = (*CONFIG.stages[:1], Stage("S3", ("text", "image"), 1, 1e-3), Stage("S4", ("image",), 1, 1e-3))
     config = TrainingConfig.from_json({**CONFIG.to_json(), "stages": [vars(stage) for stage in stages]})
     with pytest.warns(SpeederWarning, match="no item has image features; trained without"):
         checkpoint = train(split, config, tmp_path / "c")
     assert checkpoint.model.compressor.modalities == ("text",)
+    assert recipe_to_continue(checkpoint).stages == (replace(stages[1], ramp=0.0),)  # S4 was never trained
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_place(split, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from speeder_engine.training.backbone import checkpoint_layers
 from speeder_engine.training.batches import TrainingBatch, TrainingBatches
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.features import make_features
-from speeder_engine.training.fit import new_checkpoint, train
+from speeder_engine.training.fit import make_language, new_checkpoint, train
 from speeder_engine.training.gradient import GradientMaker
 from speeder_engine.training.token_table import TokenTable
 
@@ -23,7 +23,7 @@ STILL = without_dropout(CONFIG)
 def made(split, config, tmp_path, **settings):
     """Gradients by name and losses of one step over `batches`."""
     torch.manual_seed(0)
-    checkpoint = new_checkpoint(split, config, make_features(split, config, tmp_path))
+    checkpoint = new_checkpoint(split, config, make_language(split, config), make_features(split, config, tmp_path))
     table = TokenTable(checkpoint.model.compressor, checkpoint.features, config.modality_dropout)
     model = checkpoint.model.train()
     if settings.get("checkpoint_layers"):

@@ -20,7 +20,7 @@ from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.runs import offsets_of
 from speeder_engine.training.features import make_features
-from speeder_engine.training.fit import new_checkpoint, train
+from speeder_engine.training.fit import make_language, new_checkpoint, train
 from speeder_engine.training.incremental import carried, fit_new_items, grown_model, recipe_to_continue
 from speeder_engine.training.overrides import override
 
@@ -72,7 +72,9 @@ def test_it_starts_where_the_old_one_stopped_and_learns_new_items(old, tmp_path)
         scratch = train(split, short, tmp_path / "scratch")
     assert log[0]["ndcg@10"] > scratch.metrics["ndcg@10"]  # untrained here, after an epoch there
     torch.manual_seed(0)
-    fresh = new_checkpoint(split, config, make_features(split, config, tmp_path / "cache"))
+    fresh = new_checkpoint(
+        split, config, make_language(split, config), make_features(split, config, tmp_path / "cache")
+    )
     scorer = ModelScorer(fresh.model, fresh.item_tokens(), ConstantPrior(torch.from_numpy(fresh.table.prior)))
     untrained = evaluate(scorer, split.queries("validation"), None, ks=(10,)).metrics["ndcg@10"]
     assert log[0]["ndcg@10"] > 3 * untrained

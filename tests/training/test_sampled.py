@@ -17,7 +17,7 @@ from speeder_engine.runs import offsets_of
 from speeder_engine.training.batches import PAD, TrainingBatches
 from speeder_engine.training.config import HeadsConfig, TrainingConfig
 from speeder_engine.training.features import make_features
-from speeder_engine.training.fit import new_checkpoint, train
+from speeder_engine.training.fit import make_language, new_checkpoint, train
 from speeder_engine.training.gradient import GradientMaker
 from speeder_engine.training.sampled import ItemSampler, make_sampler
 from speeder_engine.training.token_table import TokenTable
@@ -47,7 +47,7 @@ def flat_gradient(model, gradient, batch, number=()):
 def test_the_mean_of_sampled_gradients_is_near_the_full_one(tmp_path):
     split = make_split(400)
     torch.manual_seed(0)
-    checkpoint = new_checkpoint(split, PLAIN, make_features(split, PLAIN, tmp_path))
+    checkpoint = new_checkpoint(split, PLAIN, make_language(split, PLAIN), make_features(split, PLAIN, tmp_path))
     model = checkpoint.model.train()
     # scores that differ and a prior: where sampling could go wrong
     torch.nn.init.normal_(model.retrieve.project.weight, std=0.3)
