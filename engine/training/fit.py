@@ -19,7 +19,7 @@ from speeder_engine.data.splits import Histories, Split
 from speeder_engine.errors import ConfigError, DataError, SpeederWarning
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
-from speeder_engine.files import ensure_writable, holds_nothing, write_atomic
+from speeder_engine.files import ensure_writable, holds_nothing
 from speeder_engine.forks import claim_threads
 from speeder_engine.live_prior import SECONDS_A_DAY, LivePopularity
 from speeder_engine.models.families import decoder_config
@@ -88,7 +88,7 @@ def train(
             checkpoint = _beginning(split, config, cache_dir or out.parent / f"{out.name}-cache", start_from)
         if first:
             warn_of_gaps(split, checkpoint.features)
-            write_atomic(_log_path(out), b"")
+            log.begin_anew()
     if checkpoint.state is None:
         return checkpoint
     if resume and first:

@@ -15,6 +15,11 @@ class RunLog:
     def __init__(self, path: Path | None = None, tensorboard: Path | None = None) -> None:
         self.path, self.tensorboard = path, tensorboard
         self.board: Any = None if tensorboard is None else open_board(tensorboard)
+        self._replaces = False
+
+    def begin_anew(self) -> None:
+        """The next line replaces what another run has left there: until then its checkpoint stands beside its log."""
+        self._replaces = True
 
     def rewind(self, epochs_done: int) -> None:
         """Drops what stands beyond so many epochs: a run that was stopped between an epoch's line and its checkpoint
@@ -30,9 +35,13 @@ class RunLog:
 
     def write(self, record: Mapping[str, Any], epochs_done: int) -> None:
         """`epochs_done`: over all stages, the x of the scalars."""
-        if self.path is not None:
+        line = json.dumps(dict(record)) + "\n"
+        if self.path is not None and self._replaces:
+            write_atomic(self.path, line.encode())
+            self._replaces = False
+        elif self.path is not None:
             with self.path.open("a") as file:
-                file.write(json.dumps(dict(record)) + "\n")
+                file.write(line)
         if self.board is not None:
             for name, value in record.items():
                 if isinstance(value, int | float):

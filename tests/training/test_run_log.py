@@ -76,6 +76,17 @@ def test_an_epoch_that_is_trained_again_stands_in_the_log_once(split, tmp_path, 
     assert boards[-1].purge_step == 2 and {step for _, _, step in boards[-1].scalars} == {2}
 
 
+def test_a_log_stands_until_another_run_has_a_line(tmp_path):
+    path = tmp_path / "c.log.jsonl"
+    RunLog(path).write({"epoch": 1, "run": "old"}, 1)
+    log = RunLog(path)
+    log.begin_anew()
+    assert log_of(tmp_path / "c") == [{"epoch": 1, "run": "old"}]
+    for epoch in (1, 2):
+        log.write({"epoch": epoch}, epoch)
+    assert log_of(tmp_path / "c") == [{"epoch": 1}, {"epoch": 2}]
+
+
 def test_the_record_of_an_untrained_model_is_no_epochs(tmp_path):
     log = RunLog(tmp_path / "c.log.jsonl")
     for epoch in range(4):
