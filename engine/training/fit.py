@@ -1,11 +1,10 @@
 """From a dataset to a checkpoint: features, backbone, staged training, and what a resumed run needs in between."""
 
 import warnings
-from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,35 +13,27 @@ from torch import Tensor, nn
 
 from speeder_engine.catalogue import ItemTable
 from speeder_engine.checkpoint import Checkpoint, TrainingState, check_replaceable
-from speeder_engine.config import CalendarConfig, CompressorConfig, ModelConfig, PromptConfig, check
+from speeder_engine.config import CompressorConfig, ModelConfig
 from speeder_engine.data.splits import Histories, Split
 from speeder_engine.errors import ConfigError, DataError, SpeederWarning
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.files import ensure_writable, holds_nothing
 from speeder_engine.forks import claim_threads
-from speeder_engine.live_prior import SECONDS_A_DAY, LivePopularity
+from speeder_engine.live_prior import LivePopularity
 from speeder_engine.models.families import decoder_config
 from speeder_engine.models.follower_table import FollowerTable
 from speeder_engine.models.prior import ConstantPrior, LivePrior, Prior
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.title_text import TitleText, answer_text
-from speeder_engine.training.backbone import (
-    Backbone,
-    checkpoint_layers,
-    drop_residuals,
-    embedding_scale,
-    end_ids,
-    instruction_ids,
-    make_backbone,
-    question_ids,
-)
+from speeder_engine.training.backbone import checkpoint_layers, drop_residuals, embedding_scale
 from speeder_engine.training.batches import TrainingBatches
 from speeder_engine.training.census import warn_of_gaps
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.features import ItemFeatures, make_features
 from speeder_engine.training.follower_counts import follower_table
 from speeder_engine.training.incremental import continued_checkpoint
+from speeder_engine.training.language import Language, make_language
 from speeder_engine.training.language_warmup import warm_up
 from speeder_engine.training.parallel import ALONE, Processes
 from speeder_engine.training.run_log import RunLog
@@ -161,38 +152,6 @@ def _log_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.log.jsonl")
 
 
-class Language(NamedTuple):
-    """A backbone, and prompts in its words."""
-
-    backbone: Backbone
-    prompt: PromptConfig
-
-
-def make_language(split: Split, config: TrainingConfig) -> Language:
-    """Untrained. ConfigError for a backbone that can't be served, or not with these prompts and titles."""
-    calendar, items, titled = make_calendar(split, config.calendar_days), split.dataset.items, config.heads.title
-    titles = [answer_text(title) for title in items.titles]
-    read = [config.instruction, *([config.question, *titles] if titled else []), *items.texts]
-    backbone = make_backbone(config.backbone, read, with_head=titled)
-    hf: Any = backbone.body.config
-    prompt = make_prompt(config, backbone.tokenizer, hf, calendar)
-    answers = TitleText(backbone.tokenizer.backend_tokenizer).answers(titles) if titled else []
-    _refuse_unknown_words(hf.vocab_size, prompt, answers)
-    # how long prompts are depends on no item's vectors
-    anything = CompressorConfig(dict.fromkeys(config.modalities, 1), hf.hidden_size)
-    ModelConfig(decoder_config(hf), anything, prompt, config.heads)
-    return Language(backbone, prompt)
-
-
-def _refuse_unknown_words(vocab_size: int, prompt: PromptConfig, answers: Iterable[tuple[int, ...]]) -> None:
-    """A tokenizer may have been given words that the model has no embedding for."""
-    texts = {"instruction": prompt.instruction_ids, "question": prompt.question_ids}
-    for what, ids in [*texts.items(), *(("titles", answer) for answer in answers)]:
-        found = max(ids, default=0)
-        beyond = f"backbone: its tokenizer writes {what} with token {found}, its vocabulary ends at {vocab_size - 1}"
-        check(found < vocab_size, f"{beyond}; give the tokenizer it was trained with")
-
-
 def new_checkpoint(split: Split, config: TrainingConfig, language: Language, made: ItemFeatures) -> Checkpoint:
     """An untrained model over these features."""
     items, (body, tokenizer, head), prompt = split.dataset.items, language.backbone, language.prompt
@@ -231,34 +190,6 @@ def make_followers(split: Split, config: TrainingConfig) -> FollowerTable | None
     if config.followers is None:
         return None
     return follower_table(config.followers, split.train, split.dataset.num_items)
-
-
-def make_prompt(config: TrainingConfig, tokenizer: Any, hf: Any, calendar: CalendarConfig | None) -> PromptConfig:
-    """The layout in the backbone's tokens; the question and what ends an answer only where titles are asked for."""
-    titled = config.heads.title
-    return PromptConfig(
-        config.instruction,
-        instruction_ids(tokenizer, config.instruction),
-        config.window,
-        config.window_step,
-        question=config.question if titled else "",
-        question_ids=question_ids(tokenizer, config.question) if titled else (),
-        end_ids=end_ids(tokenizer, hf) if titled else (),
-        calendar=calendar,
-        positions=config.positions,
-    )
-
-
-def make_calendar(split: Split, days: float) -> CalendarConfig | None:
-    """Buckets of so many days from the first training event to the last; None for 0 days."""
-    if not days:
-        return None
-    times = split.train.times
-    if times is None:
-        raise DataError(f"{split.dataset.name}: calendar_days needs times; give a time column or set it to 0")
-    seconds = round(days * SECONDS_A_DAY)
-    first = int(times.min())
-    return CalendarConfig(first, seconds, (int(times.max()) - first) // seconds + 1)
 
 
 def item_prior(split: Split, config: TrainingConfig) -> NDArray[np.float32]:

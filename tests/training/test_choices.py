@@ -22,7 +22,8 @@ from speeder_engine.live_prior import LivePopularity
 from speeder_engine.runs import offsets_of
 from speeder_engine.training.batches import PAD, TrainingBatches
 from speeder_engine.training.config import BackboneConfig, CollaborativeConfig, Stage, TrainingConfig
-from speeder_engine.training.fit import make_calendar, train, training_prior
+from speeder_engine.training.fit import train, training_prior
+from speeder_engine.training.language import make_calendar
 
 BASE = TrainingConfig(
     instruction="Next:",

@@ -12,8 +12,9 @@ from speeder_engine.training.backbone import checkpoint_layers
 from speeder_engine.training.batches import TrainingBatch, TrainingBatches
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.features import make_features
-from speeder_engine.training.fit import make_language, new_checkpoint, train
+from speeder_engine.training.fit import new_checkpoint, train
 from speeder_engine.training.gradient import GradientMaker
+from speeder_engine.training.language import make_language
 from speeder_engine.training.token_table import TokenTable
 
 CPU = torch.device("cpu")

@@ -20,8 +20,9 @@ from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.runs import offsets_of
 from speeder_engine.training.features import make_features
-from speeder_engine.training.fit import make_language, new_checkpoint, train
+from speeder_engine.training.fit import new_checkpoint, train
 from speeder_engine.training.incremental import carried, fit_new_items, grown_model, recipe_to_continue
+from speeder_engine.training.language import make_language
 from speeder_engine.training.overrides import override
 
 DAY = 86_400

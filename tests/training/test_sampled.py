@@ -17,8 +17,9 @@ from speeder_engine.runs import offsets_of
 from speeder_engine.training.batches import PAD, TrainingBatches
 from speeder_engine.training.config import HeadsConfig, TrainingConfig
 from speeder_engine.training.features import make_features
-from speeder_engine.training.fit import make_language, new_checkpoint, train
+from speeder_engine.training.fit import new_checkpoint, train
 from speeder_engine.training.gradient import GradientMaker
+from speeder_engine.training.language import make_language
 from speeder_engine.training.sampled import ItemSampler, make_sampler
 from speeder_engine.training.token_table import TokenTable
 
