@@ -4,10 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from measure import Clock, Timed, Timing, interleave, median_of
+from measure import Clock, Timed, Timing, clocked, interleave, median_of
 from torch import Tensor
 
 from speeder_engine.native.support import advise_huge, read_memory
+
+SMALL_SIDE, MOST_SECONDS = 256, 0.5  # of a product that is tried first, and of one that is kept
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,21 @@ class Limits:
         rate = self.probes[name].amount / min(timing.seconds.values())
         self.best[name] = max(rate, self.best.get(name, 0.0))
 
+    def matmul(self, dtype: str) -> str:
+        """The probe that bounds products in this dtype. Where the device doesn't multiply it, and torch emulates it
+        slowly, numbers can be widened on their way: fp32's."""
+        own, wide = f"matmul_{dtype}", "matmul_float32"
+        return wide if self.best.get(wide, 0.0) > self.best.get(own, 0.0) else own
+
     def pair(self, dtype: str) -> dict[str, Timed]:
         """The two probes that bound a computation in this dtype, to be timed in turn with it."""
-        return {name: self.probes[name].timed for name in ("read", f"matmul_{dtype}")}
+        return {name: self.probes[name].timed for name in ("read", self.matmul(dtype))}
 
     def over_limit(self, timing: Timing, probes: dict[str, Timing], work: Work, dtype: str) -> float:
         """How many times the physical limit a call took: the longer of reading its bytes and multiplying, each at the
         rate that its probe had in the same round; the median over the rounds."""
-        read, matmul = (self._seconds_each(name, probes[name]) for name in ("read", f"matmul_{dtype}"))
+        multiplied = next(name for name in (self.matmul(dtype), f"matmul_{dtype}", "matmul_float32") if name in probes)
+        read, matmul = (self._seconds_each(name, probes[name]) for name in ("read", multiplied))
         return median_of(
             seconds / max(work.num_bytes * read[at], work.flops * matmul[at])
             for at, seconds in timing.seconds.items()
@@ -93,12 +102,10 @@ def make_probes(device: torch.device, small: bool) -> dict[str, Probe]:
     }
     if device.type == "cuda":
         probes["matmul_float16"] = multiplying(side, torch.float16, device)
-    left, right = (torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device) for _ in range(2))
     try:
-        torch._int_mm(left, right.T)
+        return {**probes, "matmul_int8": multiplying_int8(side, device)}
     except RuntimeError:  # a device without 8-bit products has no such ceiling
         return probes
-    return {**probes, "matmul_int8": Probe(lambda: torch._int_mm(left, right.T), 2 * side**3)}
 
 
 def reading(source: Tensor) -> Callable[[], object]:
@@ -111,7 +118,35 @@ def reading(source: Tensor) -> Callable[[], object]:
 
 
 def multiplying(side: int, dtype: torch.dtype, device: torch.device) -> Probe:
-    # random data: zeros run faster than anything real
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    product: Tensor = torch.empty_like(left)
-    return Probe(lambda: torch.mm(left, right, out=product), 2 * side**3)
+    def made(side: int) -> Probe:
+        # random data: zeros run faster than anything real
+        left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        product: Tensor = torch.empty_like(left)
+        return Probe(lambda: torch.mm(left, right, out=product), 2 * side**3)
+
+    return bearable(made, side, device)
+
+
+def multiplying_int8(side: int, device: torch.device) -> Probe:
+    """RuntimeError where torch has no such product on the device."""
+
+    def made(side: int) -> Probe:
+        left, right = (torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device) for _ in range(2))
+        return Probe(lambda: torch._int_mm(left, right.T), 2 * side**3)
+
+    probe = bearable(made, side, device)
+    probe.call()
+    return probe
+
+
+def bearable(made: Callable[[int], Probe], side: int, device: torch.device) -> Probe:
+    """A product of matrices of this side, or of smaller ones where a CPU emulates it: a hundred times slower, a probe
+    would take minutes."""
+    if device.type != "cpu":
+        return made(side)
+    small = made(SMALL_SIDE)
+    small.call()
+    seconds = min(clocked(small.call) for _ in range(2))
+    while side > SMALL_SIDE and seconds * (side / SMALL_SIDE) ** 3 > MOST_SECONDS:
+        side //= 2
+    return made(side)

@@ -13,7 +13,7 @@ import torch
 import typer
 from gemm import forms, step_products, work_of
 from interrupts import take_interrupts
-from limits import Limits, Probe, Work
+from limits import Limits, Probe, Work, bearable
 from measure import Clock, Timed, Timing, interleave
 from plot import CHARTS, draw_all
 from report import Report
@@ -166,6 +166,22 @@ def test_the_limit_is_the_longer_of_reading_and_multiplying():
     assert limits.over_limit(step, probes, Work(200.0, 500.0), "float32") == 2.0
     assert limits.over_limit(step, probes, Work(0.0, 4000.0), "float32") == 1.5  # median of 1 and 2
     assert limits.best == {"read": 100.0, "matmul_float32": 1000.0}
+
+
+def test_what_a_chip_only_emulates_is_bounded_by_what_it_multiplies():
+    limits = Limits(torch.device("cpu"), small=True)
+    limits.best = {"matmul_float32": 100.0, "matmul_bfloat16": 0.3}
+    assert limits.matmul("bfloat16") == limits.matmul("float32") == "matmul_float32"
+    assert set(limits.pair("bfloat16")) == {"read", "matmul_float32"}
+    limits.best["matmul_bfloat16"] = 300.0
+    assert limits.matmul("bfloat16") == "matmul_bfloat16"
+
+
+@pytest.mark.parametrize(("seconds", "side"), [(1e-4, 2048), (0.01, 512), (0.3, 256), (9.0, 256)])
+def test_a_product_that_is_emulated_is_probed_in_small(monkeypatch, seconds, side):
+    monkeypatch.setattr("limits.clocked", lambda call: seconds)
+    found = bearable(lambda side: Probe(lambda: None, side), 2048, torch.device("cpu"))
+    assert found.amount == side
 
 
 def test_products_of_a_step_are_those_of_the_decoder():

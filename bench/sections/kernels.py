@@ -32,7 +32,7 @@ def one(bench: Bench, case: Case, num_rows: int, clock: Clock) -> list[list[obje
         timing = interleave({"case": Timed(lambda _: case.call())}, bench.rounds(5, 10), Clock.of(clock.left / 8),
                             bench.device)["case"]  # fmt: skip
     best, seconds = bench.limits.best, timing.p50
-    limit = max(case.num_bytes / best["copy"], case.flops / best[f"matmul_{bench.dtype}"])
+    limit = max(case.num_bytes / best["copy"], case.flops / best[bench.limits.matmul(bench.dtype)])
     key = case.name.split(" rows")[0].replace(" items", "").split(",")[0].replace(" ", "_")
     bench.report.put(f"kernel_{key}_us", seconds * 1e6)
     rates = (case.num_bytes / seconds / 1e9, case.flops / seconds / 1e9 or None)

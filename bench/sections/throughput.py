@@ -63,7 +63,7 @@ def batches(bench: Bench, ours: Ours, users: list[BenchUser], warm: bool, clock:
             timed[str(size)] = Growing(ours, taken, users[-1].candidates[:LONGER]).timed
         else:
             timed[str(size)] = Timed(lambda _, taken=taken: ours.engine.recommend_many(map(ours.cold_request, taken)))
-    probe = bench.limits.probes[f"matmul_{bench.dtype}"].repeated(bench.rounds(1, PROBES))
+    probe = bench.limits.probes[bench.limits.matmul(bench.dtype)].repeated(bench.rounds(1, PROBES))
     # the first of a large shape takes as long as the others, and that is long
     timings = interleave({**timed, "": probe.timed}, bench.rounds(9, 8), clock, bench.device, bench.rounds(1, 0))
     rates = {at: probe.amount / seconds for at, seconds in timings[""].seconds.items()}
