@@ -76,8 +76,10 @@ class WeighedFollowers:
     gamma: Mapping[str, float]
 
     def of(self, head: str, window: Rows) -> Following | None:
-        """Of the history's rows that the model sees; None for a head that knows nothing of it."""
-        return self.scorer.following(window).weighed(self.gamma[head]) if head in self.gamma else None
+        """Of the history's rows that the model sees; None for a head that knows nothing of it, or makes nothing of it:
+        to add nothing must not round a score anew."""
+        gamma = self.gamma.get(head, 0.0)
+        return self.scorer.following(window).weighed(gamma) if gamma else None
 
 
 def merged(

@@ -225,6 +225,9 @@ def _parts(rows: Sequence[Rows], scores: Floats) -> Iterator[Floats]:
 def _search_answer(query: Query, top: Floats, rows: NDArray[np.int64], followed: Floats | None) -> Scored:
     """Of a search: its best scores and rows, and what it gave the query's followers [n]; None without any."""
     if query.following is not None and followed is not None:
+        # somebody beside this one may have asked for more. An item that followed is summed in another order here: one
+        # right behind it, which only the deeper search has found, might overtake it by that
+        top, rows = top[: query.request.k], rows[: query.request.k]
         top, rows = merged(query.following, top, rows, query.followers, followed)
     return _cut(query, top, rows)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from reference import make_tiny, reference_scores
 
-from speeder_engine import ConfigError, Engine, EngineConfig, InvalidRequest, Ranking, Request, UnknownItem
+from speeder_engine import ConfigError, Engine, EngineConfig, InvalidRequest, Ranking, Request, UnknownItem, scorer
 from speeder_engine.config import FollowersConfig, HeadsConfig
 from speeder_engine.models.families import FAMILIES
 
@@ -115,6 +115,33 @@ def test_sessions_answer_bitwise_as_a_cold_engine(family, budget, settings):
     assert cold.recommend_many(asked) == answered
     if budget == "26KB":
         assert warm.stats().evictions > 0
+
+
+@pytest.mark.parametrize("cpu_path", ["auto", "torch"])
+@pytest.mark.parametrize("gamma", [0.0, 1e-9])
+def test_what_hardly_followed_is_answered_alike_in_any_company(monkeypatch, cpu_path, gamma):
+    """Its scores are summed once more, in another order than the search's: here by much more than rounding."""
+    tiny = make_tiny(followers=FollowersConfig(last=4, keep=20))
+    with torch.no_grad():
+        tiny.model.followers.weights.fill_(gamma)
+    summed = scorer.candidate_scores
+    monkeypatch.setattr(scorer, "candidate_scores", lambda *given: summed(*given) - 0.05)
+    engine = Engine(tiny.parts(), EngineConfig(dtype="float32", kv_budget="0", cpu_path=cpu_path))
+    for first in range(0, 100, 4):
+        request, deep = Request(tiny.ids(range(first, first + 6)), 2), Request(tiny.ids([first]), 120)
+        assert engine.recommend_many([request, deep])[0] == engine.recommend_many([request])[0]
+
+
+def test_a_model_that_makes_nothing_of_followers_is_one_without():
+    tiny = make_tiny(followers=FollowersConfig(last=4, keep=20))
+    with torch.no_grad():
+        tiny.model.followers.weights.fill_(-0.5)  # which counts as none
+    parts, bare, settings = tiny.parts(), tiny.parts(), EngineConfig(dtype="float32", kv_budget="0")
+    bare.model.followers = None
+    without = Engine(bare, settings)
+    for head in (None, "rank", "retrieve"):
+        request = Request(tiny.ids(range(6)), 120, candidates=None if head is None else tiny.ids(range(40)), head=head)
+        assert Engine(parts, settings).recommend_many([request]) == without.recommend_many([request])
 
 
 def change(history, rng):
