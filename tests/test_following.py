@@ -127,13 +127,17 @@ def test_a_segment_is_left_out_of_its_own_counts(histories, at_once, config, mon
     torch.testing.assert_close(table.along(some, some_targets, items), found[..., items][told])
 
 
-def test_casts_leave_the_counts_alone(histories):
+def test_casts_leave_the_counts_and_gamma_alone(histories):
     table = follower_table(CONFIG, make_train(histories), NUM_ITEMS)
-    before = table.scorer().similar.values
+    with torch.no_grad():
+        table.weights.copy_(torch.tensor([0.3, 1.7]))  # no numbers of bf16
+    before, gamma = table.scorer().similar.values, table.weighed().gamma
     np.testing.assert_array_equal(table.to(torch.bfloat16).scorer().similar.values, before)
     again = type(table)(table.config)
     again.load_state_dict(table.state_dict())
     np.testing.assert_array_equal(again.scorer().similar.values, before)
+    assert table.weighed().gamma == again.weighed().gamma == gamma
+    assert again.double().float().weighed().gamma == gamma
 
 
 def test_what_is_filled_anew_is_told_anew():

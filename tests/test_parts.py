@@ -11,8 +11,9 @@ import torch
 from reference import make_tiny
 from safetensors.torch import load_file, save_file
 
-from speeder_engine import ArtifactError, Engine
+from speeder_engine import ArtifactError, Engine, EngineConfig, Request
 from speeder_engine.artifact import write_artifact
+from speeder_engine.config import FollowersConfig
 from speeder_engine.inspection import inspect_engine
 from speeder_engine.parts import EngineParts
 from speeder_engine.random_engine import random_parts
@@ -44,6 +45,16 @@ def test_a_loaded_engine_answers_as_the_one_that_was_saved(directory):
     expected = Engine(make_tiny().parts()).recommend(history)
     assert Engine.load(directory).recommend(history) == expected
     assert Engine.load(str(directory)).recommend(history) == expected
+
+
+@pytest.mark.parametrize("cpu_path", ["auto", "torch"])
+def test_parts_that_an_engine_has_cast_are_saved_as_it_serves_them(tmp_path, cpu_path):
+    tiny = make_tiny(followers=FollowersConfig(window=3, last=5, keep=4))
+    engine = Engine(tiny.parts(), EngineConfig(dtype="bfloat16", cpu_path=cpu_path))
+    engine.save(tmp_path / "engine")
+    loaded = Engine.load(tmp_path / "engine", dtype="bfloat16", cpu_path=cpu_path)
+    for request in (Request(tiny.ids(range(6)), 120), Request(tiny.ids(range(6)), candidates=tiny.ids(range(20)))):
+        assert loaded.recommend_many([request]) == engine.recommend_many([request])
 
 
 def test_the_revision_names_the_content(directory, tmp_path):

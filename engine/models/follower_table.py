@@ -3,6 +3,9 @@
 `following.py` has the formula.
 """
 
+from collections.abc import Callable
+from typing import Self
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,7 +21,7 @@ AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 26}  # floats of a part of a batch
 
 
 class FollowerTable(nn.Module):
-    """The counts, which are integers and survive any cast, and gamma of the retrieve and of the rank head."""
+    """The counts, which are integers, and gamma of the retrieve and of the rank head: both survive any cast."""
 
     offsets: Tensor
     rows: Tensor
@@ -34,6 +37,15 @@ class FollowerTable(nn.Module):
         self.register_buffer("events", torch.zeros(config.num_items, dtype=torch.int64))
         self.weights = nn.Parameter(torch.ones(2))
         self._similar: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keeps gamma in its type whatever the other weights become: scores on the host are made of it as it was
+        trained, and so must be those of an engine that is made of, or saved from, a model that has been cast."""
+        exact = self.weights.data
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weights.dtype != exact.dtype:
+            self.weights.data = exact.to(self.weights.device)
+        return self
 
     @property
     def retrieve(self) -> Tensor:
