@@ -72,7 +72,8 @@ def run_demo(data: Path | None, out: Path, recipe: str | None = None, columns: C
         train(split, config, checkpoint, cache_dir=out / "features")
     with steps.step("export"):
         parts = export_engine(checkpoint, engine_dir)
-        console.print(f"engine {parts.revision} with {len(parts.catalogue):,} items in {engine_dir}", highlight=False)
+        found = f"engine {parts.revision} with {len(parts.catalogue):,} items in {engine_dir}"
+        console.print(found, markup=False, highlight=False)
     with steps.step("recommendations"):
         engine = Engine.load(engine_dir)
         queries = split.queries("test")

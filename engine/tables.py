@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from speeder_engine.catalogue import Catalogue
@@ -22,7 +22,7 @@ def readable_bytes(size: float) -> str:
 def summary_table(summary: EngineSummary) -> Table:
     decoder = summary.decoder
     shape = f"{decoder['num_layers']} layers x {decoder['hidden_size']}, {decoder['num_heads']} heads"
-    table = Table("engine directory", summary.path, show_edge=True)
+    table = Table("engine directory", Column(Text(summary.path)), show_edge=True)
     table.add_row("revision", summary.revision)
     table.add_row("items", f"{summary.num_items:,} from {', '.join(summary.modalities)}")
     table.add_row("decoder", f"{shape} ({decoder['num_kv_heads']} for keys), {summary.num_parameters:,} parameters")
@@ -40,7 +40,8 @@ def summary_table(summary: EngineSummary) -> Table:
 
 def recommendation_table(user: str, history: Sequence[str], ranking: Ranking, catalogue: Catalogue) -> Table:
     """The last items of a history, oldest first, beside the ranking."""
-    table = Table("history, oldest first", "recommended", "score", title=user, title_justify="left", expand=True)
+    title = Text(user, "table.title")  # brackets of a user's name are no markup
+    table = Table("history, oldest first", "recommended", "score", title=title, title_justify="left", expand=True)
     table.columns[2].justify = "right"
     shown = list(history[-len(ranking) :]) if len(ranking) else list(history[-10:])
     titles = [catalogue.title(item_id) for item_id in shown]

@@ -48,7 +48,8 @@ def group_table(by: str, groups: Mapping[str, Sequence[GroupMetrics]], metrics: 
 def difference_table(against: str, differences: Mapping[str, Mapping[str, Interval]]) -> Table:
     """Each system's difference to `against` with its paired interval; one that excludes zero is bold and has a star."""
     table = _table("system", "metric", "difference", "95 % interval")
-    table.title, table.title_justify = f"difference to {against}, paired; * excludes zero", "left"
+    table.title = Text(f"difference to {against}, paired; * excludes zero", "table.title")
+    table.title_justify = "left"
     for system, intervals in differences.items():
         table.add_section()
         for place, (metric, found) in enumerate(intervals.items()):

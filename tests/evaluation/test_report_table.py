@@ -74,3 +74,9 @@ def test_differences_that_exclude_zero_are_marked():
         ["other", "hr@10", "+0.0100", "[+0.0040, +0.0160] *"],
         ["ndcg@10", "-0.0010", "[-0.0030, +0.0010]"],
     ]
+
+
+def test_brackets_of_a_name_are_no_markup():
+    table = difference_table("a[/]b[bold]c", {"x": {"mrr": Interval(0.1, 0.0, 0.2)}})
+    printed = " ".join(cell for row in _rows(table) for cell in row)
+    assert printed.startswith("difference to a[/]b[bold]c, paired; * excludes zero")
