@@ -62,14 +62,10 @@ def test_a_choice_that_cannot_run_ends_its_climb(monkeypatch):
     assert climb.found()["chosen_us"] is None and "can't be run" in tune.table({"x": climb.found()})
 
 
-def tuned(root, *options):
-    command = [sys.executable, str(root / "bench" / "tune.py"), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
 @pytest.mark.slow
 def test_every_launcher_takes_what_is_tried(root, tmp_path):
-    done = tuned(root, "--cpu-smoke", "--out", tmp_path, "--seconds", 900)
+    command = [sys.executable, root / "bench" / "tune.py", "--cpu-smoke", "--out", tmp_path, "--seconds", "900"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "tune.json").read_text())
     assert report["is_smoke"] and len(report["found"]) == 10
@@ -77,9 +73,12 @@ def test_every_launcher_takes_what_is_tried(root, tmp_path):
         assert row["tried"] >= 2 and row["wrong"] == [] and row["impossible"] == {}
 
 
-def test_wrong_usage_is_one_line(root, tmp_path):
-    done = tuned(root, "--only", "matmul")
-    assert done.returncode == 1 and "bench/tune.py: matmul: nothing is tried there; of fused_linear; " in done.stdout
-    if not torch.cuda.is_available():
-        done = tuned(root, "--out", tmp_path / "none")
-        assert done.returncode == 1 and "no CUDA device" in done.stdout and not (tmp_path / "none").exists()
+def test_wrong_usage_is_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["tune.py", "--only", "matmul"])
+    assert tune.main() == 1
+    monkeypatch.setattr(sys, "argv", ["tune.py", "--out", str(tmp_path / "none")])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main() == 1 and not (tmp_path / "none").exists()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("bench/tune.py: matmul: nothing is tried there; of fused_linear; ")
+    assert second.startswith("bench/tune.py: no CUDA device is usable here")
