@@ -174,7 +174,8 @@ class Climb:
     def ahead(self) -> list[Options]:
         """What is to be tried next."""
         around = [self.best, *islice(neighbours(self.best, self.subject.asked.names), self.most)]
-        return [options for options in around if json.dumps(options) not in self.seconds.keys() | self.impossible]
+        tried = self.seconds.keys() | self.impossible.keys()
+        return [each for each in around if json.dumps(each) not in tried and each not in self.wrong]
 
     def measure(self, device: torch.device) -> None:
         """Times what is ahead, the launcher's choice first: the others are held against what it gives."""

@@ -52,6 +52,8 @@ def test_what_is_wrong_or_impossible_is_never_the_best(monkeypatch):
     assert found["impossible"] == {'{"KEYS": 16, "num_warps": 4}': "RuntimeError: out of resource"}
     assert found["best"] == {"num_warps": 8} and (found["chosen_us"], found["best_us"]) == (3e6, 1e6)
     assert {"KEYS": 16, "num_warps": 8} in climb.ahead() and climb.chosen not in climb.ahead()
+    climb.best = climb.chosen
+    assert climb.ahead() == []
     assert "WRONG x: with {'KEYS': 64, 'num_warps': 4}" in tune.table({"x": found})
 
 
