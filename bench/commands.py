@@ -1,4 +1,4 @@
-"""How the scripts here end."""
+"""How the scripts here are told what to do, and how they end."""
 
 import sys
 from collections.abc import Callable
@@ -13,3 +13,8 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except SpeederError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+def listed(text: str) -> list[str]:
+    """The names of an option such as 'searches; steps 7b'."""
+    return [name.strip() for name in text.split(";") if name.strip()]

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from baselines.one_token import Compiled, StaticPrefix
+from commands import listed
 from goals import SEARCHED, goals_of
 from kernel_cases import Case, Maker, maker_name
 from measure import Ceilings, Clock, OutOfTime, device_seconds, l2_bytes, measure_ceilings, num_copies
@@ -401,7 +402,7 @@ def main() -> int:
     if options.compile is not None:
         compile_part(options.compile, device, smoke)
         return 0
-    only = [name.strip() for name in options.only.split(";") if name.strip()]
+    only = listed(options.only)
     report = Report(out, smoke, go_on=bool(only or options.begin))
     clock = Clock.of(min(options.seconds, options.until - time.time()))
     ceilings = measure_ceilings(device, smoke)

@@ -70,10 +70,10 @@ class Limits:
         """The two probes that bound a computation in this dtype, to be timed in turn with it."""
         return {name: self.probes[name].timed for name in ("read", self.matmul(dtype))}
 
-    def over_limit(self, timing: Timing, probes: dict[str, Timing], work: Work, dtype: str) -> float:
+    def over_limit(self, timing: Timing, probes: dict[str, Timing], work: Work) -> float:
         """How many times the physical limit a call took: the longer of reading its bytes and multiplying, each at the
         rate that its probe had in the same round; the median over the rounds."""
-        multiplied = next(name for name in (self.matmul(dtype), f"matmul_{dtype}", "matmul_float32") if name in probes)
+        multiplied = next(name for name in probes if name.startswith("matmul"))  # of `pair`
         read, matmul = (self._seconds_each(name, probes[name]) for name in ("read", multiplied))
         return median_of(
             seconds / max(work.num_bytes * read[at], work.flops * matmul[at])
@@ -134,18 +134,16 @@ def multiplying_int8(side: int, device: torch.device) -> Probe:
         left, right = (torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device) for _ in range(2))
         return Probe(lambda: torch._int_mm(left, right.T), 2 * side**3)
 
-    probe = bearable(made, side, device)
-    probe.call()
-    return probe
+    return bearable(made, side, device)
 
 
 def bearable(made: Callable[[int], Probe], side: int, device: torch.device) -> Probe:
     """A product of matrices of this side, or of smaller ones where a CPU emulates it: a hundred times slower, a probe
     would take minutes."""
+    small = made(SMALL_SIDE)
+    small.call()  # of a kind that the device doesn't have, this raises
     if device.type != "cpu":
         return made(side)
-    small = made(SMALL_SIDE)
-    small.call()
     seconds = min(clocked(small.call) for _ in range(2))
     while side > SMALL_SIDE and seconds * (side / SMALL_SIDE) ** 3 > MOST_SECONDS:
         side //= 2

@@ -29,6 +29,7 @@ if "--cpu-smoke" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import torch
+from commands import listed
 from gpu import machine, still_answers
 from kernel_cases import Case, Maker, maker_name
 from measure import CPU, Clock, clocked, device_seconds, l2_bytes, num_copies
@@ -275,7 +276,7 @@ def main() -> int:
     parser.add_argument("--cpu-smoke", action="store_true", help="tiny shapes on the CPU; the figures mean nothing")
     parser.add_argument("--compile", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    smoke, only = options.cpu_smoke, {name.strip() for name in options.only.split(";") if name.strip()}
+    smoke, only = options.cpu_smoke, set(listed(options.only))
     if strange := sorted(only - ASKED.keys()):
         print(f"bench/tune.py: {'; '.join(strange)}: nothing is tried there; of {'; '.join(ASKED)} it is")
         return 1

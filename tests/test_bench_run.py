@@ -163,8 +163,8 @@ def test_the_limit_is_the_longer_of_reading_and_multiplying():
     probes = {"read": Timing({0: 1.0, 1: 2.0}), "matmul_float32": Timing({0: 1.0, 1: 1.0})}
     step = Timing({0: 4.0, 1: 8.0})
     # 200 bytes at 100 and 50 a second are 2 s and 4 s; 500 operations at 1000 a second half a second
-    assert limits.over_limit(step, probes, Work(200.0, 500.0), "float32") == 2.0
-    assert limits.over_limit(step, probes, Work(0.0, 4000.0), "float32") == 1.5  # median of 1 and 2
+    assert limits.over_limit(step, probes, Work(200.0, 500.0)) == 2.0
+    assert limits.over_limit(step, probes, Work(0.0, 4000.0)) == 1.5  # median of 1 and 2
     assert limits.best == {"read": 100.0, "matmul_float32": 1000.0}
 
 

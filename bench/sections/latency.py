@@ -122,7 +122,7 @@ def beside_products(bench: Bench, ours: Ours, users: list[BenchUser], name: str,
     report.put(f"{name}_runs", ours_timing.count)
     report.put(f"{name}_gemm_ms", best.p50 * 1e3)
     report.put(f"{name}_over_gemm", ours_timing.over(best))
-    report.put(f"{name}_over_limit", bench.limits.over_limit(ours_timing, timings, work, bench.dtype))
+    report.put(f"{name}_over_limit", bench.limits.over_limit(ours_timing, timings, work))
     return ours_timing
 
 
