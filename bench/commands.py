@@ -1,10 +1,10 @@
 """How the scripts here are told what to do, and how they end."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from speeder_engine.errors import SpeederError
+from speeder_engine.errors import ConfigError, SpeederError
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -15,6 +15,13 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
-def listed(text: str) -> list[str]:
+def listed(text: str, separator: str = ";") -> list[str]:
     """The names of an option such as 'searches; steps 7b'."""
-    return [name.strip() for name in text.split(";") if name.strip()]
+    return [name.strip() for name in text.split(separator) if name.strip()]
+
+
+def refuse_unknown(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """ConfigError for a name that nothing bears: a misspelt one would leave out what was meant."""
+    known = list(dict.fromkeys(known))
+    if strange := [name for name in given if name not in known]:
+        raise ConfigError(f"{option}: no {', '.join(strange)}; there are {', '.join(known)}")

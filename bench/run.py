@@ -177,7 +177,8 @@ def contenders(only: str) -> tuple[str, ...]:
     return keys
 
 
+app = typer.Typer(add_completion=False)
+app.command()(main)
+
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False)
-    app.command()(main)
     app()

@@ -26,7 +26,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from baseline_settings import read_settings
-from commands import run_command
+from commands import listed, refuse_unknown, run_command
 from study_report import write_report
 from study_runs import Run, do, prepare
 from study_variants import COLD_ITEMS, DECLARED, VARIANTS, WITH_TIME
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where runs leave their results")
     parser.add_argument("--out", type=Path, help="the JSON file of `report`")
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
-    parser.add_argument("--only", help="systems and variants, separated by semicolons; without it all")
+    parser.add_argument("--only", default="", help="systems and variants, separated by semicolons; without it all")
     parser.add_argument(
         "--recipe", default="study", help="of the declared model; its twin that knows the time: NAME-time"
     )
@@ -101,8 +101,8 @@ def main() -> None:
         write_report(arguments.data, arguments.work, arguments.out)
         return
     seeds = tuple(int(seed) for seed in arguments.seeds.split(","))
-    only = tuple(arguments.only.split(";")) if arguments.only else ()
-    plan = Plan(arguments.table, seeds, only)
+    plan = Plan(arguments.table, seeds, tuple(listed(arguments.only)))
+    refuse_unknown("--only", plan.only, (name for run in plan.runs() for name in (run.system, run.variant)))
     study(arguments.data, arguments.work, plan, arguments.recipe, arguments.workers, arguments.baselines)
 
 

@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from baseline_settings import write_settings
-from commands import run_command
+from commands import listed, refuse_unknown, run_command
 
 from speeder_engine.data.dataset import load_dataset
 from speeder_engine.data.splits import Queries, Split, leave_one_out
@@ -138,6 +138,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="of the trained systems, at most, instead of their own")
     parser.add_argument("--patience", type=int, help="epochs without a better one that end them, instead of their own")
     arguments = parser.parse_args()
+    named = listed(arguments.axes or "", ",")
+    refuse_unknown("--axes", named, (axis for system in arguments.systems for axis in AXES[system]))
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     split = leave_one_out(load_dataset(arguments.data))
@@ -147,8 +149,7 @@ def main() -> None:
         search = search_of(system)
         if system in SEQUENCE_MODELS:
             search = replace(search, start=replace(search.start, **longer))
-        named = arguments.axes.split(",") if arguments.axes else list(AXES[system])
-        axes = {name: values for name, values in AXES[system].items() if name in named}
+        axes = {name: values for name, values in AXES[system].items() if not named or name in named}
         search.run(split, queries, log, arguments.rounds, axes)
         best = log.best()
         print(json.dumps({"best": {"system": system, **best[system]}}), flush=True)

@@ -296,6 +296,8 @@ class Engine(Recommends):
         given = all_of(items, Item, "upsert", "[Item(item_id, text=...)]")
         serving = self._now()
         serving.catalogue.check_room(item.item_id for item in given)  # encoding them may take long
+        if serving.parts.config.heads.title:
+            serving.title_text.answers([item.title for item in given if item.title])  # refuses those beyond its words
         update = ItemUpdate(
             item_ids=tuple(item.item_id for item in given),
             tokens=serving.embedder.tokens(given),

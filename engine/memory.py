@@ -30,8 +30,8 @@ def zeros(what: str, *shape: int, dtype: torch.dtype, device: torch.device = CPU
     refuse_beyond_memory(what, num_bytes, device)
     try:
         return torch.zeros(*shape, dtype=dtype, device=device, pin_memory=pin_memory)
-    except (RuntimeError, MemoryError, TypeError):  # the last: more than 64 bits count
-        raise _no_room(what, num_bytes, device) from None
+    except (RuntimeError, MemoryError, TypeError) as error:  # the last: more than 64 bits count
+        raise _no_room(what, num_bytes, device) from error
 
 
 def refuse_beyond_memory(what: str, num_bytes: int, device: torch.device) -> None:

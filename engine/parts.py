@@ -117,11 +117,12 @@ class EngineParts:
 
     def title_text(self) -> TitleText:
         """Titles as this model's tokens. Raises ArtifactError where the directory holds no tokenizer."""
+        vocab_size = self.config.decoder.vocab_size
         if self.tokenizer is not None:
-            return TitleText(self.tokenizer)
+            return TitleText(self.tokenizer, vocab_size)
         if self.artifact is None:
             raise ConfigError("tokenizer: a model with a title head needs one; give EngineParts(tokenizer=...)")
-        return TitleText(load_tokenizer(self.artifact))
+        return TitleText(load_tokenizer(self.artifact), vocab_size)
 
     @classmethod
     def load(cls, path: Path) -> "EngineParts":

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from speeder_engine.config import MOST_ANSWER_IDS
-from speeder_engine.errors import ConfigError
+from speeder_engine.errors import ConfigError, DataError, shown
 
 
 def answer_text(title: str) -> str:
@@ -22,23 +22,28 @@ def rows_by_answer(titles: Sequence[str]) -> dict[str, list[int]]:
 
 
 class TitleText:
-    """Over a `tokenizers.Tokenizer`; ids are remembered by title."""
+    """Over a `tokenizers.Tokenizer`, for a model with so many words; ids are remembered by title."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         if not tokenizer.encode("\n", add_special_tokens=False).ids:
             raise ConfigError("tokenizer: drops newlines, so that no title can end; choose a backbone whose keeps them")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self._known: dict[str, tuple[int, ...]] = {}
 
     def answers(self, titles: Sequence[str]) -> list[tuple[int, ...]]:
         """Each title's ids with the newline behind it: a title nested in another still ends in a token of its own.
 
-        None for an empty title: to end at once is the likeliest of all answers, and no item.
+        None for an empty title: to end at once is the likeliest of all answers, and no item. Raises DataError for a
+        title that the tokenizer, but not the model, has a word for.
         """
         new = [title for title in dict.fromkeys(titles) if title not in self._known]
         texts = [f"{answer_text(title)}\n" for title in new]
         for title, encoded in zip(new, self.tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
-            self._known[title] = tuple(encoded.ids[:MOST_ANSWER_IDS]) if answer_text(title) else ()
+            ids = tuple(encoded.ids[:MOST_ANSWER_IDS]) if answer_text(title) else ()
+            if max(ids, default=0) >= self.vocab_size:
+                beyond = f"the tokenizer writes it with token {max(ids)}, the vocabulary ends at {self.vocab_size - 1}"
+                raise DataError(f"title {shown(title)}: {beyond}; give another title")
+            self._known[title] = ids
         return [self._known[title] for title in titles]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""The `speeder` command as its user meets it, inside this process: a second import of torch takes seconds."""
+"""Commands as their user meets them, inside this process: a second import of torch takes seconds."""
 
 import contextlib
 import io
@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -31,15 +31,22 @@ class Done:
 
 def speeder(*arguments: object) -> Done:
     """What `speeder ARGUMENTS` prints and how it ends."""
+    return call(main, "speeder", *arguments)
+
+
+def call(function: Callable[[], object], program: str, *arguments: object) -> Done:
+    """What a program that begins with this function prints, and how it ends."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, _own_process():
-        patch.setattr(sys, "argv", ["speeder", *map(str, arguments)])
+        patch.setattr(sys, "argv", [program, *map(str, arguments)])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                main()
+                function()
                 code = 0
             except SystemExit as end:
                 code = end.code if isinstance(end.code, int) else int(end.code is not None)
+                if isinstance(end.code, str):
+                    print(end.code, file=sys.stderr)
     return Done(code, out.getvalue(), err.getvalue())
 
 

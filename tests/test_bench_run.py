@@ -9,12 +9,14 @@ import time
 
 import guard
 import pytest
+import run as bench_run
 import torch
 import typer
+from command import call
 from gemm import forms, step_products, work_of
 from interrupts import take_interrupts
 from limits import Limits, Probe, Work, bearable
-from measure import Clock, Timed, Timing, interleave
+from measure import Clock, OutOfTime, Timed, Timing, interleave
 from plot import CHARTS, draw_all
 from report import Report
 from rich.console import Console
@@ -100,6 +102,21 @@ def test_what_was_measured_stays_when_it_is_interrupted(root, tmp_path):
     assert "interrupted: the rest was not measured" in out
 
 
+def test_what_takes_longer_than_there_is_time_is_ended():
+    """Also where a library tries another way for every Exception."""
+    clock, handler = Clock.of(0.1), signal.getsignal(signal.SIGALRM)
+    with pytest.raises(OutOfTime), clock.interrupting():
+        while True:
+            try:
+                time.sleep(5)
+            except Exception:
+                continue
+    assert -1 < clock.left <= 0 and signal.getsignal(signal.SIGALRM) is handler
+    with Clock.of(0.02).interrupting():
+        pass
+    time.sleep(0.05)  # nothing rings any more
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -114,9 +131,9 @@ def test_what_was_measured_stays_when_it_is_interrupted(root, tmp_path):
         (("cache", "--seconds", "0"), "0: a time above 0 is needed"),
     ],
 )
-def test_what_cannot_be_measured_is_said_before_anything_is(root, options, says):
-    done = run(root, *options)
-    assert done.returncode == 2
+def test_what_cannot_be_measured_is_said_before_anything_is(options, says):
+    done = call(bench_run.app, "run.py", *options)
+    assert done.returncode == 2 and done.stdout == ""
     assert says in " ".join(done.stderr.replace("│", " ").split())
 
 

@@ -3,9 +3,17 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
+import int8_accuracy
 import numpy as np
+import packing
 import pytest
+import study
+import tune_baselines
+import typer
+from command import call
+from commands import run_command
 from results_tables import tables
 from study import Plan
 from study_report import write_report
@@ -41,9 +49,11 @@ def test_runs_are_kept_and_become_results(root, tmp_path):
     for run in [*asked, *others]:
         metrics = do(Run(*run), data, work, str(tmp_path / "tiny.yaml"))
         assert 0 < metrics["hr@20"] <= 1
-    given = [str(data), "systems", "--work", str(work), "--seeds", "0,1", "--only", "declared;itemknn"]
+    given = [str(data), "systems", "--work", str(work), "--seeds", "0,1", "--only", "declared; itemknn"]
     command = [sys.executable, str(root / "bench" / "study.py"), *given]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "systems: 0 runs to do\n"
+    refused = call(partial(run_command, study.main), "study.py", *given[:-1], "declared; itmknn")
+    assert refused.returncode == 1 and "--only: no itmknn; there are popularity, " in refused.stderr
     out = tmp_path / "results" / "made.json"
     write_report(data, work, out)
     results = json.loads(out.read_text())
@@ -103,15 +113,15 @@ def test_stages_are_made_of_the_recipes_own():
     assert {stage.ramp for stage in VARIANTS["no ramp"].config("study-long", 0).stages} == {0.0}
 
 
-def test_bad_input_ends_in_one_line(root, tmp_path):
-    for script, *given in (
-        ["study.py", tmp_path / "nothing", "systems", "--work", tmp_path / "work"],
-        ["tune_baselines.py", tmp_path / "nothing", "itemknn", "--out", tmp_path / "runs.jsonl"],
-        ["packing.py", tmp_path / "nothing"],
-        ["int8_accuracy.py", tmp_path / "engine", tmp_path / "nothing"],
+def test_bad_input_ends_in_one_line(tmp_path):
+    nothing = tmp_path / "nothing"
+    for main, *given in (
+        [study.main, nothing, "systems", "--work", tmp_path / "work"],
+        [tune_baselines.main, nothing, "itemknn", "--out", tmp_path / "runs.jsonl"],
+        [packing.main, nothing],
+        [lambda: typer.run(int8_accuracy.main), tmp_path / "engine", nothing],
     ):
-        command = [sys.executable, str(root / "bench" / script), *map(str, given)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = call(partial(run_command, main), "script.py", *given)
         assert done.returncode == 1 and not done.stdout
-        assert done.stderr.startswith(f"{script}: ") and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stderr.startswith("script.py: ") and len(done.stderr.splitlines()) == 1, done.stderr
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,17 @@ from reference import END_ID, make_tiny, make_titled, reference_generation, refe
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
-from speeder_engine import ArtifactError, ConfigError, Engine, EngineConfig, Generation, InvalidRequest, Item, Request
+from speeder_engine import (
+    ArtifactError,
+    ConfigError,
+    DataError,
+    Engine,
+    EngineConfig,
+    Generation,
+    InvalidRequest,
+    Item,
+    Request,
+)
 from speeder_engine.config import MOST_ANSWER_IDS, HeadsConfig, ModelConfig
 from speeder_engine.export.onnx_config import OnnxConfig
 from speeder_engine.export.static_graph import StaticModel
@@ -151,7 +161,7 @@ def test_nothing_of_the_text_is_kept(titled, engine):
 
 def test_one_pass_computes_every_shared_beginning_once(titled, engine):
     engine.recommend(["0001"], user_id="a")
-    text, before = TitleText(titled.tokenizer), engine.stats().rows_computed
+    text, before = TitleText(titled.tokenizer, 512), engine.stats().rows_computed
     title_scores(engine, ["0001"], ["0010", "0011", "0012", "0013"], "a")
     inner = {ids[:n] for ids in text.answers(titled.titles[10:14]) for n in range(1, len(ids))}
     assert engine.stats().rows_computed - before == len(titled.model.config.prompt.question_ids) + len(inner)
@@ -322,7 +332,7 @@ def test_the_vocabulary_of_a_transformers_model(titled):
 def test_ids_equal_those_of_transformers(titled, tmp_path):
     fast = PreTrainedTokenizerFast(tokenizer_object=titled.tokenizer, bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(tmp_path)
-    text = TitleText(Tokenizer.from_file(str(tmp_path / "tokenizer.json")))
+    text = TitleText(Tokenizer.from_file(str(tmp_path / "tokenizer.json")), 512)
     titles = [title for title in titled.titles if title]
     expected = [fast(f"{answer_text(t)}\n", add_special_tokens=False)["input_ids"] for t in titles]
     assert [list(ids) for ids in text.answers(titles)] == expected
@@ -385,14 +395,24 @@ def test_a_waiting_request_reads_titles_once_where_none_changes(titled, monkeypa
 
 
 def test_long_titles_are_cut_and_tokenizers_without_newline_refused(titled):
-    (ids,) = TitleText(titled.tokenizer).answers(["sea " * 500])
+    (ids,) = TitleText(titled.tokenizer, 512).answers(["sea " * 500])
     assert len(ids) == MOST_ANSWER_IDS
     deaf = Tokenizer.from_str(titled.tokenizer.to_str())
     from tokenizers import normalizers
 
     deaf.normalizer = normalizers.Strip()
     with pytest.raises(ConfigError, match="drops newlines"):
-        TitleText(deaf)
+        TitleText(deaf, 512)
+
+
+def test_a_title_beyond_the_models_words_is_refused_before_it_is_in_the_catalogue(titled):
+    """A tokenizer may have been given words that the model has no embedding for; no pass may be asked for one."""
+    wider = Tokenizer.from_str(titled.tokenizer.to_str())
+    wider.add_tokens([f"<new {number}>" for number in range(100)])
+    engine = Engine(replace(titled.parts(), tokenizer=wider), EngineConfig(dtype="float32", kv_budget="4MiB"))
+    with pytest.raises(DataError, match=r"title 'the <new 99>': .* token 4\d\d, the vocabulary ends at 399"):
+        engine.upsert([Item("new", title="fine"), Item("0010", title="the <new 99>")])
+    assert "new" not in engine.catalogue and engine.catalogue.title("0010") == titled.titles[10]
 
 
 def test_a_trie_shares_beginnings_and_gives_leaves_no_row():

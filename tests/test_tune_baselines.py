@@ -70,6 +70,11 @@ def test_trained_systems_are_searched_in_a_handful_of_runs(search, data):
     assert settings.keys() == {"sasrec", "itemknn"} and settings["sasrec"].epochs == 1
 
 
+def test_an_axis_that_no_system_has_is_refused(search):
+    with pytest.raises(ConfigError, match=r"--axes: no dimm; there are window, .*, dropout, learning_rate, dim"):
+        search("itemknn", "sasrec", "--axes", "window, dimm")
+
+
 def test_runs_on_other_data_count_for_nothing(search, tmp_path, data):
     _, first, best = search("itemknn", "--axes", "last")
     other = write_synthetic_dataset(tmp_path / "other", num_users=90, num_items=100, seed=5)

@@ -10,7 +10,7 @@ from baselines.registry import BASELINES, EAGER, make
 from context import Bench
 from gemm import forms, step_products, work_of
 from machine import peak_mib, reset_peak
-from measure import Clock, Timed, Timing, interleave, median_of
+from measure import Clock, OutOfTime, Timed, Timing, interleave, median_of
 from ours import Ours
 from workload import BenchUser
 
@@ -190,9 +190,13 @@ def alternatives(bench: Bench, ours: Ours, users: list[BenchUser], rows: list[Ro
             bench.report.note(f"{key}: not run, the time was up")
             continue
         try:
-            other = make(key, bench.subject)
+            with clock.interrupting():
+                other = make(key, bench.subject)
         except Unavailable as error:
             bench.report.note(f"{key}: {first_line(error)}")
+            continue
+        except OutOfTime:
+            bench.report.note(f"{key}: not run, the time was up before it was made")
             continue
         try:
             row = paired(bench, ours, other, users, Clock.of(clock.left / (len(chosen) - done)))

@@ -116,6 +116,7 @@ Pass pass_of(const py::dict& given) {
         .positions = ints("positions"),
         .cos = at<const float>(address("cos")),
         .sin = at<const float>(address("sin")),
+        .num_positions = py::cast<std::int64_t>(given["num_positions"]),
         .slot_mapping = ints("slot_mapping"),
         .num_mapped = whole("num_mapped"),
         .sequence = ints("sequence"),

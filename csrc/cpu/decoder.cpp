@@ -28,6 +28,7 @@ void require(bool holds, const char* what) {
 
 void check_indices(const Pass& pass, std::int64_t num_blocks, std::int64_t num_own) {
     for (int i = 0; i < pass.num_rows; ++i) {
+        require(pass.positions[i] >= 0 && pass.positions[i] < pass.num_positions, "positions: beyond cos and sin");
         require(pass.sequence[i] >= 0 && pass.sequence[i] < pass.num_sequences, "sequence: beyond the block tables");
         require(pass.visible[i] >= 0 && pass.visible[i] <= std::int64_t{pass.table_width} * pass.block_size,
                 "visible: more than the blocks hold");

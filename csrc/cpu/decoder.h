@@ -34,7 +34,8 @@ struct Pass {
     const std::byte* rows;  // [num_rows, hidden]
     Number rows_type;
     const std::int64_t* positions;      // [num_rows] into cos and sin
-    const float *cos, *sin;             // [positions, head_dim]
+    const float *cos, *sin;             // [num_positions, head_dim]
+    std::int64_t num_positions;
     const std::int64_t* slot_mapping;   // [num_mapped] where a row's keys go in the cache, -1 for nowhere
     int num_mapped;
     const std::int64_t* sequence;       // [num_rows], rows of one sequence side by side

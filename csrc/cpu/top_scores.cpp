@@ -27,7 +27,9 @@ struct Scored {
 // The best k of what it is shown: a heap whose top is the worst of them.
 class Best {
 public:
+    // all room at once: a thread that shows finds none missing
     explicit Best(int k) : k_(static_cast<std::size_t>(k)) { kept_.reserve(k_); }
+    Best(Best&&) = default;  // a copy would have lost its room
 
     // rows come in ascending order, so that an equal score is never better
     float threshold() const { return kept_.size() < k_ ? kNever : kept_.front().score; }
@@ -50,8 +52,10 @@ public:
         : search_(search),
           kernels_(kernels),
           bytes_(static_cast<std::ptrdiff_t>(bytes_of(search.type)) * search.size),
-          scores_(static_cast<std::size_t>(search.num_users) * kBlock),
-          best_(static_cast<std::size_t>(search.num_users), Best(search.k)) {}
+          scores_(static_cast<std::size_t>(search.num_users) * kBlock) {
+        best_.reserve(static_cast<std::size_t>(search.num_users));
+        for (int u = 0; u < search.num_users; ++u) best_.emplace_back(search.k);
+    }
 
     void block(int first) {
         const int count = std::min(kBlock, search_.num_items - first);
@@ -117,7 +121,9 @@ void top_scores(const Search& search, const Kernels& kernels, int threads) {
                                 static_cast<std::ptrdiff_t>(bytes_of(search.type));
     threads = static_cast<int>(std::clamp<std::ptrdiff_t>(work / search.bytes_per_thread, 1, threads));
     threads = std::clamp(blocks, 1, threads);
-    std::vector<Walk> walks(static_cast<std::size_t>(threads), Walk(search, kernels));
+    std::vector<Walk> walks;
+    walks.reserve(static_cast<std::size_t>(threads));
+    for (int thread = 0; thread < threads; ++thread) walks.emplace_back(search, kernels);
     std::atomic<int> next{0};
     ThreadPool::shared().run(threads, [&](int thread) {
         auto& walk = walks[static_cast<std::size_t>(thread)];

@@ -81,6 +81,8 @@ def draw_candidates(dataset: Dataset, queries: Queries, *, num_negatives: int = 
         raise ConfigError(
             f"num_negatives={num_negatives}, seed={seed}: at least 1 negative and a seed from 0 are needed"
         )
+    if not len(queries):
+        raise DataError(f"{dataset.name}: no queries to draw for; a user needs three interactions to have one")
     if num_negatives >= dataset.num_items:
         raise DataError(f"{dataset.name}: {num_negatives} negatives of {dataset.num_items} items; {FEWER}")
     rows = np.empty((len(queries), num_negatives + 1), np.int32)

@@ -156,10 +156,13 @@ def _read_catalogue(files: DatasetFolder, columns: Columns | None) -> Items:
 def _noting() -> Iterator[list[str]]:
     """Collects the warnings given inside as notes, and gives them on afterwards."""
     notes: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield notes
-    for each in caught:
-        if issubclass(each.category, SpeederWarning):
-            notes.append(str(each.message))
-        warnings.warn(each.message, stacklevel=4)
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield notes
+    finally:  # what led to an error is told with it
+        for each in caught:
+            if issubclass(each.category, SpeederWarning):
+                notes.append(str(each.message))
+            warnings.warn(each.message, stacklevel=4)

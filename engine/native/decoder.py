@@ -136,6 +136,7 @@ class NativeDecoder:
                 "positions": _ints(rows.positions),
                 "cos": _address(rows.cos),
                 "sin": _address(rows.sin),
+                "num_positions": rows.cos.shape[0],
                 "slot_mapping": _ints(rows.slot_mapping),
                 "num_mapped": rows.slot_mapping.shape[0],
                 "sequence": _ints(rows.sequence),

@@ -70,20 +70,36 @@ def train(
     if resume and holds_nothing(out):
         warnings.warn(f"{out}: no epoch was saved there yet; begins from the first", SpeederWarning, stacklevel=2)
         resume = False
-    log = RunLog(_log_path(out) if first else None, tensorboard if first else None)
-    if resume:
-        checkpoint = _resumable(split, config, out)
-    else:
-        torch.manual_seed(config.seed)
-        with processes.first_before_others():
-            checkpoint = _beginning(split, config, cache_dir or out.parent / f"{out.name}-cache", start_from)
-        if first:
-            warn_of_gaps(split, checkpoint.features)
-            log.begin_anew()
-    if checkpoint.state is None:
-        return checkpoint
-    if resume and first:
-        log.rewind(checkpoint.state.epochs_done)
+    with RunLog(_log_path(out) if first else None, tensorboard if first else None) as log:
+        if resume:
+            checkpoint = _resumable(split, config, out)
+            if first and checkpoint.state is not None:
+                log.rewind(checkpoint.state.epochs_done)
+        else:
+            torch.manual_seed(config.seed)
+            with processes.first_before_others():
+                checkpoint = _beginning(split, config, cache_dir or out.parent / f"{out.name}-cache", start_from)
+            if first:
+                warn_of_gaps(split, checkpoint.features)
+                log.begin_anew()
+        state, learned_before = checkpoint.state, start_from is not None and not resume
+        if state is not None:
+            _train(checkpoint, state, split, config, out, log, processes, validate_first=learned_before)
+    return checkpoint
+
+
+def _train(
+    checkpoint: Checkpoint,
+    state: TrainingState,
+    split: Split,
+    config: TrainingConfig,
+    out: Path,
+    log: RunLog,
+    processes: Processes,
+    *,
+    validate_first: bool,
+) -> None:
+    """All that is still to do of a run, in place."""
     # a model that is trained in shards can't be saved: its weights are gathered into the checkpoint's
     trained = checkpoint if processes.size == 1 else replace(checkpoint, model=deepcopy(checkpoint.model))
     trainer = _trainer(trained, split, config, log, processes)
@@ -96,16 +112,15 @@ def train(
         checkpoint.metrics = trainer.history[-1] if trainer.history else checkpoint.metrics
         if state is None:
             _take_learned(checkpoint, trainer, split)
-        if first:
+        if processes.is_first:
             checkpoint.save(out)
         processes.wait()
 
-    if start_from is not None and not resume:
-        trainer.validate_untrained(checkpoint.state)
+    if validate_first:
+        trainer.validate_untrained(state)
     with drop_residuals(trained.model.backbone, config.backbone.residual_dropout):
-        trainer.run(checkpoint.state, save)
+        trainer.run(state, save)
     save(None)
-    return checkpoint
 
 
 def _refuse_early(split: Split, config: TrainingConfig) -> None:
@@ -228,7 +243,7 @@ def _trainer(
 def _title_targets(checkpoint: Checkpoint, config: TrainingConfig) -> TitleTargets | None:
     if not config.heads.title:
         return None
-    text = TitleText(checkpoint.tokenizer.backend_tokenizer)
+    text = TitleText(checkpoint.tokenizer.backend_tokenizer, checkpoint.model.config.decoder.vocab_size)
     return TitleTargets(checkpoint.table.titles, text, config.title_targets)
 
 

@@ -1,6 +1,5 @@
 """A run's language: a backbone, and prompts in its words."""
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from speeder_engine.config import CalendarConfig, CompressorConfig, ModelConfig, PromptConfig, check
@@ -28,18 +27,18 @@ def make_language(split: Split, config: TrainingConfig) -> Language:
     backbone = make_backbone(config.backbone, read, with_head=titled)
     hf: Any = backbone.body.config
     prompt = make_prompt(config, backbone.tokenizer, hf, calendar)
-    answers = TitleText(backbone.tokenizer.backend_tokenizer).answers(titles) if titled else []
-    _refuse_unknown_words(hf.vocab_size, prompt, answers)
+    _refuse_unknown_words(hf.vocab_size, prompt)
+    if titled:
+        TitleText(backbone.tokenizer.backend_tokenizer, hf.vocab_size).answers(titles)
     # how long prompts are depends on no item's vectors
     anything = CompressorConfig(dict.fromkeys(config.modalities, 1), hf.hidden_size)
     ModelConfig(decoder_config(hf), anything, prompt, config.heads)
     return Language(backbone, prompt)
 
 
-def _refuse_unknown_words(vocab_size: int, prompt: PromptConfig, answers: Iterable[tuple[int, ...]]) -> None:
+def _refuse_unknown_words(vocab_size: int, prompt: PromptConfig) -> None:
     """A tokenizer may have been given words that the model has no embedding for."""
-    texts = {"instruction": prompt.instruction_ids, "question": prompt.question_ids}
-    for what, ids in [*texts.items(), *(("titles", answer) for answer in answers)]:
+    for what, ids in {"instruction": prompt.instruction_ids, "question": prompt.question_ids}.items():
         found = max(ids, default=0)
         beyond = f"backbone: its tokenizer writes {what} with token {found}, its vocabulary ends at {vocab_size - 1}"
         check(found < vocab_size, f"{beyond}; give the tokenizer it was trained with")

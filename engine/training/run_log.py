@@ -10,12 +10,20 @@ from speeder_engine.files import write_atomic
 
 
 class RunLog:
-    """Records of epochs, appended to a JSONL file and to a TensorBoard folder; either may be None."""
+    """Records of epochs, appended to a JSONL file and to a TensorBoard folder; either may be None. A context, in which
+    the folder is open."""
 
     def __init__(self, path: Path | None = None, tensorboard: Path | None = None) -> None:
         self.path, self.tensorboard = path, tensorboard
         self.board: Any = None if tensorboard is None else open_board(tensorboard)
         self._replaces = False
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.board is not None:
+            self.board.close()
 
     def begin_anew(self) -> None:
         """The next line replaces what another run has left there: until then its checkpoint stands beside its log."""

@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 
 from speeder_engine.data.candidates import CandidateLists, draw_candidates, frozen_candidates, load_candidates
 from speeder_engine.data.splits import leave_one_out
-from speeder_engine.errors import ConfigError, DataError
+from speeder_engine.errors import ConfigError, DataError, SpeederWarning
 
 SIGNIFICANT = 1e-4
 
@@ -84,6 +84,15 @@ def test_all_unseen_items_may_be_needed_but_not_more(build):
     for wrong in ({"num_negatives": 0}, {"seed": -1}):
         with pytest.raises(ConfigError):
             draw_candidates(dataset, queries, **wrong)
+
+
+def test_nobody_to_draw_for(build, tmp_path):
+    dataset = build([("a", item, time) for time, item in enumerate("vw")], item_ids="uvwxyz")
+    with pytest.warns(SpeederWarning, match="fewer than 3"):
+        queries = leave_one_out(dataset).queries("test")
+    with pytest.raises(DataError, match=r"no queries to draw for"):
+        frozen_candidates(tmp_path / "lists.parquet", dataset, queries, num_negatives=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_survives_reading_the_data_in_another_order(build, random_rows, dataset, queries, tmp_path):

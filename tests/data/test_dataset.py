@@ -170,6 +170,16 @@ def test_what_was_skipped_is_noted_and_warned_of(folder, write):
     assert all(each.filename == __file__ for each in caught)
 
 
+def test_what_was_skipped_is_warned_of_where_reading_ends_in_an_error(folder, write):
+    write(folder / "interactions.csv", {name: [*column, column[0]] for name, column in EVENTS.items()})
+    with (
+        pytest.warns(SpeederWarning, match=r"1 interactions repeat the same user") as caught,
+        pytest.raises(DataError, match=r"no users and items with 9 interactions"),
+    ):
+        load_dataset(folder, min_interactions=9)
+    assert len(caught) == 1
+
+
 def test_columns_reach_both_files(tmp_path):
     (tmp_path / "interactions.csv").write_text("u,i,t\na,01,1\na,02,2\n")
     items = [{"i": f"0{number}", "n": "x"} for number in (1, 2)]

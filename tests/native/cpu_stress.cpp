@@ -116,6 +116,7 @@ std::vector<std::byte> run(Decoder& decoder, const Drawn& drawn, const Shape& sh
         .positions = drawn.positions.data(),
         .cos = angles.data(),
         .sin = angles.data(),
+        .num_positions = static_cast<std::int64_t>(angles.size()) / shape.head_dim,
         .slot_mapping = drawn.slots.data(),
         .num_mapped = static_cast<int>(drawn.positions.size()),
         .sequence = drawn.sequence.data(),

@@ -276,6 +276,8 @@ def test_a_sequence_is_bitwise_the_same_in_any_company(isa, dtype, weights):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"positions": [0, 1, -1]}, "positions: beyond"),
+        ({"positions": [0, 1, 1 << 20]}, "positions: beyond"),
         ({"sequence": [0, 0, 1]}, "sequence: beyond"),
         ({"visible": [1, 2, 5]}, "visible: more than"),
         ({"slots": [4, 5, 4 * BLOCKS]}, "slot_mapping: beyond"),
@@ -289,7 +291,7 @@ def test_indices_that_point_nowhere_are_refused(change, message):
     model = make()
     cache = make_cache(model)
     kept = cache.keys.clone()
-    settings = {"slots": [4, 5, 6], "visible": [1, 2, 3], "tables": [[1]]} | change
+    settings = {"positions": [0, 1, 2], "slots": [4, 5, 6], "visible": [1, 2, 3], "tables": [[1]]} | change
     with pytest.raises(ValueError, match=message):
-        native(model).forward(torch.randn(3, 48), make_rows(model, [0, 1, 2], **settings), cache)
+        native(model).forward(torch.randn(3, 48), make_rows(model, **settings), cache)
     assert torch.equal(cache.keys, kept)

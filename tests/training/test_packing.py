@@ -34,7 +34,7 @@ def config_of(heads="all", **settings):
 
 def make_batches(config, lengths=LENGTHS, tiny=None):
     rows = np.random.default_rng(1).integers(0, 120, sum(lengths)).astype(np.int32)
-    titles = TitleTargets(tiny.titles, TitleText(tiny.tokenizer), 2) if config.heads.title else None
+    titles = TitleTargets(tiny.titles, TitleText(tiny.tokenizer, 512), 2) if config.heads.title else None
     return TrainingBatches(Histories(offsets_of(np.array(lengths)), rows), 120, config, titles=titles)
 
 

@@ -19,7 +19,7 @@ class Board:
     """The face of torch.utils.tensorboard.SummaryWriter."""
 
     def __init__(self, folder, purge_step=None):
-        self.purge_step, self.scalars = purge_step, []
+        self.purge_step, self.scalars, self.is_open = purge_step, [], True
         boards.append(self)
 
     def add_scalar(self, name, value, step):
@@ -29,7 +29,7 @@ class Board:
         pass
 
     def close(self):
-        pass
+        self.is_open = False
 
 
 boards: list[Board] = []
@@ -74,6 +74,7 @@ def test_an_epoch_that_is_trained_again_stands_in_the_log_once(split, tmp_path, 
     train(split, SHORT, out, resume=True, tensorboard=board)
     assert [(r["epoch"], r["loss"]) for r in log_of(out)] == [(r["epoch"], r["loss"]) for r in stopped]
     assert boards[-1].purge_step == 2 and {step for _, _, step in boards[-1].scalars} == {2}
+    assert len(boards) == 3 and not any(board.is_open for board in boards)
 
 
 def test_a_log_stands_until_another_run_has_a_line(tmp_path):

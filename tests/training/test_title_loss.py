@@ -40,7 +40,7 @@ def titled():
 def make_batches(tiny, config=CONFIG, lengths=LENGTHS):
     rows = np.random.default_rng(1).integers(0, 120, sum(lengths)).astype(np.int32)
     rows[:3] = [14, 3, 14]  # an untitled item, which is no answer
-    targets = TitleTargets(tiny.titles, TitleText(tiny.tokenizer), config.title_targets)
+    targets = TitleTargets(tiny.titles, TitleText(tiny.tokenizer, 512), config.title_targets)
     return TrainingBatches(Histories(offsets_of(np.array(lengths)), rows), 120, config, titles=targets)
 
 
@@ -172,4 +172,4 @@ def test_contradictions_are_refused(titled):
     with pytest.raises(ConfigError, match="only a decoder from scratch is warmed up"):
         BackboneConfig(source="x", warmup_epochs=1)
     with pytest.raises(DataError, match="none has a title"):
-        TitleTargets(["", " "], TitleText(titled.tokenizer))
+        TitleTargets(["", " "], TitleText(titled.tokenizer, 512))
