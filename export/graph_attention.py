@@ -5,6 +5,7 @@ com.microsoft::GroupQueryAttention, which writes a returning user's keys and val
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -50,17 +51,19 @@ class DenseAttend:
         self.cos, self.sin = cos, sin
         self.has_operator = has_operator
         self.present: LayerPairs = []
+        self._shared: dict[str, Tensor] = {}  # what every layer reads and none changes: traced once
 
-    def __call__(self, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor, only_read: bool) -> Tensor:
+    def __call__(self, index: int, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor, only_read: bool) -> Tensor:
         """q [B, T + C, H, D], k and v [B, T + C, H_kv, D] -> [B, T + C, H, D], or [B, 1 + C, H, D] of what is read."""
         q, k = self._rotate(layer.norm_q(q)), self._rotate(layer.norm_k(k))
         q = self.rows.read(q) if only_read else q
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         num_new, num_queries = self.rows.num_history, 1 if only_read else self.rows.num_history
-        keys, values, out = self._history(layer.index, q[:, :, :num_queries], k[:, :, :num_new], v[:, :, :num_new])
+        keys, values, out = self._history(index, q[:, :, :num_queries], k[:, :, :num_new], v[:, :, :num_new])
         if self.rows.num_candidates:
             own = k[:, :, num_new:], v[:, :, num_new:]
-            isolated = isolated_attention(q[:, :, num_queries:], *own, keys, values, self._exists(keys.shape[2]))
+            hidden = self._once("behind the end", lambda: ~self._exists(keys.shape[2])[:, None, None])
+            isolated = isolated_attention(q[:, :, num_queries:], *own, keys, values, hidden)
             out = torch.cat([out, isolated], dim=2)
         return out.transpose(1, 2)
 
@@ -71,17 +74,29 @@ class DenseAttend:
         """Keys and values [B, H_kv, S, D] of everything a candidate may see, and the history rows' own result."""
         self.present.append((self._merge(k, self._past(index, 0)), self._merge(v, self._past(index, 1))))
         keys, values = (self._behind_instruction(index, part) for part in (0, 1))
-        slots = self.rows.slots[:, : self.rows.num_history]
-        if q.shape[2] == 1:
-            slots = slots.gather(1, self.rows.last.unsqueeze(1))
-        # what stands behind a row's own slot is yet to come, or padding
-        visible = torch.arange(keys.shape[2]) <= (slots + self._instruction_len).unsqueeze(2)
+        one, group = q.shape[2] == 1, q.shape[1] // keys.shape[1]
+        which = "the last row's" if one else "all rows'"
         if self.has_operator:
-            grouped = q.shape[1] > keys.shape[1]
-            mask = visible.unsqueeze(1)
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=grouped)
+            mask = self._once(f"{which} keys", lambda: self._visible(keys.shape[2], one).unsqueeze(1))
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=group > 1)
             return keys, values, out
-        return keys, values, grouped_attention(q, keys, values, visible)
+        hidden = self._once(
+            f"not {which} keys", lambda: ~self._visible(keys.shape[2], one).unsqueeze(1).repeat(1, 1, group, 1)
+        )
+        return keys, values, grouped_attention(q, keys, values, hidden)
+
+    def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        if name not in self._shared:
+            self._shared[name] = make()
+        return self._shared[name]
+
+    def _visible(self, num_keys: int, of_last: bool) -> Tensor:
+        """bool [B, T, S], or [B, 1, S] of the last row: what stands behind a row's own slot is yet to come, or
+        padding."""
+        slots = self.rows.slots[:, : self.rows.num_history]
+        if of_last:
+            slots = slots.gather(1, self.rows.last.unsqueeze(1))
+        return torch.arange(num_keys) <= (slots + self._instruction_len).unsqueeze(2)
 
     @property
     def _instruction_len(self) -> int:
@@ -98,11 +113,17 @@ class DenseAttend:
         """[B, H_kv, P + T, D]: a sequence's new rows right behind the past ones it really has."""
         if past is None or self.rows.past_lengths is None:
             return new
+        known, num_past = self.rows.past_lengths.unsqueeze(1), past.shape[2]
+        source = self._once("source", lambda: self._without_gaps(known, num_past))
+        owner = self._once("owner", lambda: torch.arange(self.rows.batch).unsqueeze(1))
         both = torch.cat([past, new], dim=2).transpose(1, 2)
-        slots, known = torch.arange(both.shape[1]), self.rows.past_lengths.unsqueeze(1)
-        behind = past.shape[2] + (slots - known).clamp(0, self.rows.num_history - 1)
-        source = torch.where(slots < known, slots, behind)
-        return both[torch.arange(self.rows.batch).unsqueeze(1), source].transpose(1, 2)
+        return both[owner, source].transpose(1, 2)
+
+    def _without_gaps(self, known: Tensor, num_past: int) -> Tensor:
+        """int64 [B, P + T]: where past and new rows come from, of which so many past ones [B, 1] are known."""
+        slots = torch.arange(num_past + self.rows.num_history)
+        behind = num_past + (slots - known).clamp(0, self.rows.num_history - 1)
+        return torch.where(slots < known, slots, behind)
 
     def _exists(self, num_keys: int) -> Tensor:
         """bool [B, S]: instruction and history, padding left out."""
@@ -156,12 +177,12 @@ class GroupQueryAttend(DenseAttend):
         return out, keys, values
 
 
-def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-    """q [B, H, T, D] over [B, H_kv, S, D] where `visible` [B, T, S] -> [B, H, T, D]; no head is copied for a group."""
+def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
+    """q [B, H, T, D] over [B, H_kv, S, D], not where `hidden` [B, 1, group * T, S] -> [B, H, T, D]; no head is copied
+    for a group."""
     group = q.shape[1] // keys.shape[1]
     rows = _by_key_head(q, group) / math.sqrt(q.shape[-1])
-    seen = visible.unsqueeze(1).repeat(1, 1, group, 1)
-    out = (rows @ keys.transpose(2, 3)).masked_fill(~seen, float("-inf")).softmax(dim=-1) @ values
+    out = (rows @ keys.transpose(2, 3)).masked_fill(hidden, float("-inf")).softmax(dim=-1) @ values
     return torch.unflatten(out, 2, (group, q.shape[2])).flatten(1, 2)
 
 
@@ -170,8 +191,9 @@ def _by_key_head(q: Tensor, group: int) -> Tensor:
     return torch.unflatten(q, 1, (-1, group)).flatten(2, 3)
 
 
-def isolated_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, exists: Tensor) -> Tensor:
-    """Candidates q [B, H, C, D] over a prefix [B, H_kv, S, D] where `exists` [B, S], and each over its own k, v.
+def isolated_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
+    """Candidates q [B, H, C, D] over a prefix [B, H_kv, S, D], not where `hidden` [B, 1, 1, S], and each over its own k
+    and v.
 
     One softmax over the prefix and the one own key: no candidate sees another, and no C x C mask exists. In float32, as
     the engine computes attention above its inputs' precision: a half's logits of 16 are off by a hundredth.
@@ -181,7 +203,7 @@ def isolated_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Te
     q = _by_key_head(q, group) / math.sqrt(q.shape[-1])
     own_keys, own_values = (part.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(2, 3) for part in (k, v))
     own = (q * own_keys).sum(dim=-1, keepdim=True)
-    prefix = (q @ keys.transpose(2, 3)).masked_fill(~exists[:, None, None], float("-inf"))
+    prefix = (q @ keys.transpose(2, 3)).masked_fill(hidden, float("-inf"))
     weights = torch.cat([prefix, own], dim=-1).softmax(dim=-1)
     out = weights[..., :-1] @ values + weights[..., -1:] * own_values
     return torch.unflatten(out, 2, (group, count)).flatten(1, 2).to(dtype)

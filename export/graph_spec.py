@@ -1,7 +1,8 @@
 """GraphSpec: a graph with everything its tracing needs: example inputs, dynamic dimensions, names, defaults."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +43,26 @@ class GraphSpec:
             for name, tensor in self.inputs.items()
         }
 
+    def of_layers(self, kept: Collection[int]) -> "GraphSpec":
+        """Without the inputs and outputs of other layers than these."""
+
+        def keeps(name: str) -> bool:
+            layer = LAYER_NAME.match(name)
+            return layer is None or int(layer[1]) in kept
+
+        return replace(
+            self,
+            inputs={name: tensor for name, tensor in self.inputs.items() if keeps(name)},
+            dynamic={name: dims for name, dims in self.dynamic.items() if keeps(name)},
+            outputs={name: dims for name, dims in self.outputs.items() if keeps(name)},
+            lists={each: tuple(filter(keeps, names)) for each, names in self.lists.items()},
+        )
+
+    @property
+    def input_order(self) -> list[str]:
+        """Names as the traced graph has them: lists where their parameter stands."""
+        return [each for name in self.arguments for each in self.lists.get(name, (name,))]
+
     @property
     def arguments(self) -> dict[str, Any]:
         """What `module.forward` is called with."""
@@ -62,6 +83,9 @@ class GraphSpec:
 def dtype_name(tensor: Tensor) -> str:
     """ "float32", "int64", ... as manifests write it."""
     return str(tensor.dtype).removeprefix("torch.")
+
+
+LAYER_NAME = re.compile(r"(?:past_key_values|present)\.(\d+)\.")
 
 
 def cache_names(kind: str, num_layers: int) -> tuple[str, ...]:

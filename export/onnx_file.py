@@ -15,6 +15,8 @@ import torch
 from speeder_engine.errors import ExportError
 from speeder_engine.export.graph_spec import GraphSpec
 from speeder_engine.export.onnx_config import WEIGHTS_FILE
+from speeder_engine.export.repeated_layers import TRACED_LAYERS, NotAlike, kept_layers, repeat_layers
+from speeder_engine.export.static_graph import StaticModel
 
 ALIGNMENT = 4096  # of a page, so that a runtime can map a weight instead of reading it
 INLINE_BYTES = 1024  # smaller constants stay in the graph: runtimes read shapes and axes there
@@ -46,7 +48,7 @@ class WeightsFile:
 
 def write_graph(spec: GraphSpec, opset: int, weights: WeightsFile) -> Path:
     """Traces, names and writes `<name>.onnx`. Raises ExportError for what the exporter can't translate."""
-    model = _trace(spec, opset).model
+    model = _trace(spec, opset)
     _name(model, spec)
     _move_weights(model, weights)
     proto = _plain(model)
@@ -56,6 +58,23 @@ def write_graph(spec: GraphSpec, opset: int, weights: WeightsFile) -> Path:
 
 
 def _trace(spec: GraphSpec, opset: int) -> Any:
+    """The graph as the exporter leaves it; of a deep decoder put together out of four of its layers."""
+    model = getattr(spec.module, "model", None)
+    if not isinstance(model, StaticModel) or len(model.decoder.layers) <= TRACED_LAYERS:
+        return _export(spec, opset).model
+    kept = kept_layers(len(model.decoder.layers))
+    short = spec.of_layers(kept)
+    with model.only_layers(kept):
+        program = _export(short, opset, optimize=False)
+    try:
+        with _quiet():
+            repeat_layers(program.model, spec, short, program.optimize)
+    except NotAlike:
+        return _export(spec, opset).model
+    return program.model
+
+
+def _export(spec: GraphSpec, opset: int, optimize: bool = True) -> Any:
     with _quiet():
         try:
             return torch.onnx.export(
@@ -65,6 +84,7 @@ def _trace(spec: GraphSpec, opset: int) -> Any:
                 dynamic_shapes=spec.dynamic_shapes,
                 opset_version=opset,
                 dynamo=True,
+                optimize=optimize,
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
@@ -77,9 +97,7 @@ def _name(model: Any, spec: GraphSpec) -> None:
     """Inputs and outputs as the specification calls them; inputs with defaults get those as constants."""
     import onnx_ir as ir
 
-    arguments = spec.arguments
-    order = [each for name in arguments for each in spec.lists.get(name, (name,))]
-    for value, name in zip(model.graph.inputs, order, strict=True):
+    for value, name in zip(model.graph.inputs, spec.input_order, strict=True):
         value.name = name
         if name in spec.defaults:
             value.const_value = ir.tensor(spec.defaults[name].numpy(), name=name)

@@ -10,7 +10,8 @@ values are constants, so that it costs no rows. `available`, `prior` and `exclud
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ from speeder_engine.parts import EngineParts
 from speeder_engine.triton_kernels.qk_norm_rope_store import rotate
 from speeder_engine.triton_kernels.swiglu import swiglu_ref
 
+OWN_DOMAIN, MARK = "speeder_engine", "layer_end"  # an operator of our own, in no graph that is written
 FLAVOURS: dict[str, type[DenseAttend]] = {"standard": DenseAttend, "ort": GroupQueryAttend}
 
 
@@ -46,8 +48,6 @@ class StaticModel(nn.Module):
     item_tokens: Tensor
     cos: Tensor
     sin: Tensor
-    instruction_keys: Tensor
-    instruction_values: Tensor
     instruction_hidden: Tensor
 
     def __init__(self, parts: EngineParts, export: OnnxConfig) -> None:
@@ -63,16 +63,15 @@ class StaticModel(nn.Module):
         cos, sin = model.decoder.rotary(positions)
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
-        constants = {
-            "item_tokens": parts.catalogue.tokens[: parts.catalogue.num_rows],
-            "instruction_keys": torch.stack([keys for keys, _ in instruction.pairs]),
-            "instruction_values": torch.stack([values for _, values in instruction.pairs]),
-        }
-        for name, value in constants.items():
-            self.register_buffer(name, value.to(dtype))
+        self.register_buffer("item_tokens", parts.catalogue.tokens[: parts.catalogue.num_rows].to(dtype))
         self.register_buffer("instruction_hidden", instruction.hidden)
         self.decoder = in_half(model.decoder, dtype)
+        for layer, (keys, values) in zip(self.decoder.layers, instruction.pairs, strict=True):
+            # each layer's beside its weights: what is said of one is said of both
+            layer.register_buffer("instruction_keys", keys.to(dtype))
+            layer.register_buffer("instruction_values", values.to(dtype))
         self.prompts, self.times = model.prompts, model.times
+        self._marks_layers = False
         self.has_rank = parts.config.heads.rank
         self.retrieve, self.rank = model.retrieve, model.rank
         self.followers = None
@@ -82,7 +81,22 @@ class StaticModel(nn.Module):
 
     @property
     def instruction(self) -> LayerPairs:
-        return list(zip(self.instruction_keys, self.instruction_values, strict=True))
+        return [
+            (layer.get_buffer("instruction_keys"), layer.get_buffer("instruction_values"))
+            for layer in self.decoder.layers
+        ]
+
+    @contextmanager
+    def only_layers(self, kept: Sequence[int]) -> Iterator[None]:
+        """Inside, the decoder has these layers alone, and exports mark where each but the last ends."""
+        layers = self.decoder.layers
+        self.decoder.layers = nn.ModuleList(layers[index] for index in kept)
+        self._marks_layers = True
+        try:
+            yield
+        finally:
+            self.decoder.layers = layers
+            self._marks_layers = False
 
     def forward(
         self,
@@ -99,12 +113,14 @@ class StaticModel(nn.Module):
         rotary = self.cos[rows.slots], self.sin[rows.slots]
         attend = FLAVOURS[self.export.flavour](rows, self.instruction, *rotary, self.export.has_attention_operator)
         hidden = self._embed(history, candidates, buckets, rows.slots)
-        for layer in self.decoder.layers:
+        for index, layer in enumerate(self.decoder.layers):
             assert isinstance(layer, DecoderLayer)
             # the last layer finishes only what is read
-            only_read = layer.index == len(self.decoder.layers) - 1
-            mixed = attend(layer, *layer.project(layer.input_norm(hidden)), only_read)
+            only_read = index == len(self.decoder.layers) - 1
+            mixed = attend(index, layer, *layer.project(layer.input_norm(hidden)), only_read)
             hidden = _finish(layer, rows.read(hidden) if only_read else hidden, mixed)
+            if self._marks_layers and not only_read:
+                hidden = mark_layer(hidden)
         hidden = self.decoder.norm(hidden)
         last_hidden = torch.where((rows.lengths == 0).unsqueeze(1), self.instruction_hidden, hidden[:, 0])
         return last_hidden, hidden[:, 1:], attend.present
@@ -330,6 +346,14 @@ def _finish(layer: DecoderLayer, hidden: Tensor, mixed: Tensor) -> Tensor:
     hidden = hidden + layer.out(mixed.flatten(-2))
     out: Tensor = hidden + layer.down(swiglu_ref(layer.gate_up(layer.post_norm(hidden))))
     return out
+
+
+def mark_layer(hidden: Tensor) -> Tensor:
+    """What `repeated_layers` finds the end of a layer by."""
+    marked: Tensor = torch.onnx.ops.symbolic(
+        f"{OWN_DOMAIN}::{MARK}", (hidden,), dtype=hidden.dtype, shape=hidden.shape, version=1
+    )
+    return marked
 
 
 class WideNorm(nn.RMSNorm):

@@ -14,6 +14,7 @@ from reference import Tiny, make_tiny
 from speeder_engine import Engine, EngineConfig
 from speeder_engine.config import CalendarConfig, FollowersConfig
 from speeder_engine.export import OnnxConfig, export_onnx
+from speeder_engine.export.repeated_layers import TRACED_LAYERS
 
 CALENDAR = CalendarConfig(first_second=0, bucket_seconds=1000, num_buckets=5)
 FOLLOWERS = FollowersConfig(window=3, last=5, keep=4)
@@ -36,7 +37,7 @@ class Exported:
 
 def make(folder: Path, config: OnnxConfig, **shape) -> Exported:
     """The worker that asks first exports, others wait for it: what is there is whole, and nobody changes it."""
-    tiny = make_tiny(num_layers=2, **shape)
+    tiny = make_tiny(**{"num_layers": 2} | shape)
     engine, out = folder / "engine", folder / "onnx"
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -55,7 +56,8 @@ def exports(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def standard(exports) -> Exported:
-    return make(exports / "standard", OnnxConfig("standard"), family="qwen2")
+    """Of more layers than are traced."""
+    return make(exports / "standard", OnnxConfig("standard"), family="qwen2", num_layers=TRACED_LAYERS + 1)
 
 
 @pytest.fixture(scope="session")
