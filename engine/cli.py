@@ -6,8 +6,11 @@ Exit code 0, or 1 with one line on stderr; SPEEDER_DEBUG=1 shows the traceback.
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -427,7 +430,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.showwarning = _show_warning
     try:
-        code = app(standalone_mode=False)  # an interrupted command returns its code here, others None
+        with _ended_cleanly():
+            code = app(standalone_mode=False)  # an interrupted command returns its code here, others None
     except (KeyboardInterrupt, typer.Abort):
         code = 1
     except Exception as error:
@@ -438,6 +442,16 @@ def main() -> None:
     if code:
         typer.echo("interrupted", err=True)
         sys.exit(1)
+
+
+@contextmanager
+def _ended_cleanly() -> Iterator[None]:
+    """What supervisors send is taken as Ctrl-C: a process that is simply ended leaves half-written folders."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _describe(error: Exception) -> str:

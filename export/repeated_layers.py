@@ -1,8 +1,8 @@
 """Deep decoders, traced in parts: the layers between the first and the last are the same graph over other weights.
 
-Tracing takes seconds a layer. So a decoder is traced with four of its layers, the first three and the last,
-with a mark where each but the last ends; what stands between the first two marks is written once more for every layer
-that was left out. The third layer is there to be compared: it must be the second's copy, operator by operator.
+Tracing takes seconds a layer. So a decoder is traced with four of its layers, the first three and the last, with a mark
+where each but the last ends; what stands between the first two marks is written once more for every layer that was left
+out. The third layer is there to be compared: it must be the second's copy, operator by operator.
 """
 
 from collections.abc import Callable, Mapping
@@ -69,12 +69,16 @@ class _Repetition:
     def __init__(self, graph: "ir.Graph", spec: GraphSpec, short: GraphSpec) -> None:
         self.graph, self.spec = graph, spec
         module = spec.module
-        self.weights: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        # by all their names, should layers have one in common
+        named = *module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)
+        self.weights: dict[str, Tensor] = dict(named)
         self.num_layers = 1 + max(_layer_of(name) for name in self.weights if name.startswith(LAYERS))
         self.inputs = dict(zip(short.input_order, graph.inputs, strict=True))
         self.outputs = dict(zip(short.outputs, graph.outputs, strict=True))
         nodes = list(graph)
         self.marks = [node for node in nodes if node.op_type == MARK and node.domain == OWN_DOMAIN]
+        if len(self.marks) != TRACED_LAYERS - 1:
+            raise NotAlike(f"{len(self.marks)} marks")
         first, second, third = map(nodes.index, self.marks)
         self.copied, self.twin = nodes[first + 1 : second], nodes[second + 1 : third]
         self.ends = [_marked(mark) for mark in self.marks]  # each layer's hidden rows

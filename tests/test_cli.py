@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -20,7 +19,6 @@ import speeder_engine
 from speeder_engine import Engine
 from speeder_engine.catalogue import Catalogue
 from speeder_engine.config import CalendarConfig
-from speeder_engine.synthetic import write_synthetic_dataset
 
 CALENDAR = CalendarConfig(first_second=0, bucket_seconds=1000, num_buckets=5)
 
@@ -275,20 +273,35 @@ def test_skipped_ids_are_counted_and_listed(engine_dir, tmp_path):
     assert pq.read_table(target)["unknown"].to_pylist() == [["x"], ["y", "z"], []]
 
 
-def test_an_interrupted_command_says_so_and_fails(tmp_path):
-    code = "from speeder_engine.cli import main; print('ready', flush=True); main()"
-    folder = write_synthetic_dataset(tmp_path / "data", num_users=300, num_items=120)
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_says_so_and_leaves_nothing_half_written(tmp_path, sent):
+    code = """
+import sys, time
+from pathlib import Path
+from speeder_engine import inspection
+from speeder_engine.cli import main
+from speeder_engine.files import replace_folder
+
+def write(out):
+    with replace_folder(Path(out)) as beside:
+        (beside / "half").touch()
+        print("ready", flush=True)
+        time.sleep(60)
+
+inspection.inspect_engine = write
+main()
+"""
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "train", str(folder), "--out", str(tmp_path / "c")],
+        [sys.executable, "-c", code, "inspect", str(tmp_path / "c")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=take_interrupts,
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    time.sleep(4)
-    process.send_signal(signal.SIGINT)
+    assert len(list(tmp_path.glob(".c.*.tmp/half"))) == 1
+    process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert errors.strip().endswith("interrupted")
-    assert "Traceback" not in errors
+    assert "Traceback" not in errors and not list(tmp_path.glob(".c.*"))

@@ -109,7 +109,9 @@ def counted_layers(monkeypatch, most=99):
 
 @pytest.mark.parametrize(("count", "dtype"), [(5, torch.float32), (8, torch.float16)])
 def test_a_deep_decoder_is_the_graph_of_all_its_layers(tmp_path, monkeypatch, count, dtype):
-    spec = make_spec(layers_of(count, dtype=dtype))
+    layers = layers_of(count, dtype=dtype)
+    layers[2].linear = layers[3].linear  # as where layers share their weights
+    spec = make_spec(layers)
     with counted_layers(monkeypatch) as seen:
         found, operators = answers(spec, tmp_path / "parts")
         assert seen == [4] and len(spec.module.model.decoder.layers) == count
@@ -149,7 +151,7 @@ class Elsewhere(Layer):
         return hidden, torch.cat([present[:ROWS], present[:ROWS]])
 
 
-@pytest.mark.parametrize("changes", [{1: Squared}, {2: Squared}, {1: Shifted, 2: Doubled}, {2: Elsewhere}])
+@pytest.mark.parametrize("changes", [{2: Squared}, {1: Shifted, 2: Doubled}, {2: Elsewhere}])
 def test_layers_that_are_not_alike_are_all_traced(tmp_path, monkeypatch, changes):
     layers = layers_of(6)
     for index, kind in changes.items():
