@@ -28,6 +28,13 @@ def tiny():
     return make_tiny(window=12, step=4)
 
 
+@pytest.fixture(scope="module")
+def unchanged(tiny):
+    """An engine with encoders, for upserts that must change nothing, and what it answers."""
+    engine, _ = with_encoders(tiny)
+    return engine, engine.recommend(["0001"], k=120)
+
+
 def made(tiny, **settings):
     settings = {"dtype": "float32", "kv_budget": "4MiB", "debug": True} | settings
     return Engine(tiny.parts(), EngineConfig(**settings))
@@ -221,9 +228,8 @@ def test_raw_text_and_images_run_through_the_encoders(tiny, tmp_path):
         (lambda: Item("0001", prior="high"), "prior of item '0001'"),
     ],
 )
-def test_a_bad_item_is_refused_in_one_line_and_nothing_is_changed(tiny, item, message):
-    engine, _ = with_encoders(tiny)
-    before = engine.recommend(["0001"], k=120)
+def test_a_bad_item_is_refused_in_one_line_and_nothing_is_changed(unchanged, item, message):
+    engine, before = unchanged
     with pytest.raises(DataError, match=message) as caught:
         engine.upsert([Item("good", text="good words"), Item("0002", text="other"), item()])
     assert "\n" not in str(caught.value)
