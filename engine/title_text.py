@@ -42,7 +42,7 @@ class TitleText:
             ids = tuple(encoded.ids[:MOST_ANSWER_IDS]) if answer_text(title) else ()
             if max(ids, default=0) >= self.vocab_size:
                 beyond = f"the tokenizer writes it with token {max(ids)}, the vocabulary ends at {self.vocab_size - 1}"
-                raise DataError(f"title {shown(title)}: {beyond}; give another title")
+                raise DataError(f"title {shown(title)}: {beyond}; give another title, or the tokenizer of this model")
             self._known[title] = ids
         return [self._known[title] for title in titles]
 
