@@ -55,7 +55,7 @@ class TextRun:
         self.split, self.precision = split, config.precision
         titles = [answer_text(title) for title in split.dataset.items.titles]
         self.body, tokenizer, _ = make_backbone(config.backbone, [config.instruction, config.question, *titles])
-        text = TitleText(tokenizer.backend_tokenizer)
+        text = TitleText(tokenizer.backend_tokenizer, self.body.config.vocab_size)
         self.answers = text.answers(titles)
         self.begin, self.question = (
             instruction_ids(tokenizer, config.instruction),

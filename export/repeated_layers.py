@@ -23,6 +23,7 @@ LAYERS = "model.decoder.layers."  # where a graph's module has them
 
 
 def kept_layers(num_layers: int) -> tuple[int, ...]:
+    """Which of so many stand for all when a decoder is traced."""
     return (*range(TRACED_LAYERS - 1), num_layers - 1)
 
 
