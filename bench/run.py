@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 import typer
+from commands import listed
 from context import Bench
 from machine import describe
 from measure import Clock, OutOfTime
@@ -169,7 +170,7 @@ def contenders(only: str) -> tuple[str, ...]:
     """Keys of alternatives, checked; empty: all."""
     from baselines.registry import BASELINES
 
-    keys = tuple(key for key in only.split(",") if key)
+    keys = tuple(listed(only, ","))
     strange = [key for key in keys if key not in BASELINES]
     if strange:
         known = ", ".join(BASELINES)
@@ -177,8 +178,7 @@ def contenders(only: str) -> tuple[str, ...]:
     return keys
 
 
-app = typer.Typer(add_completion=False)
-app.command()(main)
-
 if __name__ == "__main__":
+    app = typer.Typer(add_completion=False)
+    app.command()(main)
     app()

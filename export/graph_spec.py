@@ -36,6 +36,12 @@ class GraphSpec:
     lists: dict[str, tuple[str, ...]] = field(default_factory=dict)  # parameter -> the inputs it takes as one list
 
     @property
+    def static_model(self) -> StaticModel | None:
+        """What the decoder's graphs share; None for a graph without a decoder."""
+        model = getattr(self.module, "model", None)
+        return model if isinstance(model, StaticModel) else None
+
+    @property
     def input_shapes(self) -> dict[str, tuple[str | int, ...]]:
         """Every input's dimensions: a number, or the name of one that varies."""
         return {

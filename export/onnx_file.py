@@ -16,7 +16,6 @@ from speeder_engine.errors import ExportError
 from speeder_engine.export.graph_spec import GraphSpec
 from speeder_engine.export.onnx_config import WEIGHTS_FILE
 from speeder_engine.export.repeated_layers import TRACED_LAYERS, NotAlike, kept_layers, repeat_layers
-from speeder_engine.export.static_graph import StaticModel
 
 ALIGNMENT = 4096  # of a page, so that a runtime can map a weight instead of reading it
 INLINE_BYTES = 1024  # smaller constants stay in the graph: runtimes read shapes and axes there
@@ -59,19 +58,16 @@ def write_graph(spec: GraphSpec, opset: int, weights: WeightsFile) -> Path:
 
 def _trace(spec: GraphSpec, opset: int) -> Any:
     """The graph as the exporter leaves it; of a deep decoder put together out of four of its layers."""
-    model = getattr(spec.module, "model", None)
-    if not isinstance(model, StaticModel) or len(model.decoder.layers) <= TRACED_LAYERS:
-        return _export(spec, opset).model
-    kept = kept_layers(len(model.decoder.layers))
-    short = spec.of_layers(kept)
-    with model.only_layers(kept):
-        program = _export(short, opset, optimize=False)
-    try:
-        with _quiet():
+    model = spec.static_model
+    if model is not None and len(model.decoder.layers) > TRACED_LAYERS:
+        kept = kept_layers(len(model.decoder.layers))
+        short = spec.of_layers(kept)
+        with model.only_layers(kept):
+            program = _export(short, opset, optimize=False)
+        with contextlib.suppress(NotAlike), _quiet():
             repeat_layers(program.model, spec, short, program.optimize)
-    except NotAlike:
-        return _export(spec, opset).model
-    return program.model
+            return program.model
+    return _export(spec, opset).model
 
 
 def _export(spec: GraphSpec, opset: int, optimize: bool = True) -> Any:

@@ -88,16 +88,16 @@ class _Repetition:
     def write(self) -> None:
         self._compare()
         self._rename_last()
-        hidden, written = self.ends[2], []
+        hidden, written = self.ends[TWIN], []
         for index in range(TRACED_LAYERS - 1, self.num_layers - 1):
             known = self._begin(index, hidden)
             written += [self._again(node, known, index) for node in self.copied]
             for name, value in self._of_layer(self.outputs).items():
-                self.outputs[name.replace(f".{COPIED}.", f".{index}.")] = known[value]
+                self.outputs[_renamed(name, index)] = known[value]
             hidden = known[self.ends[COPIED]]
-        self.graph.insert_after(self.marks[2], written)
-        self.marks[2].outputs[0].replace_all_uses_with(hidden)
-        for mark, end in zip(self.marks[:2], self.ends[:2], strict=True):
+        self.graph.insert_after(self.marks[TWIN], written)
+        self.marks[TWIN].outputs[0].replace_all_uses_with(hidden)
+        for mark, end in zip(self.marks[:TWIN], self.ends[:TWIN], strict=True):
             mark.outputs[0].replace_all_uses_with(end)
         self.graph.remove(self.marks, safe=True)
         for found, held, order in (
@@ -136,14 +136,14 @@ class _Repetition:
         return {name: value for name, value in named.items() if f".{COPIED}." in name}
 
     def _twin_of(self, name: str, named: "Mapping[str, ir.Value]") -> "ir.Value":
-        return named[name.replace(f".{COPIED}.", f".{TWIN}.")]
+        return named[_renamed(name, TWIN)]
 
     def _weights_of(self, index: int) -> "dict[ir.Value, ir.Value]":
         """Another layer's weights by the copied one's; those that no graph holds yet are made."""
         found = {}
         for name, value in list(self.graph.initializers.items()):
             if name.startswith(f"{LAYERS}{COPIED}."):
-                found[value] = self._weight(name.replace(f"{LAYERS}{COPIED}.", f"{LAYERS}{index}."), value)
+                found[value] = self._weight(_renamed(name, index), value)
         return found
 
     def _weight(self, name: str, like: "ir.Value") -> "ir.Value":
@@ -159,7 +159,7 @@ class _Repetition:
         """The last layer was traced under the place that it has among the four."""
         for name in [name for name in self.graph.initializers if name.startswith(f"{LAYERS}{TRACED_LAYERS - 1}.")]:
             value = self.graph.initializers.pop(name)
-            value.name = name.replace(f"{LAYERS}{TRACED_LAYERS - 1}.", f"{LAYERS}{self.num_layers - 1}.")
+            value.name = _renamed(name, self.num_layers - 1, TRACED_LAYERS - 1)
             self.graph.register_initializer(value)
 
     def _begin(self, index: int, hidden: "ir.Value") -> "dict[ir.Value, ir.Value]":
@@ -168,7 +168,7 @@ class _Repetition:
 
         known = {self.marks[0].outputs[0]: hidden} | self._weights_of(index)
         for name, value in self._of_layer(self.inputs).items():
-            again = name.replace(f".{COPIED}.", f".{index}.")
+            again = _renamed(name, index)
             known[value] = self.inputs[again] = ir.Value(name=again, shape=value.shape, type=value.type)
         return known
 
@@ -195,6 +195,11 @@ def _marked(mark: "ir.Node") -> "ir.Value":
     [value] = mark.inputs
     assert value is not None
     return value
+
+
+def _renamed(name: str, index: int, was: int = COPIED) -> str:
+    """What a weight, an input or an output of one layer is called in another."""
+    return name.replace(f".{was}.", f".{index}.", 1)
 
 
 def _layer_of(name: str) -> int:

@@ -15,7 +15,6 @@ from speeder_engine.export.graph_spec import GraphSpec, dtype_name, graph_specs
 from speeder_engine.export.onnx_file import WeightsFile, write_graph
 from speeder_engine.export.plan_builder import Limits, PlanBuilder
 from speeder_engine.export.plan_config import PLANS, PlanConfig
-from speeder_engine.export.static_graph import StaticModel
 from speeder_engine.export.tensorrt_package import PACKAGES, check_installed, find_chip, load_tensorrt
 from speeder_engine.export.tools import versions
 from speeder_engine.files import write_atomic
@@ -106,9 +105,9 @@ def graph_files(parts: EngineParts, config: PlanConfig, folder: Path) -> Iterato
     is_float8 = False
     with WeightsFile(place) as weights:
         for spec in graph_specs(parts, onnx):
-            model = getattr(spec.module, "model", None)
+            model = spec.static_model
             # the graphs share one model: the first that reads it changes it for all
-            if config.dtype == "float8" and isinstance(model, StaticModel) and not is_float8:
+            if config.dtype == "float8" and model is not None and not is_float8:
                 use_float8(model)
                 is_float8 = True
             graphs[write_graph(spec, onnx.opset, weights)] = spec

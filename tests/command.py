@@ -4,10 +4,13 @@ import contextlib
 import io
 import logging
 import os
+import runpy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -31,11 +34,15 @@ class Done:
 
 def speeder(*arguments: object) -> Done:
     """What `speeder ARGUMENTS` prints and how it ends."""
-    return call(main, "speeder", *arguments)
+    return _call(main, "speeder", *arguments)
 
 
-def call(function: Callable[[], object], program: str, *arguments: object) -> Done:
-    """What a program that begins with this function prints, and how it ends."""
+def script(path: Path, *arguments: object) -> Done:
+    """The same of a script, as `python PATH ARGUMENTS` runs it."""
+    return _call(partial(runpy.run_path, str(path), run_name="__main__"), str(path), *arguments)
+
+
+def _call(function: Callable[[], object], program: str, *arguments: object) -> Done:
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, _own_process():
         patch.setattr(sys, "argv", [program, *map(str, arguments)])

@@ -9,10 +9,9 @@ import time
 
 import guard
 import pytest
-import run as bench_run
 import torch
 import typer
-from command import call
+from command import script
 from gemm import forms, step_products, work_of
 from interrupts import take_interrupts
 from limits import Limits, Probe, Work, bearable
@@ -131,8 +130,8 @@ def test_what_takes_longer_than_there_is_time_is_ended():
         (("cache", "--seconds", "0"), "0: a time above 0 is needed"),
     ],
 )
-def test_what_cannot_be_measured_is_said_before_anything_is(options, says):
-    done = call(bench_run.app, "run.py", *options)
+def test_what_cannot_be_measured_is_said_before_anything_is(root, options, says):
+    done = script(root / "bench" / "run.py", *options)
     assert done.returncode == 2 and done.stdout == ""
     assert says in " ".join(done.stderr.replace("│", " ").split())
 

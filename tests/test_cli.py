@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -19,6 +20,7 @@ import speeder_engine
 from speeder_engine import Engine
 from speeder_engine.catalogue import Catalogue
 from speeder_engine.config import CalendarConfig
+from speeder_engine.synthetic import write_synthetic_dataset
 
 CALENDAR = CalendarConfig(first_second=0, bucket_seconds=1000, num_buckets=5)
 
@@ -273,8 +275,26 @@ def test_skipped_ids_are_counted_and_listed(engine_dir, tmp_path):
     assert pq.read_table(target)["unknown"].to_pylist() == [["x"], ["y", "z"], []]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_command_says_so_and_leaves_nothing_half_written(tmp_path, sent):
+def test_an_interrupted_command_says_so_and_fails(tmp_path):
+    code = "from speeder_engine.cli import main; print('ready', flush=True); main()"
+    folder = write_synthetic_dataset(tmp_path / "data", num_users=300, num_items=120)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "train", str(folder), "--out", str(tmp_path / "c")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=take_interrupts,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.strip().endswith("interrupted")
+    assert "Traceback" not in errors
+
+
+def test_a_command_that_a_supervisor_ends_leaves_nothing_half_written(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
@@ -300,7 +320,7 @@ main()
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     assert len(list(tmp_path.glob(".c.*.tmp/half"))) == 1
-    process.send_signal(sent)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert errors.strip().endswith("interrupted")

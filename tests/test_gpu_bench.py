@@ -12,7 +12,7 @@ import gpu
 import make_gpu
 import pytest
 import torch
-from command import call
+from command import script
 from goals import COLD, STATIC, WARM, goals_of
 from gpu import EMPTY, Report, compile_part, plan
 from kernel_cases import Case, Maker, maker_name
@@ -220,11 +220,11 @@ def test_what_a_kernel_reads_is_not_in_the_cache_when_it_is_timed():
     assert num_copies(1e5, 0) == 1
 
 
-@pytest.mark.parametrize("script", [make_gpu, gpu])
-def test_without_a_gpu_one_line_says_so(tmp_path, monkeypatch, script):
+@pytest.mark.parametrize("name", ["make_gpu.py", "gpu.py"])
+def test_without_a_gpu_one_line_says_so(root, tmp_path, monkeypatch, name):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes it starts
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    done = call(lambda: sys.exit(script.main()), f"{script.__name__}.py", "--out", tmp_path)
+    done = script(root / "bench" / name, "--out", tmp_path)
     assert done.returncode == 1
     assert done.stderr == ""
     [line] = done.stdout.splitlines()

@@ -3,17 +3,10 @@
 import json
 import subprocess
 import sys
-from functools import partial
 
-import int8_accuracy
 import numpy as np
-import packing
 import pytest
-import study
-import tune_baselines
-import typer
-from command import call
-from commands import run_command
+from command import script
 from results_tables import tables
 from study import Plan
 from study_report import write_report
@@ -52,7 +45,7 @@ def test_runs_are_kept_and_become_results(root, tmp_path):
     given = [str(data), "systems", "--work", str(work), "--seeds", "0,1", "--only", "declared; itemknn"]
     command = [sys.executable, str(root / "bench" / "study.py"), *given]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "systems: 0 runs to do\n"
-    refused = call(partial(run_command, study.main), "study.py", *given[:-1], "declared; itmknn")
+    refused = script(root / "bench" / "study.py", *given[:-1], "declared; itmknn")
     assert refused.returncode == 1 and "--only: no itmknn; there are popularity, " in refused.stderr
     out = tmp_path / "results" / "made.json"
     write_report(data, work, out)
@@ -113,15 +106,14 @@ def test_stages_are_made_of_the_recipes_own():
     assert {stage.ramp for stage in VARIANTS["no ramp"].config("study-long", 0).stages} == {0.0}
 
 
-def test_bad_input_ends_in_one_line(tmp_path):
-    nothing = tmp_path / "nothing"
-    for main, *given in (
-        [study.main, nothing, "systems", "--work", tmp_path / "work"],
-        [tune_baselines.main, nothing, "itemknn", "--out", tmp_path / "runs.jsonl"],
-        [packing.main, nothing],
-        [lambda: typer.run(int8_accuracy.main), tmp_path / "engine", nothing],
+def test_bad_input_ends_in_one_line(root, tmp_path):
+    for name, *given in (
+        ["study.py", tmp_path / "nothing", "systems", "--work", tmp_path / "work"],
+        ["tune_baselines.py", tmp_path / "nothing", "itemknn", "--out", tmp_path / "runs.jsonl"],
+        ["packing.py", tmp_path / "nothing"],
+        ["int8_accuracy.py", tmp_path / "engine", tmp_path / "nothing"],
     ):
-        done = call(partial(run_command, main), "script.py", *given)
+        done = script(root / "bench" / name, *given)
         assert done.returncode == 1 and not done.stdout
-        assert done.stderr.startswith("script.py: ") and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stderr.startswith(f"{name}: ") and len(done.stderr.splitlines()) == 1, done.stderr
     assert not list(tmp_path.iterdir())
