@@ -33,7 +33,7 @@ lint: setup  ## ruff: rules and format
 	$(BIN)/ruff format --check .
 
 # mypy can't follow the editable finder: it gets the package as a tree of links
-types: setup  ## mypy, strict on the package
+types: setup  ## mypy, strict on the package and the benchmarks
 	@rm -rf build/layout && mkdir -p $(LAYOUT)
 	@cd $(LAYOUT) && ln -s ../../../engine/* ../../../triton_kernels ../../../export .
 	$(BIN)/mypy

@@ -1,16 +1,17 @@
 """What the operations of triton_kernels/ cost on the CPU: `pytest bench/bench_kernels.py`. The torch references there
 are what `run.py kernels` times in larger shapes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from kernel_cases import Maker
+from kernel_cases import Case, Maker
 
 from speeder_engine.random_engine import SHAPES
 
 MAKER = Maker(SHAPES["tiny"], 32, torch.device("cpu"), torch.float32)
-CASES = {
+CASES: dict[str, Callable[[], Case]] = {
     "norm": MAKER.norm,
     "swiglu": MAKER.gated,
     "embed": lambda: MAKER.embed(1000),

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -54,8 +55,8 @@ class TextRun:
         torch.manual_seed(config.seed)
         self.split, self.precision = split, config.precision
         titles = [answer_text(title) for title in split.dataset.items.titles]
-        self.body, tokenizer, _ = make_backbone(config.backbone, [config.instruction, config.question, *titles])
-        text = TitleText(tokenizer.backend_tokenizer, self.body.config.vocab_size)
+        body, tokenizer, _ = make_backbone(config.backbone, [config.instruction, config.question, *titles])
+        self.body, text = body, TitleText(tokenizer.backend_tokenizer, cast(Any, body).config.vocab_size)
         self.answers = text.answers(titles)
         self.begin, self.question = (
             instruction_ids(tokenizer, config.instruction),

@@ -1,6 +1,7 @@
 """A step's own matrix products and nothing else, each in the best form that the library has: what a step is held to."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from limits import Work
@@ -8,7 +9,7 @@ from measure import Timed
 from torch import Tensor
 from torch.nn import functional as F
 
-from speeder_engine.models.decoder import Decoder
+from speeder_engine.models.decoder import Decoder, DecoderLayer
 
 MOST_BYTES = 1 << 30  # of weights that are held: far more than any cache, so that every product reads from memory
 
@@ -30,7 +31,7 @@ def step_products(decoder: Decoder, rows: int, reads: int) -> list[Product]:
 
     A body of more than MOST_BYTES is stood in for by its first layers, again and again.
     """
-    layers = list(decoder.layers)
+    layers = cast(list[DecoderLayer], [*decoder.layers])
     layer_bytes = sum(parameter.numel() * parameter.element_size() for parameter in layers[0].parameters())
     held = layers[: max(1, min(len(layers), MOST_BYTES // layer_bytes))]
     found: list[Product] = []

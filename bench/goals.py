@@ -51,17 +51,17 @@ def _device_ms(shape: str) -> Callable[[Found], float]:
 def _behind_device_ms(found: Found) -> float:
     """At 0.5B: what a request takes beside its pass."""
     row = _latency(found, "0.5b", COLD)
-    return row["p50_ms"] - row["device_us"] / 1e3
+    return float(row["p50_ms"] - row["device_us"] / 1e3)
 
 
 def _of_limit(found: Found) -> float:
-    return max(row["of_limit"] for row in found["steps"]["0.5b"]["saturated"].values() if "of_limit" in row)
+    return max(float(row["of_limit"]) for row in found["steps"]["0.5b"]["saturated"].values() if "of_limit" in row)
 
 
 def _over_a_read(found: Found) -> float:
     """At most, over one user and many."""
     rows = [row for name, row in found["searches"].items() if name.startswith(f"top_scores {SEARCHED} items")]
-    return max(1 / row["of_copy"] for row in rows)
+    return max(1 / float(row["of_copy"]) for row in rows)
 
 
 def _fp8(found: Found) -> float:

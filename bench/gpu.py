@@ -41,7 +41,15 @@ from speeder_engine.triton_kernels.linear_w8 import multiplies_fp8
 
 FEW_BUCKETS = (16, 32, 64, 192)
 SCHEMA = 1
-EMPTY = {"machine": {}, "kernels": {}, "searches": {}, "steps": {}, "transformers": {}, "goals": {}, "failed": {}}
+EMPTY: dict[str, dict[str, Any]] = {
+    "machine": {},
+    "kernels": {},
+    "searches": {},
+    "steps": {},
+    "transformers": {},
+    "goals": {},
+    "failed": {},
+}
 Section = tuple[str, float, Callable[[Clock], None]]  # a name, the seconds it may take, what it does
 
 
@@ -199,7 +207,8 @@ def steps(
     """`other`: the engine's settings, where they are not its own; fewer buckets and batches then, since kernels are
     compiled for each."""
     load = made_load(shape, device, smoke, other)
-    found = report.found["steps"][label(shape, other)] = {"graphs_captured": load.engine.stats().graphs_captured}
+    found: dict[str, Any] = {"graphs_captured": load.engine.stats().graphs_captured}
+    report.found["steps"][label(shape, other)] = found
     found["weight_bytes"], found["kv_block_bytes"] = load.weight_bytes, load.engine._now().cache.size.block_bytes
     late: OutOfTime | None = None
     try:

@@ -52,6 +52,10 @@ class Maker:
     def draw(self, *size: int) -> Tensor:
         return torch.randn(size, device=self.device, dtype=self.dtype)
 
+    def caches(self, num_blocks: int) -> tuple[Tensor, Tensor]:
+        size = num_blocks, BLOCK, self.shape.num_kv_heads, self.shape.head_dim
+        return self.draw(*size), self.draw(*size)
+
     def below(self, most: int, *size: int) -> Tensor:
         return torch.randint(0, most, size, device=self.device)
 
@@ -107,12 +111,14 @@ class Maker:
         q, k, v = wide.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
         angles = torch.randn(INSTRUCTION + HISTORY + 1, shape.head_dim, device=self.device)
         positions = self.below(len(angles), rows)
-        caches = [self.draw(rows // BLOCK + 1, BLOCK, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
-        slots = torch.arange(rows, device=self.device)
+        caches, slots = self.caches(rows // BLOCK + 1), torch.arange(rows, device=self.device)
         cos, sin = angles.cos(), angles.sin()
         num_bytes = 2 * wide.numel() * self.dtype.itemsize + 2 * angles.numel() * 4
-        given = (q, k, v, cos, sin, *caches, slots)
-        return self.case("qk_norm_rope_store", lambda: qk_norm_rope_store(*given, positions=positions), num_bytes)
+
+        def call() -> object:
+            return qk_norm_rope_store(q, k, v, cos, sin, *caches, slots, positions=positions)
+
+        return self.case("qk_norm_rope_store", call, num_bytes)
 
     def attention(self) -> Case:
         """Warm users: one new item and 20 candidates each, behind the instruction and 30 items."""
@@ -120,7 +126,7 @@ class Maker:
         users = -(-self.num_rows // each)
         rows = users * each
         width, shared = -(-(HISTORY + 1) // BLOCK), -(-INSTRUCTION // BLOCK)
-        caches = [self.draw(shared + users * width, BLOCK, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
+        caches = self.caches(shared + users * width)
         local = torch.arange(rows, device=self.device) % each
         attention = AttentionRows(
             sequence=torch.arange(users, device=self.device).repeat_interleave(each),
@@ -173,7 +179,7 @@ class Maker:
         """Norm, projection, rotation and the write into the cache."""
         shape, rows = self.shape, self.num_rows
         x, weight, flops = self._product("qkv")
-        caches = [self.draw(rows // BLOCK + 1, BLOCK, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
+        caches = self.caches(rows // BLOCK + 1)
         angles = torch.randn(INSTRUCTION + HISTORY + 1, shape.head_dim, device=self.device)
         slots = torch.arange(rows, device=self.device)
         places = angles.cos(), angles.sin(), self.below(len(angles), rows)

@@ -95,13 +95,14 @@ def device_seconds(calls: Sequence[Call], device: torch.device, repeats: int = R
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for call in (*calls, *calls[:1] * 2):
+        for call in (*calls, calls[0], calls[0]):
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph, turns = torch.cuda.CUDAGraph(), -(-repeats // len(calls))
     with torch.cuda.graph(graph):
-        for call in calls * turns:
-            call()
+        for _ in range(turns):
+            for call in calls:
+                call()
     return replay_seconds(graph.replay, rounds) / (turns * len(calls))
 
 
@@ -120,7 +121,7 @@ def replay_seconds(replay: Call, rounds: int = 20) -> float:
         replay()
         after.record()
         after.synchronize()
-        timed.append(before.elapsed_time(after) / 1e3)
+        timed.append(float(before.elapsed_time(after)) / 1e3)
     return statistics.median(timed)
 
 
@@ -287,5 +288,6 @@ def count_launches(call: Call, device: torch.device) -> int | None:
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
         call()
         torch.cuda.synchronize(device)
-    on_device = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    cuda = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
+    on_device = [event for event in found.events() if event.device_type == cuda]
     return len(on_device)

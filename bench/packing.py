@@ -85,14 +85,14 @@ def main() -> None:
     for name, packing in (("padded", False), ("packed", True)):
         config = TrainingConfig(window=given.window, batch_size=given.batch_size, packing=packing)
         kinds[name] = TrainingBatches(split.train, split.dataset.num_items, config).epoch(0)
-    found = {name: [0.0, 0, 0] for name in kinds}
+    found: dict[str, tuple[float, ...]] = dict.fromkeys(kinds, (0.0, 0, 0))
     for number, pair in enumerate(zip(*kinds.values(), strict=False)):
         if number > given.batches:
             break
         for name, batch in zip(kinds, pair, strict=True):
-            told = step(model, batch, name == "packed", given.precision)
+            of_step = step(model, batch, name == "packed", given.precision)
             if number:  # the first warms up
-                found[name] = [a + b for a, b in zip(found[name], told, strict=True)]
+                found[name] = tuple(a + b for a, b in zip(found[name], of_step, strict=True))
     seconds = {name: total / real for name, (total, _, real) in found.items()}
     shares = {name: round(1 - real / computed, 4) for name, (_, computed, real) in found.items()}
     told = {"padding": shares, "us_per_real_row": {n: round(1e6 * s, 2) for n, s in seconds.items()}}

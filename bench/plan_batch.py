@@ -12,7 +12,7 @@ BLOCK_SIZE, HISTORY, WINDOW, KEY_WIDTH = 16, 30, 256, 3
 class Batch:
     """`num_users` warm sessions of HISTORY items, and the arguments of the step that adds one item to each."""
 
-    def __init__(self, num_users: int, num_cold_sessions: int = 0, **settings: int) -> None:
+    def __init__(self, num_users: int, num_cold_sessions: int = 0, **settings: Any) -> None:
         self.manager = _C.BlockManager(
             num_blocks=4 * (num_users + num_cold_sessions) + 40,
             block_size=BLOCK_SIZE,

@@ -111,11 +111,11 @@ def curve_table(curve: Row) -> list[list[str]]:
 
 
 def is_system(row: Row) -> bool:
-    return row["system"] != OURS or is_declared(row)
+    return bool(row["system"] != OURS) or is_declared(row)
 
 
 def is_declared(row: Row) -> bool:
-    return row["system"] == OURS and row["variant"] == DECLARED
+    return bool(row["system"] == OURS and row["variant"] == DECLARED)
 
 
 def label(system: str, variant: str) -> str:

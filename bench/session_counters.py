@@ -33,8 +33,8 @@ def count(window: int, step: int, length: int) -> dict[str, int]:
             call()
             return engine.stats().rows_computed - before
 
-        def ask(known: list[str], **options: list[str]) -> int:
-            return rows(lambda: engine.recommend(known, user_id="user", **options))
+        def ask(known: list[str], candidates: list[str] | None = None) -> int:
+            return rows(lambda: engine.recommend(known, user_id="user", candidates=candidates))
 
         found = {"cold": ask(history), "repeated": ask(history)}
         found[f"{NUM_CANDIDATES} candidates"] = ask(history, candidates=candidates)

@@ -1,6 +1,7 @@
 """Whole steps of an engine with random weights: device time, end to end, launches, saturated users a second."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -86,12 +87,12 @@ class Load:
         for length in range(HISTORY + 1, WINDOW + 1):
             for start in range(0, self.num_users - batch + 1, batch):
                 asked = [self.request(user, length, ranked) for user in range(start, start + batch)]
-                calls.append(lambda asked=asked: self.engine.recommend_many(asked))
+                calls.append(partial(self.engine.recommend_many, asked))
         return calls
 
     def cold_calls(self, count: int) -> list[Callable[[], object]]:
         asked = [self.request(i % self.num_users, HISTORY, True, session=False) for i in range(count)]
-        return [lambda each=each: self.engine.recommend_many([each]) for each in asked]
+        return [partial(self.engine.recommend_many, [each]) for each in asked]
 
 
 def bucket_of(load: Load, num_rows: int, num_reads: int) -> Bucket:
@@ -188,6 +189,6 @@ def contender_latency(
                 if before is not None:
                     before(user)
                 synchronize(device)
-                timed.append(clocked(lambda user=user, call=call: call(user)))
+                timed.append(clocked(partial(call, user)))
                 clock.check()
         found[f"{contender.label.removeprefix(TRANSFORMERS)}, {name}"] = quantiles(timed[UNTIMED:])

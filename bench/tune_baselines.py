@@ -109,8 +109,8 @@ class Search:
             started = time.perf_counter()
             report = evaluate(self.fit(split, config), queries, None, show_progress=False)
             seconds = round(time.perf_counter() - started, 1)
-            found = {name: round(report.metrics[name], 5) for name in (METRIC, "hr@10", "mrr")}
-            known = {"system": self.system, "settings": asdict(config), "seconds": seconds} | found
+            known = {"system": self.system, "settings": asdict(config), "seconds": seconds}
+            known |= {name: round(report.metrics[name], 5) for name in (METRIC, "hr@10", "mrr")}
             log.add(known)
             print(json.dumps(known), flush=True)
         return float(known[METRIC])

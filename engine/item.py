@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ class Item:
     title: str | None = field(default=None, kw_only=True)
     text: str | None = field(default=None, kw_only=True)
     image: bytes | str | Path | None = field(default=None, kw_only=True)
-    vectors: Mapping[str, Sequence[float] | Vector] = field(default_factory=dict, kw_only=True)
+    vectors: Mapping[str, Sequence[float] | NDArray[np.floating[Any]]] = field(default_factory=dict, kw_only=True)
     available: bool | None = field(default=None, kw_only=True)
     prior: float | None = field(default=None, kw_only=True)
 

@@ -99,7 +99,7 @@ class Transfer:
 
 
 def _event(is_cuda: bool) -> torch.cuda.Event | None:
-    return torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
+    return torch.cuda.Event() if is_cuda else None
 
 
 def words_of(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:

@@ -192,8 +192,8 @@ class StaticModel(nn.Module):
         num_items = self.item_tokens.shape[0]
         scores = self.catalogue_scores(vectors, closed, overrides, following)
         depth = torch.minimum(k, torch.tensor([num_items])).item()
-        torch._check(depth >= 1)  # type: ignore[no-untyped-call]
-        torch._check(depth <= num_items)  # type: ignore[no-untyped-call]
+        torch._check(depth >= 1)
+        torch._check(depth <= num_items)
         values, rows = torch.topk(scores, depth, dim=1)  # type: ignore[arg-type]
         return rows, values
 

@@ -131,4 +131,4 @@ def open_runtime(name: str, device: int) -> PlanRuntime:
     logger = make_logger(trt)
     place = torch.device("cuda", device)
     torch.cuda.set_device(place)
-    return PlanRuntime(trt, logger, trt.Runtime(logger), place, torch.cuda.Stream(place))  # type: ignore[no-untyped-call]
+    return PlanRuntime(trt, logger, trt.Runtime(logger), place, torch.cuda.Stream(place))

@@ -90,7 +90,8 @@ class TextGeneration:
         """Made titles: token ids [items * title_tokens], the same for the same item."""
         items = torch.tensor(rows, dtype=torch.int64, device=self.subject.device)[:, None]
         places = torch.arange(self.subject.workload.title_tokens, device=items.device)
-        return ((items * 7919 + places * 104_729 + 1) % self.lm.config.vocab_size).flatten()
+        ids: Tensor = (items * 7919 + places * 104_729 + 1) % self.lm.config.vocab_size
+        return ids.flatten()
 
     def close(self) -> None:
         self.users.clear()

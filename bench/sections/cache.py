@@ -26,7 +26,8 @@ def measure(bench: Bench, clock: Clock) -> None:
 
 def planning(batch: Batch) -> Timed:
     """Each round plans the same append: releasing the step leaves the sessions as they were."""
-    arguments, steps = batch.arguments(batch.users, HISTORY + 1), []
+    arguments = batch.arguments(batch.users, HISTORY + 1)
+    steps: list[int] = []
 
     def release(_: int) -> None:
         while steps:

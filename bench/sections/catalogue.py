@@ -67,6 +67,10 @@ def searching(table: Tensor, queries: Tensor) -> Timed:
     return Timed(call)
 
 
+def searching_with(other: Search, queries: Tensor) -> Timed:
+    return Timed(lambda _: other.search(queries, K))
+
+
 def row(bench: Bench, label: str, timing: Timing, read: Timing, ratio: float | None = None) -> list[object]:
     return [label, timing.p50 * 1e3, timing.count, timing.p50 / read.p50, ratio]
 
@@ -91,7 +95,7 @@ def beside(
     rows: list[list[object]] = []
     for users in USERS:
         asked = queries[:users]
-        timed = {"ours": searching(table, asked), "other": Timed(lambda _, asked=asked: other.search(asked, K))}
+        timed = {"ours": searching(table, asked), "other": searching_with(other, asked)}
         timings = interleave(timed, bench.rounds(7, 8), Clock.of(clock.left / 4), bench.device)
         ratio = timings["other"].over(timings["ours"])
         suffix = "" if users == 1 else f"_{users}"

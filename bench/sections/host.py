@@ -35,8 +35,16 @@ def measure(bench: Bench, clock: Clock) -> None:
 def graphs_without_work(row_buckets: tuple[int, ...]) -> Engine:
     """An engine whose captured passes do nothing when they are replayed; on the CPU, whatever the device."""
     parts = random_parts(SHAPE, num_items=NUM_ITEMS)
-    settings = {"device": "cpu", "dtype": "float32", "cpu_path": "torch", "freeze_gc": False}
-    engine = Engine(parts, EngineConfig(**settings, graphs="on", row_buckets=row_buckets, kv_budget="64MiB"))
+    config = EngineConfig(
+        device="cpu",
+        dtype="float32",
+        cpu_path="torch",
+        graphs="on",
+        row_buckets=row_buckets,
+        kv_budget="64MiB",
+        freeze_gc=False,
+    )
+    engine = Engine(parts, config)
     engine.warm_up()
     for graph in engine._now().graphs._graphs.values():
         graph._replay = lambda: None

@@ -1,5 +1,7 @@
 """Every operation of triton_kernels/ at the shapes of real steps: its torch reference on a CPU, its kernel on a GPU."""
 
+from functools import partial
+
 import torch
 from context import Bench
 from kernel_cases import Case, Maker
@@ -17,7 +19,7 @@ def measure(bench: Bench, clock: Clock) -> None:
             maker = Maker(bench.subject.config.decoder, num_rows, bench.device, bench.subject.dtype)
             makers = [*maker.all(1000)]
             if num_rows == ROWS[0]:
-                makers.append(lambda maker=maker: maker.search(SEARCHED, USERS))
+                makers.append(partial(maker.search, SEARCHED, USERS))
             for make in makers:
                 clock.check()
                 found += one(bench, make(), num_rows, clock)

@@ -79,7 +79,7 @@ def calls(contender: Baseline, users: list[BenchUser], warm: bool, every: int = 
 
 def own_row(bench: Bench, ours: Ours, users: list[BenchUser], clock: Clock) -> Row:
     """Our step beside its own products and the machine's limits."""
-    timings = {}
+    timings: dict[str, Timing] = {}
     for name, rows, answer in (
         ("cold", bench.workload.cold_rows, ours.answer),
         ("warm", bench.workload.warm_rows, ours.answer_warm),

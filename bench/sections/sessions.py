@@ -90,11 +90,11 @@ def hit_rates(bench: Bench) -> None:
     what all sessions would take."""
     requests = bench.rounds(1000, 6000)
     whole, needed = hit_rate(requests, "1GiB")
-    rows = [[f"{percent} %", hit_rate(requests, needed * percent // 100)[0]] for percent in BUDGETS[:-1]]
-    rows.append([f"{BUDGETS[-1]} %", whole])
-    for percent, (_, rate) in zip(BUDGETS, rows, strict=True):
+    rates = [*(hit_rate(requests, needed * percent // 100)[0] for percent in BUDGETS[:-1]), whole]
+    for percent, rate in zip(BUDGETS, rates, strict=True):
         bench.report.put(f"hit_rate_{percent}", rate)
     bench.report.put("hit_rate", whole)
+    rows = [[f"{percent} %", rate] for percent, rate in zip(BUDGETS, rates, strict=True)]
     title = f"history positions found in sessions, {requests} requests of {STREAM_USERS} users by Zipf's law"
     bench.report.table(title, ("KV budget, of what all sessions take", "hit rate"), rows)
 

@@ -54,15 +54,19 @@ class Growing:
         return Timed(lambda at: self.ours.engine.recommend_many(self.requests(at % LONGER + 1)), before)
 
 
+def strangers(ours: Ours, users: list[BenchUser]) -> Timed:
+    return Timed(lambda _: ours.engine.recommend_many(map(ours.cold_request, users)))
+
+
 def batches(bench: Bench, ours: Ours, users: list[BenchUser], warm: bool, clock: Clock) -> list[list[object]]:
     """Batches of every size in turn, with the probe of the matmul ceiling between them."""
-    timed = {}
+    timed: dict[str, Timed] = {}
     for size in BATCHES:
         taken = users[:size]
         if warm:
             timed[str(size)] = Growing(ours, taken, users[-1].candidates[:LONGER]).timed
         else:
-            timed[str(size)] = Timed(lambda _, taken=taken: ours.engine.recommend_many(map(ours.cold_request, taken)))
+            timed[str(size)] = strangers(ours, taken)
     probe = bench.limits.probes[bench.limits.matmul(bench.dtype)].repeated(bench.rounds(1, PROBES))
     # the first of a large shape takes as long as the others, and that is long
     timings = interleave({**timed, "": probe.timed}, bench.rounds(9, 8), clock, bench.device, bench.rounds(1, 0))

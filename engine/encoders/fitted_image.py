@@ -120,7 +120,7 @@ def optimise(model: ConvNet, pixels: Tensor, config: ConvNetConfig) -> None:
             first, second = views.chunk(2)
             loss = info_nce(first, second, config.temperature)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             progress.update(task, advance=1, note=f"loss {loss.item():.3f}")

@@ -107,7 +107,7 @@ def optimise(
             for batch in batches:
                 loss = loss_of(torch.from_numpy(starts[batch]), torch.from_numpy(lengths[batch]))
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()

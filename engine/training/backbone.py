@@ -52,7 +52,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     )
     bpe.train_from_iterator(texts, trainer)
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
 
 
 def small_llama(config: BackboneConfig, vocab_size: int) -> nn.Module:

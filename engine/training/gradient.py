@@ -43,7 +43,7 @@ class GradientMaker:
         beside the batches depends on `number`."""
         if len(group) == 1 and self.processes.size == 1:
             losses = self._losses(group[0], share, self._drawn(group[0], number))
-            losses.total.backward()  # type: ignore[no-untyped-call]
+            losses.total.backward()
             return losses
         size, parts = self.processes.size, []
         counts = [count_targets(batch) for batch in group]
@@ -55,7 +55,7 @@ class GradientMaker:
             given = self.processes.has_part(batch)
             shares = {name: given * count / whole[name] for name, count in count_targets(mine).items()}
             parts.append(weighed(self._losses(mine, share, sampled), shares, self.config))
-            (parts[-1].total * size).backward()  # type: ignore[no-untyped-call]
+            (parts[-1].total * size).backward()
         self.processes.sum_gradients([*self.model.parameters(), *self.table.tuned.parameters()])
         return self._over_processes(added(parts), whole[parts[0].leads])
 

@@ -42,7 +42,7 @@ def warm_up(body: nn.Module, tokenizer: Any, texts: Sequence[str], config: Backb
             total = 0.0
             for part in torch.split(rows, ROWS_AT_ONCE):
                 loss = next_token_loss(body, part)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 nn.utils.clip_grad_norm_(body.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
