@@ -332,6 +332,7 @@ class EngineConfig(Config):
     graphs: str = "auto"  # CUDA graphs: "auto" captures on a GPU, "on" runs their buckets on a CPU too, "off" never
     launches: str = "fused"  # of small bf16 passes on a GPU: "apart" (with fp8 weights: of fp8 rows too), "fused" into
     # layers, "overlapped" on Hopper too
+    warm_k: int = 10  # searches for so many items are met by the warm-up; on a GPU the first one for many more compiles
     row_buckets: tuple[int, ...] = ROW_BUCKETS  # passes that are captured, by rows; larger ones run without a graph
     cpu_path: str = "auto"  # on a CPU: "auto", "avx512", "avx2", "plain" for native kernels, "torch" for none of them
     weights: str = "auto"  # of the decoder's linear layers: "auto" has them in dtype, "int8" and "fp8" in a byte each
@@ -348,7 +349,7 @@ class EngineConfig(Config):
         for name, choices in (("dtype", DTYPES), ("launches", LAUNCHES), ("cpu_path", CPU_PATHS)):
             value = getattr(self, name)
             check(value in choices, f"EngineConfig.{name}: {value!r} is not one of {', '.join(choices)}")
-        for name in ("max_sessions", "block_size", "max_batch_users", "max_batch_rows", "max_waiting"):
+        for name in ("max_sessions", "block_size", "max_batch_users", "max_batch_rows", "max_waiting", "warm_k"):
             value = getattr(self, name)
             check(0 < value <= MOST_INT32, f"EngineConfig.{name} must be within 1..{MOST_INT32}, is {value}")
         check(

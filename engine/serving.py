@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import cast
 
 import numpy as np
@@ -40,9 +41,10 @@ from speeder_engine.transfer import Transfer
 from speeder_engine.triton_kernels.few_rows import MOST_ROWS
 from speeder_engine.triton_kernels.language import overlapping
 from speeder_engine.triton_kernels.quantize_rows import Kind
+from speeder_engine.triton_kernels.top_scores import MAX_K, list_length
 
 Floats = NDArray[np.float32]
-WARM_K, WARM_CANDIDATES = 10, 20
+WARM_CANDIDATES = 20
 
 
 @dataclass(frozen=True)
@@ -125,30 +127,41 @@ class Serving:
         self.graphs.warm_up()
         if self.device.type == "cuda":
             self.graphs.meet_few_rows()
-        some = self.catalogue.item_ids[: min(len(self.catalogue), WARM_CANDIDATES)]
-        trained = self.parts.config.heads
-        heads: list[Head] = [head for head in ("retrieve", "rank") if head in trained.names]
-        steps = [[Request([], candidates=some, head=head)] for head in heads if some]
-        if trained.retrieve:
-            alone = Request([], WARM_K)
-            # a search for many is another kernel than one for a single user, one with allow lists another again
-            few, allowing = min(2, self.config.max_batch_users), Request([], WARM_K, allow=some)
-            steps = [[alone], [alone] * self.config.max_batch_users, [allowing], [allowing] * few, *steps]
+        searches = self._warm_searches() if self.parts.config.heads.retrieve else []
         # steps without a row to compute, or beyond the largest bucket, find the vectors of any number of users
         with overlapping(self.runner.overlap):
             for users in range(1, min(self.config.max_batch_users, MOST_ROWS) + 1, ROW_TILE):
                 self.scorer.user_vectors(self.cache.last_hidden[:1].expand(users, -1).contiguous())
         counted = self.num_requests, self.num_steps, self.eager_steps, self.runner.rows_computed, self.graphs.replays
         again = self.scorer.searched_again
-        for requests in steps:
+        for requests in (*searches, *self._warm_rankings()):
             self.step([self.resolve(request) for request in requests])
         if self.catalogue.coarse is not None:
-            for searching in steps[:4]:
+            for searching in searches:
                 queries = [self.resolve(request) for request in searching]
                 with self.forward(queries) as done:
                     self.scorer.search_exactly(queries, range(len(queries)), done.vectors)
         self.num_requests, self.num_steps, self.eager_steps, self.runner.rows_computed, self.graphs.replays = counted
         self.scorer.searched_again = again
+
+    def _warm_searches(self) -> list[list[Request]]:
+        """A step for every search that is another kernel: by how many answers are kept, for one user and for many, with
+        allow lists and without."""
+        some = self.catalogue.item_ids[:WARM_CANDIDATES]
+        many, few = self.config.max_batch_users, min(2, self.config.max_batch_users)
+        steps: list[list[Request]] = []
+        for k in sorted({list_length(k) for k in range(1, min(self.config.warm_k, MAX_K) + 1)}):
+            alone, allowing = Request([], k), Request([], k, allow=some)
+            steps += [[alone], [alone] * many, [allowing], [allowing] * few]
+        return steps
+
+    def _warm_rankings(self) -> list[list[Request]]:
+        """A step for every head that scores named items."""
+        some = self.catalogue.item_ids[:WARM_CANDIDATES]
+        titled = (item_id for item_id in self.catalogue.item_ids if self.catalogue.title(item_id))
+        named: dict[Head, Sequence[str]] = {"retrieve": some, "rank": some, "title": [*islice(titled, WARM_CANDIDATES)]}
+        trained = self.parts.config.heads.names
+        return [[Request([], candidates=ids, head=head)] for head, ids in named.items() if ids and head in trained]
 
     def resolve(self, request: Request, head: Head | None = None) -> Query:
         query = resolve(request, self.catalogue, self.layout, self.parts.config, head)

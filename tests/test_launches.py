@@ -5,7 +5,7 @@ import inspect
 import pkgutil
 
 import pytest
-from reference import make_tiny
+from reference import make_tiny, make_titled
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from speeder_engine import Engine, EngineConfig, Request, runner, triton_kernels
@@ -13,6 +13,7 @@ from speeder_engine.models import linear
 from speeder_engine.triton_kernels import few_rows, language
 from speeder_engine.triton_kernels.few_rows import block_of
 from speeder_engine.triton_kernels.quantize_rows import W8Weight
+from speeder_engine.triton_kernels.top_scores import list_length
 
 ALLOCATES = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::_unsafe_view")
 NUM_LAYERS = 3  # of make_tiny
@@ -39,7 +40,7 @@ class Launches(TorchDispatchMode):
             # what a kernel is compiled for
             block = (block_of(args[0].shape[0]), *matrix(args[1]).shape) if name.startswith("fused") else None
             if name == "top_scores":
-                block = args[0].shape[0] == 1, args[1].dtype, args[3].limited is None, args[4] <= 16
+                block = args[0].shape[0] == 1, args[1].dtype, args[3].limited is None, list_length(args[4])
             self.compiled.add((name, block, language._launches.overlap))
             with _disable_current_modes():
                 return reference(*args, **kwargs)
@@ -57,7 +58,7 @@ def launches(monkeypatch):
             operation = name.removeprefix("launch_")
             reference = getattr(module, f"{operation}_ref", None)
             if name.startswith("launch_") and launch.__module__ == module.__name__ and reference is not None:
-                if operation == "compressed_attention":
+                if operation in ("compressed_attention", "tree_attention"):
                     reference = into_out(reference)
                 monkeypatch.setattr(module, "runs_triton", lambda *tensors: True)
                 monkeypatch.setattr(module, name, counted.stands_for(operation, reference))
@@ -130,3 +131,23 @@ def test_no_request_meets_a_kernel_that_the_warm_up_has_not(graphs, kind, search
             serving.step(wanted)
     assert launches.compiled == known
     assert {block[0] for name, block, _ in known if name == "fused_qkv"} == {16, 32, 64, 128}
+
+
+@pytest.mark.parametrize(("warm_k", "unmet"), [(10, {32, 64, 128}), (40, {128}), (1000, set())])
+def test_the_warm_up_meets_titles_and_searches_as_deep_as_they_are_asked_for(warm_k, unmet, launches):
+    tiny = make_titled(head_dim=32)
+    config = {"cpu_path": "torch", "graphs": "on", "row_buckets": (16, 256), "freeze_gc": False, "max_batch_users": 4}
+    engine = Engine(tiny.parts(), EngineConfig(**config, dtype="bfloat16", warm_k=warm_k))
+    engine.warm_up()
+    engine._now().graphs.meet_few_rows()  # as on a GPU
+    known = set(launches.compiled)
+    assert "tree_attention" in {name for name, *_ in known}
+    for last in (11, 13, 60):
+        engine.recommend(tiny.ids([1, 2, 3]), candidates=tiny.ids(range(10, last)), head="title")
+    assert launches.compiled == known
+    for k in (16, 17, 64, 100):
+        for users in (1, 3):
+            engine.recommend_many([Request(tiny.ids(range(user + 1)), k) for user in range(users)])
+    depths = {block[-1] for name, block, _ in launches.compiled - known if name == "top_scores"}
+    assert depths == unmet
+    assert {name for name, *_ in launches.compiled - known} <= {"top_scores"}

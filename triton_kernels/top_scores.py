@@ -166,6 +166,11 @@ def _check(vectors: Tensor, table: Tensor, answerable: Answerable, scales: Tenso
     assert (answerable.allowed is None) == (answerable.limited is None)
 
 
+def list_length(k: int) -> int:
+    """Of the lists that k answers are picked from: a kernel is compiled for a few lengths, and not for every k."""
+    return max(16, next_power_of_2(k))
+
+
 def partial_options(length: int, vector_size: int, item_size: int, alone: bool) -> dict[str, int]:
     """Block sizes for `length` answers to one user or several; vectors and table are of elements of so many bytes.
 
@@ -173,7 +178,7 @@ def partial_options(length: int, vector_size: int, item_size: int, alone: bool) 
     multiprocessor, and while one sorts the others read.
     """
     assert length <= MAX_K, f"{length} answers: {MAX_K} fit into registers"
-    kept = max(16, next_power_of_2(length))
+    kept = list_length(length)
     small, wide = kept <= SHORT, max(vector_size, item_size)
     return {
         "K": kept,

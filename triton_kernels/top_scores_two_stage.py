@@ -14,10 +14,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from speeder_engine.triton_kernels.language import next_power_of_2, on, runs_triton, tl, triton
+from speeder_engine.triton_kernels.language import on, runs_triton, tl, triton
 from speeder_engine.triton_kernels.quantize_rows import W8Weight, quantize_rows
 from speeder_engine.triton_kernels.specimen import Specimen
-from speeder_engine.triton_kernels.top_scores import MAX_K, Answerable, answer_keys, merge_lists, top_scores
+from speeder_engine.triton_kernels.top_scores import (
+    MAX_K,
+    Answerable,
+    answer_keys,
+    list_length,
+    merge_lists,
+    top_scores,
+)
 
 ULP = 2.0**-24  # the relative error of one operation in fp32
 OPTIONS = {"BLOCK_ROWS": 8, "BLOCK_SIZE": 256}
@@ -140,8 +147,8 @@ def launch_exact_top(
     assert 0 < k <= min(kept, MAX_K) and num_users > 0
     scores = torch.empty(num_users, k, dtype=torch.float32, device=vectors.device)
     best = torch.empty(num_users, k, dtype=torch.int64, device=vectors.device)
-    keys = torch.empty(num_users, 1, max(16, next_power_of_2(kept)), dtype=torch.int64, device=vectors.device)
-    length = min(keys.shape[2], max(16, next_power_of_2(k)))
+    keys = torch.empty(num_users, 1, list_length(kept), dtype=torch.int64, device=vectors.device)
+    length = min(keys.shape[2], list_length(k))
     blocks = keys.shape[2] // OPTIONS["BLOCK_ROWS"]
     _exact_scores_kernel[(num_users, blocks)](
         vectors, table, prior.float().contiguous(), found, rows, keys, kept, keys.shape[2], SIZE=size, **OPTIONS
