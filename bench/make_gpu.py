@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -23,6 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / "build" / "gpu"
+NUM_ENGINE_PARTS = 6  # of tests/gpu: together they compile for longer than there is time for all tests
+SAYS_WHY = 10  # seconds in which what is interrupted may still say what has failed
 NUM_PARTS = 10  # of bench/gpu.py's plan, kernels and what is compiled of transformers included
 CUDA = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
 
@@ -55,20 +58,37 @@ class Run:
             name: subprocess.Popen(command, cwd=ROOT, env=environment, stdout=logs[name], stderr=subprocess.STDOUT)
             for name, command in commands.items()
         }
+        late: set[str] = set()
         for name, process in running.items():
             try:
-                code = process.wait(max(until - time.monotonic(), 0.1))
-                self.failures += [f"{name}: exit code {code}"] if code else []
+                process.wait(max(until - time.monotonic(), 0.1))
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                late = end(running)
+            if name in late:
                 self.failures.append(f"{name}: ended after {share:.0f} s")
+            elif process.returncode:
+                self.failures.append(f"{name}: exit code {process.returncode}")
             with logs[name] as log:
                 log.seek(0)
                 said = f"-- {name}\n{log.read().rstrip()}"
             print(said, flush=True)
             with kept.open("a") as joined:
                 joined.write(f"{said}\n")
+
+
+def end(processes: dict[str, subprocess.Popen[bytes]]) -> set[str]:
+    """Those that still run, as Ctrl-C does: pytest then says what has failed by now. What does not end is killed."""
+    late = {name: process for name, process in processes.items() if process.poll() is None}
+    for process in late.values():
+        process.send_signal(signal.SIGINT)
+    until = time.monotonic() + SAYS_WHY
+    for process in late.values():
+        try:
+            process.wait(max(until - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    return {*late}
 
 
 def cuda_device() -> str:
@@ -119,7 +139,7 @@ def environment(smoke: bool) -> dict[str, str]:
     return {
         **os.environ,
         # tests: where -p on_cuda is, which pytest imports before it reads `pythonpath` in older releases
-        "PYTHONPATH": os.pathsep.join([str(PLACE), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join([str(PLACE), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONUNBUFFERED": "1",
         "TRITON_INTERPRET": "1" if smoke else "0",
         "SPEEDER_TEST_DEVICE": "cpu" if smoke else "cuda",
@@ -130,9 +150,13 @@ def environment(smoke: bool) -> dict[str, str]:
 
 
 def test_commands(smoke: bool) -> dict[str, list[str]]:
-    """A process a file of kernels: what takes them time is the compiler, and it uses one core."""
+    """A process a file of kernels, and several of the engine's tests: what takes them time is the compiler, and it uses
+    one core."""
     pytest = [sys.executable, "-m", "pytest", "-c", "tests/gpu/pytest.ini", "--rootdir", str(ROOT), "-q"]
-    commands = {"engine": [*pytest, "tests/gpu"]}
+    engine = ROOT / "tests" / "gpu" / "test_engine.py"
+    names = re.findall(r"^def (test_\w+)", engine.read_text(), re.MULTILINE)
+    parts = [names[part::NUM_ENGINE_PARTS] for part in range(1 if smoke else NUM_ENGINE_PARTS)]
+    commands = {f"engine {at}": [*pytest, *(f"{engine}::{name}" for name in part)] for at, part in enumerate(parts)}
     for path in sorted((ROOT / "tests" / "kernels").glob("test_swiglu.py" if smoke else "test_*.py")):
         # shapes at random are many compilations, and were tried in the interpreter
         commands[path.stem.removeprefix("test_")] = [*pytest, "-p", "on_cuda", str(path), "-k", "not test_any_"]

@@ -13,7 +13,8 @@ import torch
 
 Call = Callable[[], object]
 CPU = torch.device("cpu")
-REPEATS = 20  # calls of a kernel in one graph
+REPEATS = 20  # calls of a kernel in one graph, at least
+MOST_COPIES = 64  # the smallest weights, those of 0.5B's queries, keys and values, take 50 to 61
 WARM_SECONDS = 0.05
 
 
@@ -77,10 +78,10 @@ def synchronize(device: torch.device) -> None:
 
 def num_copies(num_bytes: float, l2_bytes: int) -> int:
     """Of what a call reads, so that one after the other they are twice what the L2 cache holds: a pass finds no weight
-    there. One where that would take more than REPEATS: what is so small are rows, which the kernel before has left in
-    the cache in a pass too."""
+    there. One where that would take more than MOST_COPIES: what is so small are rows, which the kernel before has left
+    in the cache in a pass too."""
     copies = max(math.ceil(2 * l2_bytes / num_bytes), 1)
-    return copies if copies <= REPEATS else 1
+    return copies if copies <= MOST_COPIES else 1
 
 
 def l2_bytes(device: torch.device) -> int:
@@ -280,8 +281,10 @@ def _multiplying(side: int, device: torch.device) -> float:
 
 
 def count_launches(call: Call, device: torch.device) -> int | None:
-    """Kernels and copies that one call puts on the device, by torch's profiler; None without a device."""
+    """Kernels and copies that one call puts on the device, by torch's profiler; None on a CPU. It slows down whatever
+    this process launches afterwards."""
     if device.type != "cuda":
+        call()
         return None
     from torch.profiler import ProfilerActivity, profile
 

@@ -144,11 +144,12 @@ def neighbours(options: Options, names: tuple[str, ...]) -> Iterator[Options]:
 
 
 def _covering(options: Options, change: Options) -> Options:
-    """A matrix that is cut otherwise has parts of another length."""
-    if "SPLITS" in change:
-        whole = options["PART"] * options["SPLITS"]
-        change = change | {"PART": -(-whole // (change["SPLITS"] * CUT_AT)) * CUT_AT}
-    return options | change
+    """A matrix that is cut otherwise has parts of another length: of whole blocks, or columns would count twice."""
+    made = options | change
+    if "SPLITS" in made:
+        whole, step = options["PART"] * options["SPLITS"], max(CUT_AT, made["BLOCK_SIZE"])
+        made["PART"] = -(-whole // (made["SPLITS"] * step)) * step
+    return made
 
 
 @contextmanager

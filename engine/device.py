@@ -1,6 +1,8 @@
 """Where an engine computes, and in which precision."""
 
-from typing import cast
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 
@@ -14,8 +16,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(name: str) -> torch.device:
+    """With the number of the GPU, which for "auto" and "cuda" is the caller's current one: threads of the engine's own
+    have another. Raises ConfigError for what is no device, or not here."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -24,7 +28,43 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(f"device: {name!r} is not supported; choose 'auto', 'cpu' or 'cuda'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: {name!r} was asked for, but no CUDA device is usable here; use device='cpu'")
+    if device.type == "cuda":
+        number = torch.cuda.current_device() if device.index is None else device.index
+        there = torch.cuda.device_count()
+        check(number < there, f"device: {name!r} was asked for, but the GPUs here are 0..{there - 1}")
+        return torch.device("cuda", number)
     return device
+
+
+def in_one_order(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, a GPU gets this thread's work on its default stream, behind what other threads have sent it so: a caller
+    may have another stream, or another GPU, and those of streams are in no order."""
+    return torch.cuda.stream(torch.cuda.default_stream(device)) if device.type == "cuda" else nullcontext()
+
+
+class DeviceLock:
+    """A lock whose holders' work on the device is in the order in which they hold it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._lock = device, threading.Lock()
+        self._order: AbstractContextManager[Any] = nullcontext()  # the holder's
+
+    def acquire(self) -> None:
+        self._lock.acquire()
+        self._order = in_one_order(self._device)
+        self._order.__enter__()
+
+    def release(self) -> None:
+        try:
+            self._order.__exit__(None, None, None)
+        finally:
+            self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from speeder_engine.config import CompressorConfig
+from speeder_engine.device import in_one_order
 from speeder_engine.encoders.base import Encoder, Input
 from speeder_engine.errors import DataError, SpeederWarning, name_some, shown
 from speeder_engine.item import Item
@@ -47,7 +48,7 @@ class ItemEmbedder:
 
     def tokens(self, items: Sequence[Item]) -> Tensor:
         """[n, d], zero for items without features. Raises DataError that names the item; nothing is half-made."""
-        with self._lock, no_bars():
+        with self._lock, in_one_order(self.device), no_bars():
             parts = [self._tokens(items[at : at + EMBEDDED_AT_ONCE]) for at in range(0, len(items), EMBEDDED_AT_ONCE)]
         return torch.cat(parts) if parts else torch.zeros(0, self.compressor.config.hidden_size, device=self.device)
 

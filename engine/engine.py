@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from speeder_engine.catalogue import Catalogue, ItemUpdate
 from speeder_engine.checks import given_path
 from speeder_engine.config import MAX_TITLE_TOKENS, MOST_ANSWER_IDS, EngineConfig
-from speeder_engine.device import pick_device, pick_dtype
+from speeder_engine.device import in_one_order, pick_device, pick_dtype
 from speeder_engine.errors import DataError, DeadlineExceeded, EngineClosed, InvalidRequest, shown
 from speeder_engine.forks import claim_threads
 from speeder_engine.item import Item
@@ -55,7 +55,7 @@ class Engine(Recommends):
         self.config = config or EngineConfig()
         self.device = pick_device(self.config.device)
         self._dtype = pick_dtype(self.config.dtype, self.device)
-        self._serving: Serving | None = Serving(parts, self.config, self.device, self._dtype)
+        self._serving: Serving | None = self._make_serving(parts)
         self._is_warm = False
         self._histories: dict[str, History] = {}  # of sessions, until they are closed
         self._scheduler = Scheduler(self.config)
@@ -82,6 +82,10 @@ class Engine(Recommends):
         if engine.device.type == "cuda":
             engine.warm_up()
         return engine
+
+    def _make_serving(self, parts: EngineParts) -> Serving:
+        with in_one_order(self.device):
+            return Serving(parts, self.config, self.device, self._dtype)
 
     def warm_up(self) -> None:
         """Captures the CUDA graphs, compiles what is compiled when first used and, unless `freeze_gc` is off, takes all
@@ -337,7 +341,7 @@ class Engine(Recommends):
         with self._changing:
             self._now()
             parts = EngineParts.load(given_path(path, "reload", "an engine directory"))
-            serving = Serving(parts, self.config, self.device, self._dtype)
+            serving = self._make_serving(parts)
             if self._is_warm:
                 serving.warm_up()
             self._serving = serving
@@ -357,7 +361,9 @@ class Engine(Recommends):
             serving = self._now()
             # beside steps, which only read it: no request waits for a catalogue of gigabytes
             catalogue = serving.catalogue
-            saved = serving.parts.with_catalogue(catalogue.table(), catalogue.served_tokens()).save(out)
+            with in_one_order(self.device):
+                tokens = catalogue.served_tokens()
+            saved = serving.parts.with_catalogue(catalogue.table(), tokens).save(out)
             known = serving.parts.artifact
             if known is not None and out.resolve() == known.path.resolve():
                 # by the path that `load` made independent of where the process stands

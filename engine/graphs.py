@@ -37,20 +37,25 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """Real graphs, from one pool, captured on a stream of their own."""
+    """Real graphs, from one pool, captured on a stream of their own.
+
+    What runs before a capture does so on another stream: cuBLAS keeps a workspace by stream, and the graphs' own is to
+    come from their pool. From outside, it would be freed under them by whoever clears these workspaces, as
+    torch.compile does for graphs of its own.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)
+        self._warming, self._stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.device(self.device):
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
+            self._warming.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._warming):
                 for _ in range(WARM_RUNS):
                     run()
-            torch.cuda.current_stream().wait_stream(self._stream)
+            torch.cuda.current_stream().wait_stream(self._warming)
             graph = torch.cuda.CUDAGraph()
             # an engine that reloads captures while its worker serves: what other threads do must not end a capture
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):

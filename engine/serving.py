@@ -3,12 +3,10 @@
 It knows no threads and no queue: whoever calls holds `lock`.
 """
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import cast
 
 import numpy as np
@@ -19,7 +17,7 @@ from torch import Tensor
 from speeder_engine.batch import RowConstants, RowLayout, make_batch
 from speeder_engine.cache import CachePlan, KVCache
 from speeder_engine.config import ROW_TILE, EngineConfig, check
-from speeder_engine.device import pick_kv_dtype
+from speeder_engine.device import DeviceLock, pick_kv_dtype
 from speeder_engine.embedder import ItemEmbedder
 from speeder_engine.generation import TitleGenerator
 from speeder_engine.graphs import StepGraphs, pick_capture, transfer_words
@@ -41,10 +39,10 @@ from speeder_engine.transfer import Transfer
 from speeder_engine.triton_kernels.few_rows import MOST_ROWS
 from speeder_engine.triton_kernels.language import overlapping
 from speeder_engine.triton_kernels.quantize_rows import Kind
-from speeder_engine.triton_kernels.top_scores import MAX_K, list_length
+from speeder_engine.triton_kernels.top_scores import MAX_K, meet_merges
+from speeder_engine.warm_up import warm_depths, warm_rankings, warm_searches
 
 Floats = NDArray[np.float32]
-WARM_CANDIDATES = 20
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class Serving:
 
     def __init__(self, parts: EngineParts, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.parts, self.config, self.device = parts, config, device
-        self.lock = threading.Lock()
+        self.lock = DeviceLock(device)
         self.layout = PromptLayout(parts.config.prompt)
         self.kernels = pick_kernels(config, device, dtype)
         kv_dtype = pick_kv_dtype(config.kv, device, dtype)
@@ -124,17 +122,18 @@ class Serving:
 
     def warm_up(self) -> None:
         """Captures the graphs and answers once with each head, so that nothing is compiled or allocated later."""
+        heads = self.parts.config.heads
         self.graphs.warm_up()
         if self.device.type == "cuda":
-            self.graphs.meet_few_rows()
-        searches = self._warm_searches() if self.parts.config.heads.retrieve else []
+            self._meet_kernels()
+        searches = warm_searches(self.catalogue, self.config) if heads.retrieve else []
         # steps without a row to compute, or beyond the largest bucket, find the vectors of any number of users
         with overlapping(self.runner.overlap):
             for users in range(1, min(self.config.max_batch_users, MOST_ROWS) + 1, ROW_TILE):
                 self.scorer.user_vectors(self.cache.last_hidden[:1].expand(users, -1).contiguous())
         counted = self.num_requests, self.num_steps, self.eager_steps, self.runner.rows_computed, self.graphs.replays
         again = self.scorer.searched_again
-        for requests in (*searches, *self._warm_rankings()):
+        for requests in (*searches, *warm_rankings(self.catalogue, heads)):
             self.step([self.resolve(request) for request in requests])
         if self.catalogue.coarse is not None:
             for searching in searches:
@@ -144,24 +143,12 @@ class Serving:
         self.num_requests, self.num_steps, self.eager_steps, self.runner.rows_computed, self.graphs.replays = counted
         self.scorer.searched_again = again
 
-    def _warm_searches(self) -> list[list[Request]]:
-        """A step for every search that is another kernel: by how many answers are kept, for one user and for many, with
-        allow lists and without."""
-        some = self.catalogue.item_ids[:WARM_CANDIDATES]
-        many, few = self.config.max_batch_users, min(2, self.config.max_batch_users)
-        steps: list[list[Request]] = []
-        for k in sorted({list_length(k) for k in range(1, min(self.config.warm_k, MAX_K) + 1)}):
-            alone, allowing = Request([], k), Request([], k, allow=some)
-            steps += [[alone], [alone] * many, [allowing], [allowing] * few]
-        return steps
-
-    def _warm_rankings(self) -> list[list[Request]]:
-        """A step for every head that scores named items."""
-        some = self.catalogue.item_ids[:WARM_CANDIDATES]
-        titled = (item_id for item_id in self.catalogue.item_ids if self.catalogue.title(item_id))
-        named: dict[Head, Sequence[str]] = {"retrieve": some, "rank": some, "title": [*islice(titled, WARM_CANDIDATES)]}
-        trained = self.parts.config.heads.names
-        return [[Request([], candidates=ids, head=head)] for head, ids in named.items() if ids and head in trained]
+    def _meet_kernels(self) -> None:
+        """Those that the steps of the warm-up may not meet: of other numbers of rows, of a catalogue that has grown."""
+        self.graphs.meet_few_rows()
+        if self.parts.config.heads.retrieve:
+            for k in (*warm_depths(self.config), *(() if self.catalogue.coarse is None else (MAX_K,))):
+                meet_merges(k, self.catalogue.capacity, self.device)
 
     def resolve(self, request: Request, head: Head | None = None) -> Query:
         query = resolve(request, self.catalogue, self.layout, self.parts.config, head)

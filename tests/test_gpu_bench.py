@@ -207,6 +207,27 @@ def test_what_processes_say_is_joined_in_a_file(tmp_path, monkeypatch, capsys):
     assert run.failures == ["b: exit code 3"]
 
 
+def test_what_is_late_says_what_it_knows_or_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_gpu, "PLACE", tmp_path)
+    monkeypatch.setattr(make_gpu, "SAYS_WHY", 1.5)
+    waits = "import time\ntry:\n time.sleep(60)\nexcept KeyboardInterrupt:\n raise SystemExit('one failed by then')"
+    hangs = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
+    run = make_gpu.Run(60)
+    commands = {name: [sys.executable, "-c", code] for name, code in (("a", waits), ("b", hangs), ("c", "print(1)"))}
+    run.step(commands, dict(os.environ), 5.5, tmp_path / "out" / "tests.log")
+    assert (tmp_path / "out" / "tests.log").read_text() == "-- a\none failed by then\n-- b\n\n-- c\n1\n"
+    assert run.failures == ["a: ended after 6 s", "b: ended after 6 s"] and run.left > 45
+
+
+def test_every_test_of_the_engine_is_run_on_a_gpu_once(root):
+    commands = make_gpu.test_commands(False)
+    named = [word.partition("::")[2] for words in commands.values() for word in words if "::" in word]
+    lines = (root / "tests" / "gpu" / "test_engine.py").read_text().splitlines()
+    assert sorted(named) == sorted(line[4 : line.index("(")] for line in lines if line.startswith("def test_"))
+    files = {path.stem.removeprefix("test_") for path in (root / "tests" / "kernels").glob("test_*.py")}
+    assert commands.keys() - files == {f"engine {part}" for part in range(make_gpu.NUM_ENGINE_PARTS)}
+
+
 def test_a_quantile_needs_samples():
     assert quantiles([0.001]).keys() == {"p50_ms", "count"}
     assert quantiles([0.001] * 20).keys() == {"p50_ms", "p95_ms", "count"}
@@ -216,6 +237,7 @@ def test_a_quantile_needs_samples():
 def test_what_a_kernel_reads_is_not_in_the_cache_when_it_is_timed():
     assert num_copies(9e6, 50 << 20) == 12
     assert num_copies(700e6, 50 << 20) == 1
+    assert num_copies(2.06e6, 50 << 20) == 51  # the smallest weights there are: of 0.5B's queries, keys and values
     assert num_copies(1e5, 50 << 20) == 1  # rows: the kernel before has just written them
     assert num_copies(1e5, 0) == 1
 

@@ -20,7 +20,7 @@ ORDER = [
     "scorer",
     "scheduler runner session",
     "step",
-    "generation graphs",
+    "generation graphs warm_up",
     "serving",
     "worker",
     "engine",

@@ -42,6 +42,15 @@ def test_one_option_differs_from_the_choice():
         assert each["SPLITS"] * each["PART"] >= 4 * 1280 and each["PART"] % tune.CUT_AT == 0
 
 
+def test_parts_are_whole_blocks_however_far_a_climb_has_gone():
+    tried, ahead = [], [CHOSEN]
+    for _ in range(3):
+        ahead = [each for options in ahead for each in tune.neighbours(options, ("BLOCK_SIZE", "SPLITS"))]
+        tried += ahead
+    assert {256, 512} <= {each["BLOCK_SIZE"] for each in tried} and {8, 16} <= {each["SPLITS"] for each in tried}
+    assert all(each["PART"] % each["BLOCK_SIZE"] == 0 and each["SPLITS"] * each["PART"] >= 4 * 1280 for each in tried)
+
+
 def test_what_is_wrong_or_impossible_is_never_the_best(monkeypatch):
     seconds = iter([3.0, 2.0, 1.0])
     monkeypatch.setattr(tune, "clocked", lambda call: next(seconds))

@@ -25,6 +25,7 @@ MAX_K = 256  # more does not fit into registers
 BLOCK_USERS = 16
 SHORT = 64  # a list that small programs keep
 MERGED_KEYS = 2048  # of one program that merges lists
+MOST_TILES = 64  # of one program
 PROGRAMS = 1024  # enough to fill any GPU several times
 WIDENED_AT_ONCE = 65_536  # rows of a table, to fp32
 ROW_TILE = 16  # rows of a matrix product on the CPU: a row's arithmetic must not depend on how many stand beside it
@@ -196,7 +197,7 @@ def tiles_of_program(num_items: int, num_users: int, block_items: int) -> int:
     """The part of a program is as large as leaves enough programs. No constant of the kernel: it hangs on how many ask,
     and they must not wait for a compiler."""
     tiles = num_items * triton.cdiv(num_users, BLOCK_USERS) // (block_items * PROGRAMS)
-    return min(64, next_power_of_2(tiles + 1))
+    return min(MOST_TILES, next_power_of_2(tiles + 1))
 
 
 def merge_lists(lists: Tensor, scores: Tensor, rows: Tensor) -> None:
@@ -212,6 +213,20 @@ def merge_lists(lists: Tensor, scores: Tensor, rows: Tensor) -> None:
         if num_merged == 1:
             return
         lists, num_lists = merged, num_merged
+
+
+def meet_merges(k: int, num_items: int, device: torch.device) -> None:
+    """Launches every kernel that merges the lists of a search for k of up to `num_items`. Which of them one takes hangs
+    on how many items there are by then, and no search is to wait for a compiler because an item was added."""
+    kept = list_length(k)
+    smallest = partial_options(k, 1, 1, True)["BLOCK_ITEMS"]
+    most_lists = max(min(triton.cdiv(num_items, smallest), PROGRAMS), triton.cdiv(num_items, MOST_TILES * smallest))
+    few, most = (merge_options(kept, num_lists)["LISTS"] for num_lists in (1, MERGED_KEYS))
+    scores, rows = torch.empty(1, k, device=device), torch.empty(1, k, dtype=torch.int64, device=device)
+    with on(device):
+        for num_lists in sorted({1, few + 1, most + 1}):
+            if num_lists <= max(most_lists, 1):
+                merge_lists(torch.zeros(1, num_lists, kept, dtype=torch.int64, device=device), scores, rows)
 
 
 def merge_options(kept: int, num_lists: int) -> dict[str, int]:

@@ -3,7 +3,10 @@
 Skipped where there is no CUDA device.
 """
 
+import asyncio
 import gc
+import threading
+import time
 import weakref
 from dataclasses import replace
 
@@ -314,4 +317,75 @@ def test_steps_in_a_row_do_not_overwrite_one_another(tiny):
         engine.warm(f"{user}", history)
     for user, history in enumerate(histories):
         asked = [Request(history, user_id=f"{user}")]
+        assert_near(engine.recommend_many(asked), cold.recommend_many(asked), BOUND["float32"])
+
+
+def test_the_worker_answers_as_a_caller_is_answered(tiny):
+    """Its thread has a device and a stream of its own."""
+    engine, cold, rng = made(tiny, batch_wait_ms=2.0), made(tiny, kv_budget="0"), np.random.default_rng(10)
+
+    async def submitted(asked):
+        return await asyncio.gather(*(engine.submit(each) for each in asked))
+
+    for _ in range(10):
+        asked = random_requests(tiny, rng)
+        assert_near(asyncio.run(submitted(asked)), cold.recommend_many(asked), BOUND["float32"])
+        engine.check_integrity()
+    assert engine.stats().graph_replays > 0 and engine.stats().eager_steps == 0
+    engine.close()
+
+
+def test_a_reload_captures_beside_a_worker_that_serves(tiny, tmp_path):
+    other = make_tiny(window=12, step=4, seed=1)
+    for each, name in ((tiny, "old"), (other, "new")):
+        each.parts().save(tmp_path / name)
+    engine = Engine.load(tmp_path / "old", **SETTINGS)
+    expected = [made(each, kv_budget="0").recommend(tiny.ids(range(5))) for each in (tiny, other)]
+    answers, rest = [], threading.Event()
+
+    def ask():
+        while not rest.is_set():
+            waiting = engine.submit(Request(tiny.ids(range(5)), user_id=f"{len(answers) % 7}"))
+            answers.append(asyncio.run(asyncio.wait_for(waiting, 60)))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        while not answers and asking.is_alive():
+            time.sleep(0.01)
+        engine.reload(tmp_path / "new")
+        time.sleep(0.2)
+    finally:
+        rest.set()
+        asking.join()
+    engine.check_integrity()
+    of_new = [abs(each.scores[0] - expected[1].scores[0]) <= BOUND["float32"] for each in answers]
+    assert of_new == sorted(of_new) and of_new[-1] and not of_new[0]
+    for is_new, answer in zip(of_new, answers, strict=True):
+        assert_near([answer], [expected[is_new]], BOUND["float32"])
+    engine.close()
+
+
+def test_a_growing_catalogue_is_searched(tiny):
+    """Beyond what the kernels that merge lists were met with."""
+    engine = made(tiny, catalogue_capacity=3000)
+    cold = Engine(tiny.parts(), EngineConfig(device="cpu", dtype="float32", catalogue_capacity=3000, kv_budget="0"))
+    rng, asked = np.random.default_rng(11), [Request(tiny.ids(range(7)), 20)]
+    for start in range(0, 2400, 800):
+        new = [Item(f"new {start + i}", vectors={"text": rng.normal(size=8)}) for i in range(800)]
+        for each in (engine, cold):
+            each.upsert(new)
+        assert_near(engine.recommend_many(asked), cold.recommend_many(asked), 2 * BOUND["float32"])
+
+
+def test_callers_with_streams_of_their_own_are_in_one_order(tiny):
+    engine, cold, rng = made(tiny), made(tiny, kv_budget="0"), np.random.default_rng(12)
+    for turn in range(20):
+        vectors = {"text": rng.normal(size=8)}
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(1_000_000)  # what comes behind it on this stream would be late
+            engine.upsert([Item("0002", vectors=vectors)])
+            engine.warm(f"{turn}", tiny.ids(range(9)))
+        cold.upsert([Item("0002", vectors=vectors)])
+        asked = [Request(tiny.ids(range(9)), user_id=f"{turn}")]
         assert_near(engine.recommend_many(asked), cold.recommend_many(asked), BOUND["float32"])

@@ -170,23 +170,35 @@ def test_any_shape(num_users, num_items, size, k, seed):
     assert_equal(launch_top_scores(*case, k), top_scores_ref(*case, k))
 
 
-def compiled(num_users, num_items, k):
-    """The constants of all merges of a search: one compilation each."""
-    block = module.partial_options(k, 2, 2, alone=False)["BLOCK_ITEMS"]
+class Constants:
+    """In place of a kernel: notes the constants of each launch, of which each is a compilation."""
+
+    def __init__(self):
+        self.met = set()
+
+    def __getitem__(self, grid):
+        return lambda *args, **constants: self.met.add(tuple(constants.items()))
+
+
+def merges_of(num_users, num_items, k):
+    """Those of a search, by its lists alone."""
+    block = module.partial_options(k, 2, 2, alone=num_users == 1)["BLOCK_ITEMS"]
     num_lists = triton.cdiv(num_items, block * module.tiles_of_program(num_items, num_users, block))
-    while True:
-        lists = module.merge_options(max(16, k), num_lists)["LISTS"]
-        num_lists = triton.cdiv(num_lists, lists)
-        yield lists, num_lists == 1
-        if num_lists == 1:
-            return
+    lists = torch.empty(1, num_lists, k, dtype=torch.int64)
+    module.merge_lists(lists, torch.empty(1, k), torch.empty(1, k, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("num_items", [300, 20_000, 100_000, 3_000_000])
-@pytest.mark.parametrize("k", [16, 64, 256])
-def test_a_search_for_few_and_one_for_many_compile_all_that_any_other_needs(num_items, k):
-    warm = {*compiled(1, num_items, k), *compiled(64, num_items, k)}
-    assert {each for users in range(1, 65) for each in compiled(users, num_items, k)} <= warm
+@pytest.mark.parametrize("capacity", [300, 3000, 20_000, 100_000, 9_000_000])
+@pytest.mark.parametrize("k", [16, 32, 64, 128, 256])
+def test_a_growing_catalogue_needs_no_merge_that_the_warm_up_has_not_met(capacity, k, monkeypatch):
+    kernel, met = Constants(), Constants()
+    monkeypatch.setattr(module, "_merge_lists_kernel", kernel)
+    for num_items in {*np.geomspace(1, capacity, 300).astype(int).tolist()}:
+        for num_users in (1, 2, 16, 17, 64, 300, 3000):
+            merges_of(num_users, num_items, k)
+    monkeypatch.setattr(module, "_merge_lists_kernel", met)
+    module.meet_merges(k, capacity, torch.device("cpu"))
+    assert met.met == kernel.met
 
 
 @triton.jit

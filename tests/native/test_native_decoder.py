@@ -37,7 +37,7 @@ def make(family="qwen2", seed=0, heads=(6, 2, 10), hidden=48, intermediate=37, l
     model = AutoModel.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # wider models have smaller weights, as trained ones do: logits stay in the range where fp32 tells them apart
+            # smaller in wider models, as where they are trained: fp32 must tell the logits apart
             parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(std=min(0.2, 1.4 * hidden**-0.5))
     return model
 
