@@ -18,7 +18,7 @@ from torch import Tensor
 
 from speeder_engine.batch import RowLayout
 from speeder_engine.cache import CacheSize
-from speeder_engine.config import EngineConfig
+from speeder_engine.config import ROW_TILE, EngineConfig
 from speeder_engine.progress import track
 from speeder_engine.prompt import PromptLayout
 from speeder_engine.step import Outcome, StepModel
@@ -27,6 +27,7 @@ from speeder_engine.transfer import Transfer
 from speeder_engine.triton_kernels.few_rows import BLOCKS_OF_ROWS, MOST_ROWS, block_of
 
 WARM_RUNS = 2  # before a capture: what is compiled, tuned or allocated at first must be
+MANY_ROWS = MOST_ROWS + ROW_TILE  # for all passes of more than few rows
 EXTRA_WORDS = 1 << 17  # of a step beside its rows: lists of excluded items, named candidates
 
 
@@ -152,14 +153,15 @@ class StepGraphs:
                 self.captured += 1
         self._graphs = graphs
 
-    def meet_few_rows(self) -> None:
-        """Padding through the passes of few rows that no graph covers, as they are: kernels for every block of rows are
-        compiled then, and not in a request."""
-        covered = {block_of(bucket.rows) for bucket in self._graphs if bucket.rows <= MOST_ROWS}
-        for rows in BLOCKS_OF_ROWS:
+    def meet_passes(self) -> None:
+        """Padding through the passes that no graph covers, as they are: kernels for every block of few rows, and for
+        many, are compiled then, and not in a request."""
+        covered = {block_of(bucket.rows) if bucket.rows <= MOST_ROWS else MANY_ROWS for bucket in self._graphs}
+        for rows in (*BLOCKS_OF_ROWS, MANY_ROWS):
             if rows not in covered:
-                buffers = StepBuffers(Bucket(rows, rows), self._model.cache, self._layout, self._transfer)
-                StepGraph(buffers, self._model, run_again)
+                for reads in {rows, ROW_TILE if rows == MANY_ROWS else rows}:
+                    buffers = StepBuffers(Bucket(rows, reads), self._model.cache, self._layout, self._transfer)
+                    StepGraph(buffers, self._model, run_again)
 
     def find(self, rows: RowLayout) -> StepGraph | None:
         """The smallest that holds these rows; none for no rows at all, or more than any holds."""

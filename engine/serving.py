@@ -145,7 +145,7 @@ class Serving:
 
     def _meet_kernels(self) -> None:
         """Those that the steps of the warm-up may not meet: of other numbers of rows, of a catalogue that has grown."""
-        self.graphs.meet_few_rows()
+        self.graphs.meet_passes()
         if self.parts.config.heads.retrieve:
             for k in (*warm_depths(self.config), *(() if self.catalogue.coarse is None else (MAX_K,))):
                 meet_merges(k, self.catalogue.capacity, self.device)

@@ -1,19 +1,20 @@
-"""How many kernels a captured pass is: counted on the CPU, of what a GPU would be sent."""
+"""How many kernels a captured pass is, and which are compiled when: counted on the CPU, of what a GPU would be sent."""
 
 import importlib
 import inspect
+import json
+import os
 import pkgutil
+import subprocess
+import sys
 
 import pytest
-from reference import make_tiny, make_titled
+from reference import make_tiny
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from speeder_engine import Engine, EngineConfig, Request, runner, triton_kernels
+from speeder_engine import Engine, EngineConfig, runner, triton_kernels
 from speeder_engine.models import linear
-from speeder_engine.triton_kernels import few_rows, language
-from speeder_engine.triton_kernels.few_rows import block_of
-from speeder_engine.triton_kernels.quantize_rows import W8Weight
-from speeder_engine.triton_kernels.top_scores import list_length
+from speeder_engine.triton_kernels import few_rows
 
 ALLOCATES = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::_unsafe_view")
 NUM_LAYERS = 3  # of make_tiny
@@ -26,7 +27,6 @@ class Launches(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.names = []
-        self.compiled = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         is_view = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
@@ -37,11 +37,6 @@ class Launches(TorchDispatchMode):
     def stands_for(self, name, reference):
         def launch(*args, **kwargs):
             self.names.append(name)
-            # what a kernel is compiled for
-            block = (block_of(args[0].shape[0]), *matrix(args[1]).shape) if name.startswith("fused") else None
-            if name == "top_scores":
-                block = args[0].shape[0] == 1, args[1].dtype, args[3].limited is None, list_length(args[4])
-            self.compiled.add((name, block, language._launches.overlap))
             with _disable_current_modes():
                 return reference(*args, **kwargs)
 
@@ -58,17 +53,13 @@ def launches(monkeypatch):
             operation = name.removeprefix("launch_")
             reference = getattr(module, f"{operation}_ref", None)
             if name.startswith("launch_") and launch.__module__ == module.__name__ and reference is not None:
-                if operation in ("compressed_attention", "tree_attention"):
+                if operation == "compressed_attention":
                     reference = into_out(reference)
                 monkeypatch.setattr(module, "runs_triton", lambda *tensors: True)
                 monkeypatch.setattr(module, name, counted.stands_for(operation, reference))
     for module in (runner, few_rows):
         monkeypatch.setattr(module, "runs_triton", lambda *tensors: True)
     return counted
-
-
-def matrix(weight):
-    return weight.values if isinstance(weight, W8Weight) else weight
 
 
 def into_out(reference):
@@ -102,52 +93,23 @@ def test_launches_of_a_captured_pass(head_dim, settings, a_layer, around, launch
     assert len(launches.names) == a_layer * NUM_LAYERS + around, launches.names
 
 
-@pytest.mark.parametrize("search", ["exact", "two_stage"])
-@pytest.mark.parametrize("kind", ["fused", "overlapped"])
-@pytest.mark.parametrize("graphs", ["on", "off"])
-def test_no_request_meets_a_kernel_that_the_warm_up_has_not(graphs, kind, search, launches):
-    """With hardly a bucket, so that most passes are launched as they are; then users whose histories are all cached."""
-    tiny = make_tiny(window=12, step=4, head_dim=32)
-    config = {"cpu_path": "torch", "graphs": "on", "row_buckets": (16,), "freeze_gc": False, "max_batch_users": 40}
-    engine = Engine(tiny.parts(), EngineConfig(**config, dtype="bfloat16", launches=kind, search=search))
-    serving = engine._now()
-    if graphs == "off":
-        serving.graphs._capture = None
-    engine.warm_up()
-    serving.graphs.meet_few_rows()  # as on a GPU
-    known = set(launches.compiled)
-    for users in (1, 3, 20, 36):
-        for head in ("retrieve", "rank"):
-            named = tiny.ids(range(40, 43))
-            histories = [tiny.ids(range(user, user + 3)) for user in range(users)]
-            asked = [Request(each, user_id=each[0], candidates=named, head=head) for each in histories]
-            for _ in range(2):
-                serving.step([serving.resolve(each) for each in asked])
-                serving.step([serving.resolve(Request(each.history, 5, user_id=each.user_id)) for each in asked])
-        for more in ({}, {"allow": tiny.ids(range(60))}):
-            wanted = [serving.resolve(Request(each.history, 5, **more)) for each in asked]
-            with serving.forward(wanted) as done:
-                serving.scorer.search_exactly(wanted, range(users), done.vectors)
-            serving.step(wanted)
-    assert launches.compiled == known
-    assert {block[0] for name, block, _ in known if name == "fused_qkv"} == {16, 32, 64, 128}
+@pytest.fixture(scope="module")
+def met(root):
+    """Of variants of an engine: how many kernels its warm-up meets, and which are met later."""
+    paths = os.pathsep.join([str(root / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, str(root / "tests" / "triton_keys.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(("warm_k", "unmet"), [(10, {32, 64, 128}), (40, {128}), (1000, set())])
-def test_the_warm_up_meets_titles_and_searches_as_deep_as_they_are_asked_for(warm_k, unmet, launches):
-    tiny = make_titled(head_dim=32)
-    config = {"cpu_path": "torch", "graphs": "on", "row_buckets": (16, 256), "freeze_gc": False, "max_batch_users": 4}
-    engine = Engine(tiny.parts(), EngineConfig(**config, dtype="bfloat16", warm_k=warm_k))
-    engine.warm_up()
-    engine._now().graphs.meet_few_rows()  # as on a GPU
-    known = set(launches.compiled)
-    assert "tree_attention" in {name for name, *_ in known}
-    for last in (11, 13, 60):
-        engine.recommend(tiny.ids([1, 2, 3]), candidates=tiny.ids(range(10, last)), head="title")
-    assert launches.compiled == known
-    for k in (16, 17, 64, 100):
-        for users in (1, 3):
-            engine.recommend_many([Request(tiny.ids(range(user + 1)), k) for user in range(users)])
-    depths = {block[-1] for name, block, _ in launches.compiled - known if name == "top_scores"}
-    assert depths == unmet
-    assert {name for name, *_ in launches.compiled - known} <= {"top_scores"}
+def test_no_request_meets_a_kernel_that_the_warm_up_has_not(met):
+    kinds = {"fused", "overlapped", "apart", "float16", "8 bits", "two stages", "hardly a bucket", "no graphs"}
+    assert met.keys() == kinds | {"titles", "deep", "deeper than was said"}
+    assert all(num_met > 10 for num_met, _ in met.values())
+    assert {variant for variant, (_, later) in met.items() if later} == {"deeper than was said"}
+
+
+def test_searches_deeper_than_was_said_are_met_when_they_come(met):
+    assert met["deeper than was said"][1] == ["_merge_lists_kernel", "_partial_top_kernel"]
+    assert met["deeper than was said"][0] < met["deep"][0]
