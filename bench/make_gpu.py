@@ -19,6 +19,8 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,10 +56,11 @@ class Run:
         print(f"== {', '.join(commands)} (at most {share:.0f} s)", flush=True)
         until = time.monotonic() + share
         logs = {name: (PLACE / f"{name}.log").open("w+") for name in commands}
-        running = {
-            name: subprocess.Popen(command, cwd=ROOT, env=environment, stdout=logs[name], stderr=subprocess.STDOUT)
-            for name, command in commands.items()
-        }
+        with interruptible():
+            running = {
+                name: subprocess.Popen(command, cwd=ROOT, env=environment, stdout=logs[name], stderr=subprocess.STDOUT)
+                for name, command in commands.items()
+            }
         late: set[str] = set()
         for name, process in running.items():
             try:
@@ -74,6 +77,17 @@ class Run:
             print(said, flush=True)
             with kept.open("a") as joined:
                 joined.write(f"{said}\n")
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """What is started inside can be interrupted, also where a shell runs all of this in the background: a process there
+    ignores Ctrl-C, and what it starts inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def end(processes: dict[str, subprocess.Popen[bytes]]) -> set[str]:
