@@ -51,8 +51,12 @@ class DeviceLock:
 
     def acquire(self) -> None:
         self._lock.acquire()
-        self._order = in_one_order(self._device)
-        self._order.__enter__()
+        try:
+            self._order = in_one_order(self._device)
+            self._order.__enter__()
+        except BaseException:  # a device that is lost
+            self._lock.release()
+            raise
 
     def release(self) -> None:
         try:

@@ -343,7 +343,8 @@ class Engine(Recommends):
             parts = EngineParts.load(given_path(path, "reload", "an engine directory"))
             serving = self._make_serving(parts)
             if self._is_warm:
-                serving.warm_up()
+                with serving.lock:
+                    serving.warm_up()
             self._serving = serving
         if self._is_warm:
             self._freeze()

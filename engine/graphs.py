@@ -28,6 +28,8 @@ from speeder_engine.triton_kernels.few_rows import BLOCKS_OF_ROWS, MOST_ROWS, bl
 
 WARM_RUNS = 2  # before a capture: what is compiled, tuned or allocated at first must be
 MANY_ROWS = MOST_ROWS + ROW_TILE  # for all passes of more than few rows
+# a pass of every kind there is: of every block of few rows, and of many, of which all or a part are read
+KINDS = (*(Bucket(rows, rows) for rows in BLOCKS_OF_ROWS), Bucket(MANY_ROWS, MANY_ROWS), Bucket(MANY_ROWS, ROW_TILE))
 EXTRA_WORDS = 1 << 17  # of a step beside its rows: lists of excluded items, named candidates
 
 
@@ -154,14 +156,13 @@ class StepGraphs:
         self._graphs = graphs
 
     def meet_passes(self) -> None:
-        """Padding through the passes that no graph covers, as they are: kernels for every block of few rows, and for
-        many, are compiled then, and not in a request."""
+        """Padding through the passes that no graph covers, as they are: their kernels are compiled then, and not in a
+        request."""
         covered = {block_of(bucket.rows) if bucket.rows <= MOST_ROWS else MANY_ROWS for bucket in self._graphs}
-        for rows in (*BLOCKS_OF_ROWS, MANY_ROWS):
-            if rows not in covered:
-                for reads in {rows, ROW_TILE if rows == MANY_ROWS else rows}:
-                    buffers = StepBuffers(Bucket(rows, reads), self._model.cache, self._layout, self._transfer)
-                    StepGraph(buffers, self._model, run_again)
+        for kind in KINDS:
+            if kind.rows not in covered:
+                buffers = StepBuffers(kind, self._model.cache, self._layout, self._transfer)
+                StepGraph(buffers, self._model, run_again)
 
     def find(self, rows: RowLayout) -> StepGraph | None:
         """The smallest that holds these rows; none for no rows at all, or more than any holds."""
@@ -177,5 +178,5 @@ class StepGraphs:
 
 def transfer_words(config: EngineConfig, size: CacheSize) -> int:
     """Room in a transfer's arena for every bucket, and for what a step sends besides."""
-    buckets = make_buckets(config.row_buckets, config.max_batch_rows)
+    buckets = (*make_buckets(config.row_buckets, config.max_batch_rows), *KINDS)
     return max(bucket_words(bucket, size) for bucket in buckets) + EXTRA_WORDS

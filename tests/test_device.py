@@ -76,6 +76,17 @@ def test_who_holds_the_lock_works_on_the_default_stream(entered):
     assert entered == ["the caller's"]
 
 
+def test_a_device_that_is_lost_leaves_the_lock_free(monkeypatch):
+    def lost(device):
+        raise RuntimeError("CUDA error")
+
+    lock = DeviceLock(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "default_stream", lost)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="CUDA error"), lock:
+            raise AssertionError("not held")
+
+
 def test_a_cpu_has_no_streams(entered):
     with DeviceLock(torch.device("cpu")), in_one_order(torch.device("cpu")):
         assert entered == ["the caller's"]
