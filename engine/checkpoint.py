@@ -122,14 +122,14 @@ class Checkpoint:
 
     @torch.inference_mode()
     def item_tokens(self) -> Tensor:
-        """The item-token table [I, d]: every item compressed, all modalities fully in."""
-        compressor = self.model.compressor.eval()
+        """The item-token table [I, d] on the model's device: every item compressed, all modalities fully in."""
+        compressor, device = self.model.compressor.eval(), self.model.prompts.weight.device
         each = [self.features[name] for name in compressor.modalities]
         tokens = []
         for start in range(0, len(self.table), COMPRESSED_AT_ONCE):
             part = slice(start, start + COMPRESSED_AT_ONCE)
-            values = [torch.from_numpy(features.values[part]) for features in each]
-            present = torch.stack([torch.from_numpy(features.present[part]) for features in each], dim=1)
+            values = [torch.from_numpy(features.values[part]).to(device) for features in each]
+            present = torch.stack([torch.from_numpy(features.present[part]) for features in each], dim=1).to(device)
             tokens.append(compressor(dict(zip(compressor.modalities, values, strict=True)), present))
         return torch.cat(tokens)
 

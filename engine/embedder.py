@@ -50,7 +50,7 @@ class ItemEmbedder:
         """[n, d], zero for items without features. Raises DataError that names the item; nothing is half-made."""
         with self._lock, in_one_order(self.device), no_bars():
             parts = [self._tokens(items[at : at + EMBEDDED_AT_ONCE]) for at in range(0, len(items), EMBEDDED_AT_ONCE)]
-        return torch.cat(parts) if parts else torch.zeros(0, self.compressor.config.hidden_size, device=self.device)
+            return torch.cat(parts) if parts else torch.zeros(0, self.compressor.config.hidden_size, device=self.device)
 
     @torch.inference_mode()
     def _tokens(self, items: Sequence[Item]) -> Tensor:

@@ -363,8 +363,8 @@ class Engine(Recommends):
             # beside steps, which only read it: no request waits for a catalogue of gigabytes
             catalogue = serving.catalogue
             with in_one_order(self.device):
-                tokens = catalogue.served_tokens()
-            saved = serving.parts.with_catalogue(catalogue.table(), tokens).save(out)
+                table, tokens = catalogue.table(), catalogue.served_tokens()
+            saved = serving.parts.with_catalogue(table, tokens).save(out)
             known = serving.parts.artifact
             if known is not None and out.resolve() == known.path.resolve():
                 # by the path that `load` made independent of where the process stands

@@ -4,9 +4,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from reference import make_titled
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from speeder_engine import ConfigError
+from speeder_engine import ConfigError, Engine, EngineConfig, Item, Request, device, embedder, engine
 from speeder_engine.device import DeviceLock, in_one_order, pick_device
+from speeder_engine.parts import EngineParts
 
 
 @pytest.fixture
@@ -90,3 +93,59 @@ def test_a_device_that_is_lost_leaves_the_lock_free(monkeypatch):
 def test_a_cpu_has_no_streams(entered):
     with DeviceLock(torch.device("cpu")), in_one_order(torch.device("cpu")):
         assert entered == ["the caller's"]
+
+
+class InOrder(TorchDispatchMode):
+    """Notes what is launched while nobody sees to the order."""
+
+    def __init__(self):
+        super().__init__()
+        self.depth, self.stray = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.depth:
+            self.stray.append(func._schema.name)
+        return func(*args, **kwargs or {})
+
+    @contextmanager
+    def inside(self, device):
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+
+
+def test_all_that_an_engine_launches_is_in_one_order(tmp_path, monkeypatch):
+    """On a GPU what is not would go to the caller's stream."""
+    watched = InOrder()
+    for module in (device, embedder, engine):
+        monkeypatch.setattr(module, "in_one_order", watched.inside)
+    save, tiny = EngineParts.save, make_titled()
+
+    def save_what_never_changes(parts, out):
+        with watched.inside(None):
+            return save(parts, out)
+
+    monkeypatch.setattr(EngineParts, "save", save_what_never_changes)
+    monkeypatch.setattr(EngineParts, "with_catalogue", lambda parts, table, tokens: parts)
+    parts, settings = tiny.parts(), {"cpu_path": "torch", "graphs": "on", "row_buckets": (16, 64), "freeze_gc": False}
+    with watched:
+        made = Engine(parts, EngineConfig(device="cpu", **settings))
+        made.warm_up()
+        for head in ("retrieve", "rank", "title"):
+            made.recommend(tiny.ids(range(5)), user_id="ada", candidates=tiny.ids(range(9)), head=head)
+        made.recommend(tiny.ids(range(6)), user_id="ada")
+        made.warm("ada", tiny.ids(range(7)))
+        made.upsert([Item("new", vectors={"text": [0.5] * 8}), Item("0002", vectors={"text": [-0.5] * 8})])
+        made.set_available(["0003"], False)
+        made.set_prior({"0004": 1.0})
+        made.remove(["0005"])
+        made.user_vectors([Request(tiny.ids(range(3)))])
+        made.scores([Request(tiny.ids(range(3)))], tiny.ids(range(4)))
+        made.item_vectors(tiny.ids(range(4)))
+        made.similar_items("0001")
+        made.generate([Request(tiny.ids(range(3)))], 3)
+        made.save(tmp_path / "saved")
+        made.close()
+    assert watched.stray == []

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+MOST_OF_DOT = 2**31 - 1  # elements that cuBLAS's inner product takes
+
 
 def catalogue_loss(scores: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy of `scores` float32 [N, I], which are overwritten, at `targets` int64 [N].
@@ -71,4 +73,6 @@ class _AddScaled(Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         (values,) = ctx.saved_tensors
+        if gradient.numel() > MOST_OF_DOT:
+            return gradient, torch.linalg.vecdot(gradient, values).sum(), None
         return gradient, torch.dot(gradient.flatten(), values.flatten()), None

@@ -231,8 +231,10 @@ def _trainer(
         checkpoint_layers(model.backbone)
     tuned = ("collaborative",) if config.collaborative.tune else ()
     table = TokenTable(model.compressor, checkpoint.features, config.modality_dropout, tuned)
+    model.to(DEVICE)  # before its validation looks where it is
+    table.to(DEVICE)
     if processes.size > 1:
-        processes.same(model.to(DEVICE), table.to(DEVICE))
+        processes.same(model, table)
         processes.shard(model.backbone)
     titles = _title_targets(checkpoint, config)
     batches = TrainingBatches(split.train, split.dataset.num_items, config, model.config.prompt.calendar, titles)

@@ -119,10 +119,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def placed_like(value: Tensor, tensor: Tensor) -> Tensor:
-    """A whole `value` sharded as `tensor` is."""
-    if isinstance(tensor, DTensor) and not isinstance(value, DTensor):
-        return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
-    return value
+    """A whole `value` on the device of `tensor`, and sharded as that is."""
+    if isinstance(value, DTensor):
+        return value
+    value = value.to(tensor.device)
+    return distribute_tensor(value, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else value
 
 
 def local(tensor: Tensor) -> Tensor:

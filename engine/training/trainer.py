@@ -180,7 +180,8 @@ class Trainer:
         if state.tensors:
             self.weights.load(unpack(state.tensors, "now"))
             load_moments(optimizer, unpack(state.tensors, "optimizer"))
-        averaged = unpack(state.tensors, "averaged") or (self.weights.copy() if self.config.averaging else None)
+        known = unpack(state.tensors, "averaged")
+        averaged = self.weights.placed(known) if known else self.weights.copy() if self.config.averaging else None
         return unpack(state.tensors, "best") or self.weights.copy(), averaged
 
     def _record(

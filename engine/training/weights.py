@@ -28,8 +28,12 @@ class Weights:
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(placed_like(values[name], parameter))
+        for name, value in self.placed(values).items():
+            self.parameters[name].copy_(value)
+
+    def placed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of all of them where they are, and sharded as they are."""
+        return {name: placed_like(values[name], parameter) for name, parameter in self.parameters.items()}
 
     @contextmanager
     def replaced_by(self, values: Mapping[str, Tensor] | None) -> Iterator[None]:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from speeder_engine.training import catalogue_loss as module
 from speeder_engine.training.catalogue_loss import add_scaled, catalogue_loss
 
 NUM_ROWS, NUM_ITEMS, WIDTH = 37, 211, 5
@@ -74,3 +75,8 @@ def test_a_second_backward_pass_is_refused() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="compute the loss again"):
         loss.backward()
+
+
+def test_more_scores_than_one_product_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_OF_DOT", 5)
+    test_value_and_gradients_equal_cross_entropy(torch.float64, 0.1)

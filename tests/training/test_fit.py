@@ -1,5 +1,6 @@
 """Training learns, resumes bit for bit, and stops with a clear word."""
 
+import copy
 import shutil
 from dataclasses import replace
 
@@ -27,6 +28,7 @@ from speeder_engine.training.config import MOST_SEED, Stage, TrainingConfig
 from speeder_engine.training.features import read_images
 from speeder_engine.training.fit import train
 from speeder_engine.training.incremental import recipe_to_continue
+from speeder_engine.training.weights import Weights
 
 
 def weights(checkpoint):
@@ -232,3 +234,37 @@ def test_a_resumed_run_still_trains_its_adapters(split, tmp_path):
     resumed = resumed_after(1, split, config, tmp_path / "c")
     adapters = {name: value for name, value in weights(resumed).items() if "lora_" in name}
     assert adapters and all(torch.equal(value, weights(whole)[name]) for name, value in adapters.items())
+
+
+def test_validation_looks_where_the_model_is_trained(split, tmp_path, monkeypatch):
+    """Its prior lies beside the tokens, wherever that is."""
+    seen = []
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    def note(checkpoint, split, part):
+        seen.append((part, checkpoint.model.prompts.weight.device.type))
+
+    monkeypatch.setattr(fit, "DEVICE", torch.device("meta"))
+    monkeypatch.setattr(fit, "query_prior", note)
+    monkeypatch.setattr(fit, "Trainer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(split, CONFIG, tmp_path / "c")
+    assert seen == [("validation", "meta")]
+
+
+def test_item_tokens_are_made_where_the_model_is(finished):
+    checkpoint = finished[0]
+    elsewhere = replace(checkpoint, model=copy.deepcopy(checkpoint.model).to("meta"))
+    assert elsewhere.item_tokens().device.type == "meta"
+    assert elsewhere.item_tokens().shape == checkpoint.item_tokens().shape
+
+
+def test_weights_that_were_read_are_put_where_they_are_trained():
+    trained = Weights({"a": torch.nn.Linear(2, 3, device="meta")})
+    placed = trained.placed({"a.weight": torch.ones(3, 2), "a.bias": torch.ones(3)})
+    assert {name: (value.device.type, value.shape) for name, value in placed.items()} == {
+        "a.weight": ("meta", (3, 2)),
+        "a.bias": ("meta", (3,)),
+    }

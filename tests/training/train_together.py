@@ -1,6 +1,6 @@
 """One of torchrun's processes in test_parallel.py: trains one model after the other, as the JSON file argv[1] says.
 
-A run is its folder, its settings, and how: "stopped" at the first checkpoint, "resumed", or "whole".
+A run is its folder, its settings, and how: "stopped" at the second checkpoint, "resumed", or "whole".
 """
 
 import json
@@ -28,12 +28,12 @@ class Stopped(Exception):
 
 
 def stopping(wait, waited):
-    """The second time all meet the first checkpoint has been written."""
+    """The third time all meet the second checkpoint has been written, in the middle of the second stage."""
 
     def wait_and_stop(self):
         wait(self)
         waited.append(self)
-        if len(waited) == 2:
+        if len(waited) == 3:
             raise Stopped
 
     return wait_and_stop
