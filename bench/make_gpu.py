@@ -171,6 +171,7 @@ def test_commands(smoke: bool) -> dict[str, list[str]]:
     names = re.findall(r"^def (test_\w+)", engine.read_text(), re.MULTILINE)
     parts = [names[part::NUM_ENGINE_PARTS] for part in range(1 if smoke else NUM_ENGINE_PARTS)]
     commands = {f"engine {at}": [*pytest, *(f"{engine}::{name}" for name in part)] for at, part in enumerate(parts)}
+    commands["training"] = [*pytest, str(engine.with_name("test_training.py"))]
     for path in sorted((ROOT / "tests" / "kernels").glob("test_swiglu.py" if smoke else "test_*.py")):
         # shapes at random are many compilations, and were tried in the interpreter
         commands[path.stem.removeprefix("test_")] = [*pytest, "-p", "on_cuda", str(path), "-k", "not test_any_"]

@@ -225,7 +225,7 @@ def test_every_test_of_the_engine_is_run_on_a_gpu_once(root):
     lines = (root / "tests" / "gpu" / "test_engine.py").read_text().splitlines()
     assert sorted(named) == sorted(line[4 : line.index("(")] for line in lines if line.startswith("def test_"))
     files = {path.stem.removeprefix("test_") for path in (root / "tests" / "kernels").glob("test_*.py")}
-    assert commands.keys() - files == {f"engine {part}" for part in range(make_gpu.NUM_ENGINE_PARTS)}
+    assert commands.keys() - files == {"training", *(f"engine {part}" for part in range(make_gpu.NUM_ENGINE_PARTS))}
 
 
 def test_a_quantile_needs_samples():
