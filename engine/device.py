@@ -26,14 +26,14 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(f"device: {name!r} is no device; choose 'auto', 'cpu' or 'cuda'") from None
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device: {name!r} is not supported; choose 'auto', 'cpu' or 'cuda'")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
         raise ConfigError(f"device: {name!r} was asked for, but no CUDA device is usable here; use device='cpu'")
-    if device.type == "cuda":
-        number = torch.cuda.current_device() if device.index is None else device.index
-        there = torch.cuda.device_count()
-        check(number < there, f"device: {name!r} was asked for, but the GPUs here are 0..{there - 1}")
-        return torch.device("cuda", number)
-    return device
+    number = torch.cuda.current_device() if device.index is None else device.index
+    there = torch.cuda.device_count()
+    check(number < there, f"device: {name!r} was asked for, but the GPUs here are 0..{there - 1}")
+    return torch.device("cuda", number)
 
 
 def in_one_order(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,25 +1,23 @@
 """What Triton would compile for a GPU that isn't here: keys of its own cache, from launches whose kernels never run.
 
-A script, since Triton must not have been told to interpret when it is imported. Prints JSON by variant: how many
-kernels the warm-up meets, and the names of those that are met later.
+A script, since Triton must not have been told to interpret when it is imported. Prints JSON by variant: how often each
+kernel is compiled in the warm-up, and which are later.
 """
 
-import importlib
-import inspect
 import json
 import os
-import pkgutil
+from collections import Counter
 
 os.environ["TRITON_INTERPRET"] = "0"
 
 import numpy as np
+from launchers import deciding_modules, launchers
 from reference import make_tiny, make_titled
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from speeder_engine import Engine, EngineConfig, Item, Request, runner, triton_kernels
-from speeder_engine.triton_kernels import few_rows
+from speeder_engine import Engine, EngineConfig, Item, Request
 
 SETTINGS = {"cpu_path": "torch", "graphs": "on", "freeze_gc": False, "dtype": "bfloat16", "kv_budget": "4MiB"}
 SETTINGS |= {"max_batch_users": 20, "max_batch_rows": 400, "row_buckets": (16, 64, 256)}
@@ -37,7 +35,6 @@ VARIANTS = {
     "deep": ({"warm_k": 100}, 129),
     "deeper than was said": ({"warm_k": 20}, 129),
 }
-WRITE_INTO = ("compressed_attention", "tree_attention")  # their last argument
 
 
 class AbsentGpu:
@@ -67,33 +64,24 @@ def note_compilations():
 
 def launch_and_refer():
     """Every operation launches its kernels, as on a GPU, and computes as its reference does."""
-    modules = [importlib.import_module(f"{triton_kernels.__name__}.{each.name}") for each in _submodules()]
-    for module in (*modules, runner, few_rows):
-        if hasattr(module, "runs_triton"):
-            module.runs_triton = lambda *tensors: True
-    for module in modules:
-        for name, launch in inspect.getmembers(module, inspect.isfunction):
-            operation = name.removeprefix("launch_")
-            reference = getattr(module, f"{operation}_ref", None)
-            if name.startswith("launch_") and launch.__module__ == module.__name__ and reference is not None:
-                setattr(module, name, _both(launch, reference, operation in WRITE_INTO))
+    found = list(launchers())
+    for module in deciding_modules():
+        module.runs_triton = lambda *tensors: True
+    for each in found:
+        setattr(each.module, each.name, _both(each.launch, each.reference))
 
 
-def _submodules():
-    return pkgutil.iter_modules(triton_kernels.__path__)
-
-
-def _both(launch, reference, writes_into):
+def _both(launch, reference):
     def run(*args, **kwargs):
         launch(*args, **kwargs)
-        return args[-1].copy_(reference(*args[:-1])) if writes_into else reference(*args, **kwargs)
+        return reference(*args, **kwargs)
 
     return run
 
 
 def met_by(met, variant):
-    """How many kernels the warm-up meets, and the names of those that are met later: requests of all kinds, sessions,
-    upserts that let the catalogue grow beyond what it was searched in."""
+    """How often each kernel is compiled in the warm-up, and which are later: by requests of all kinds, sessions that
+    hold nothing, a part and all of a history, upserts that let the catalogue grow beyond what it was searched in."""
     (settings, k), titled = VARIANTS[variant], variant == "titles"
     tiny = make_titled(head_dim=32) if titled else make_tiny(1000, window=12, step=4, head_dim=32, num_layers=1)
     met.clear()
@@ -115,14 +103,25 @@ def met_by(met, variant):
             history = [ids[row] for row in rng.integers(0, len(ids), rng.integers(0, 16))]
             who = f"{user}" if rng.random() < 0.7 else None
             asked.append(Request(history, int(rng.integers(1, k)), user_id=who, **options))
-        engine.recommend_many(asked)
+        for _ in range(2):  # the second time sessions hold all
+            engine.recommend_many(asked)
+        search_exactly(engine, [Request(each.history, each.k, allow=each.allow) for each in asked])
         engine.warm("ada", ids[: turn + 3])
         engine.scores(asked[:1], ids[:30])
         if turn % 4 == 3:
             vectors = rng.normal(size=(90, 8))
             engine.upsert([Item(f"{turn} {number}", vectors={"text": vector}) for number, vector in enumerate(vectors)])
     assert len(engine.catalogue) > 1024 or titled
-    return len(warm), sorted({name for name, _ in met - warm})
+    return Counter(name for name, _ in warm), sorted({name for name, _ in met - warm})
+
+
+def search_exactly(engine, requests):
+    """As where two stages are not certain of anybody's answer."""
+    serving = engine._now()
+    with serving.lock:
+        queries = [serving.resolve(each) for each in requests]
+        with serving.forward(queries) as done:
+            serving.scorer.search_exactly(queries, range(len(queries)), done.vectors)
 
 
 def some(ids, rng, count):

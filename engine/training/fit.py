@@ -231,7 +231,7 @@ def _trainer(
         checkpoint_layers(model.backbone)
     tuned = ("collaborative",) if config.collaborative.tune else ()
     table = TokenTable(model.compressor, checkpoint.features, config.modality_dropout, tuned)
-    model.to(DEVICE)  # before its validation looks where it is
+    model.to(DEVICE)
     table.to(DEVICE)
     if processes.size > 1:
         processes.same(model, table)

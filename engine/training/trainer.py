@@ -47,9 +47,7 @@ class Trainer:
         processes: Processes = ALONE,
     ) -> None:
         self.config, self.processes = config, processes
-        self.device = DEVICE
-        self.model = model.to(self.device)
-        self.table = table.to(self.device)
+        self.device, self.model, self.table = DEVICE, model, table
         self.weights = Weights({"model": self.model, "table": self.table})
         counts = np.bincount(batches.histories.rows, minlength=batches.num_items)
         sampler = make_sampler(config, counts)

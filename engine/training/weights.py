@@ -28,8 +28,8 @@ class Weights:
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in self.placed(values).items():
-            self.parameters[name].copy_(value)
+        for name, parameter in self.parameters.items():  # one at a time: a GPU holds no second copy of all
+            parameter.copy_(placed_like(values[name], parameter))
 
     def placed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values of all of them where they are, and sharded as they are."""
