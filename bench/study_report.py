@@ -11,7 +11,7 @@ from study_variants import COLD_ITEMS, DECLARED, WITH_TIME
 
 from speeder_engine.data.dataset import load_dataset
 from speeder_engine.data.splits import leave_one_out
-from speeder_engine.evaluation.bootstrap import mean_interval, mean_over_seeds
+from speeder_engine.evaluation.bootstrap import mean_interval, values_by_seed
 from speeder_engine.evaluation.groups import GROUP_METRICS, GROUPINGS
 from speeder_engine.evaluation.report import Report
 from speeder_engine.evaluation.results import curve_of, group_rows, paired_rows, rows_of
@@ -19,6 +19,12 @@ from speeder_engine.files import write_json
 
 OURS = "speeder"
 SHUFFLED = "history shuffled but for its last item"
+# what was kept as, of which system and variant, what it is called
+SHUFFLES = (
+    ("shuffled", OURS, DECLARED, SHUFFLED),
+    ("shuffled for the decoder", OURS, DECLARED, f"{SHUFFLED}, for the decoder alone"),
+    ("shuffled", "itemknn", "itemknn", SHUFFLED),
+)
 Reports = Mapping[tuple[str, str], Mapping[int, Report]]  # system and variant -> seed -> report
 Asked = dict[tuple[str, int], Report]  # variant and seed -> report
 
@@ -39,11 +45,12 @@ def write_report(data: Path, work: Path, out: Path) -> None:
             results["groups"] += group_rows(list(systems[key].values()), key[0], name_of(key[1]), group(split, asked))
     results["groups"] += cold_rows(reports)
     results["curves"] = lengths(extra)
-    shuffled = of_variant(extra["shuffled"], DECLARED)
-    if shuffled:
-        mixed, declared = list(shuffled.values()), seeds_of(reports[OURS, DECLARED], shuffled)
-        results["rows"] += rows_of(mixed, OURS, SHUFFLED)
-        results["paired"] += paired_rows(mixed, OURS, SHUFFLED, declared, DECLARED)
+    for asked_as, system, variant, told in SHUFFLES:
+        mixed = of_variant(extra[asked_as], variant)
+        if mixed and (system, variant) in reports:
+            whole = seeds_of(reports[system, variant], mixed)
+            results["rows"] += rows_of([*mixed.values()], system, told)
+            results["paired"] += paired_rows([*mixed.values()], system, told, whole, variant)
     results["validation"] = [
         {"system": OURS, "variant": name_of(variant), "seed": seed, **rounded(report.metrics)}
         for (variant, seed), report in sorted(extra["validation"].items())
@@ -112,8 +119,8 @@ def cold_rows(reports: Reports) -> list[dict[str, Any]]:
     rows = []
     for metric in GROUP_METRICS:
         listed = {told: each for told, each in found.items() if metric != "vhr@1" or each[0].on_candidates is not None}
-        values = {told: mean_over_seeds(each, metric) for told, each in listed.items()}
-        values["declared, which was trained on them"] = mean_over_seeds(declared, metric)[asked]
+        values = {told: values_by_seed(each, metric) for told, each in listed.items()}
+        values["declared, which was trained on them"] = values_by_seed(declared, metric)[:, asked]
         for told, each in values.items():
             bounds = mean_interval(each)
             found_here = {"mean": bounds.mean, "low": bounds.low, "high": bounds.high}

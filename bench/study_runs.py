@@ -20,7 +20,7 @@ from speeder_engine.data.candidates import draw_candidates
 from speeder_engine.data.dataset import load_dataset
 from speeder_engine.data.splits import Queries, Split, leave_one_out
 from speeder_engine.encoders.features import Features
-from speeder_engine.evaluation.baselines import BASELINES, ENSEMBLES, TRAINED, fit_ensemble
+from speeder_engine.evaluation.baselines import BASELINES, ENSEMBLES, fit_ensemble
 from speeder_engine.evaluation.baselines.item_knn import ItemKNN
 from speeder_engine.evaluation.baselines.sasrec_time import WEEK_MODELS
 from speeder_engine.evaluation.baselines.sequence import SASREC, SEQUENCE_MODELS, SequenceBaseline
@@ -37,6 +37,7 @@ from speeder_engine.training.recipe import load_recipe
 # of runs that are asked for the items held out of training alone
 TARGETS, AMONG_THEMSELVES = "targets of ", "targets among themselves of "
 CUT_SHORT = (DECLARED, LONG_WINDOW)  # asked with altered histories, too
+SHUFFLED_TOO = ("itemknn",)  # a system that has no notion of order but how long ago an item was taken
 LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)  # of histories cut to their last items, up to the window
 
 
@@ -78,10 +79,14 @@ def do(run: Run, data: Path, work: Path, recipe: str, baselines: Path | None = N
         return _speeder(run, split, work, recipe)
     settings = {} if baselines is None else read_settings(baselines, split.dataset)
     scorer = _baseline(run.system, split, run.seed, settings)
-    if run.system in TRAINED:
-        fitted = {run.system: scorer, "itemknn": _baseline("itemknn", split, run.seed, settings)}
-        for name in (each for each in ENSEMBLES if each.split("+")[0] == run.system):
-            _keep(Run(name, name, run.seed), fit_ensemble(name, split, fitted), split, work)
+    neighbours = _baseline("itemknn", split, run.seed, settings)
+    for name in (each for each in ENSEMBLES if each.split("+")[0] == run.system):
+        fitted = {run.system: scorer, "itemknn": neighbours}
+        _keep(Run(name, name, run.seed), fit_ensemble(name, split, fitted=fitted), split, work)
+    if run.system in SHUFFLED_TOO:
+        evaluate(scorer, shuffled(split.queries("test"), run.seed), None, show_progress=False).save(
+            run.path(work, "shuffled")
+        )
     return _keep(run, scorer, split, work)
 
 
@@ -107,8 +112,12 @@ def _speeder(run: Run, split: Split, work: Path, recipe: str) -> dict[str, float
     scorer = partial(ModelScorer, checkpoint.model, checkpoint.item_tokens())
     tested = scorer(query_prior(checkpoint, split, "test"))
     if run.variant in CUT_SHORT:
-        for name, queries in _altered_queries(split.queries("test"), run.seed, config.window):
+        asked = split.queries("test")
+        for name, queries in _altered_queries(asked, run.seed, config.window):
             evaluate(tested, queries, None, show_progress=False).save(run.path(work, name))
+        moved = shuffled(asked, run.seed, with_times=True)
+        told = FollowingTold(scorer(query_prior(checkpoint, split, "test")), asked)
+        evaluate(told, moved, None, show_progress=False).save(run.path(work, "shuffled for the decoder"))
     if run.variant in COLD_ITEMS:
         _keep_cold(run, scorer(ConstantPrior(torch.zeros(split.dataset.num_items))), split, work)
     validation = scorer(query_prior(checkpoint, split, "validation"))
@@ -148,6 +157,33 @@ class Among(CatalogueScorer):
         return scores
 
 
+class FollowingTold(CatalogueScorer):
+    """A model whose decoder is asked altered histories, while what followed is looked up for the true ones."""
+
+    name = "speeder (altered for the decoder alone)"
+
+    def __init__(self, scorer: ModelScorer, truth: Queries) -> None:
+        self.scorer, self.truth, self.followers = scorer, truth, scorer.followers
+        scorer.followers = None
+
+    @property
+    def uses_time(self) -> bool:
+        return self.scorer.uses_time
+
+    def scores(self, queries: Queries) -> NDArray[np.float32]:
+        """Of consecutive ones of the true queries, altered."""
+        start = int(np.flatnonzero(self.truth.users == queries.users[0])[0])
+        truth = self.truth.slice(start, start + len(queries))
+        scores = self.scorer.scores(queries)
+        if self.followers is not None:
+            layout = self.scorer.layout
+            for q, line in enumerate(scores):
+                history = truth.history(q)
+                following = self.followers.of("retrieve", history[layout.start(len(history)) :])
+                line += 0 if following is None else following.of(np.arange(len(line)))
+        return scores
+
+
 def _keep(run: Run, scorer: Scorer, split: Split, work: Path, queries: Queries | None = None) -> dict[str, float]:
     asked = queries or split.queries("test")
     report = evaluate(scorer, asked, draw_candidates(split.dataset, asked), show_progress=False)
@@ -166,10 +202,12 @@ def _altered_queries(queries: Queries, seed: int, window: int) -> Iterator[tuple
         yield f"last {length}", replace(queries, offsets=offsets, rows=queries.rows[events], times=times)
 
 
-def shuffled(queries: Queries, seed: int) -> Queries:
-    """All items of a history but the last in another order. The times stay: what changes is which item came when."""
+def shuffled(queries: Queries, seed: int, with_times: bool = False) -> Queries:
+    """All items of a history but the last in another order. Their times stay, so that an item came at another's, or go
+    with them."""
     rng = np.random.default_rng(seed)
     order = np.arange(len(queries.rows))
     for start, end in pairwise(queries.offsets.tolist()):
         order[start : end - 1] = start + rng.permutation(max(end - start - 1, 0))
-    return replace(queries, rows=queries.rows[order])
+    moved = replace(queries, rows=queries.rows[order])
+    return replace(moved, times=queries.times[order]) if with_times and queries.times is not None else moved

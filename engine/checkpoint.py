@@ -9,6 +9,7 @@ encoders/text, image     so that new items can be encoded later
 state/                   only while training: optimizer and progress, for an exact resume
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -30,13 +31,14 @@ from speeder_engine.encoders.base import Encoder, load_encoder
 from speeder_engine.encoders.features import Features
 from speeder_engine.encoders.sources import read_weights, without_bars
 from speeder_engine.errors import ArtifactError, MissingDependency, name_some, shown
-from speeder_engine.files import holds_nothing, refuse_unless_folder, replace_folder, write_json
+from speeder_engine.files import holds_nothing, refuse_unless_folder, replace_folder, sha256_file, write_json
 from speeder_engine.models.recommender import Recommender
 
 CHECKPOINT = Kind("speeder-checkpoint", 1, "checkpoint.json", "checkpoint", "`speeder train`", verb="train")
 FORMAT, FORMAT_VERSION, MANIFEST = CHECKPOINT.format, CHECKPOINT.version, CHECKPOINT.manifest
 COMPRESSED_AT_ONCE = 8192
 FROZEN = ("tokenizer", "features.safetensors", ITEMS_FILE, "encoders")  # what training doesn't change
+ADAPTERS, BASE_FILES = "adapter_config.json", ("config.json", "*.safetensors", "*.bin")
 OWN = {*FROZEN, MANIFEST, "backbone", "recommender.safetensors", "state"}
 
 
@@ -65,6 +67,7 @@ class Checkpoint:
     state: TrainingState | None = None
     frozen_in: Path | None = None  # the folder that already holds what training doesn't change
     frozen_files: dict[str, Any] = field(default_factory=dict)  # hash and size of each file of that
+    base: str | None = None  # of adapters: what `base_digest` says of the model below them
 
     def save(self, folder: Path) -> None:
         """Written beside `folder` and renamed onto it: a killed save leaves the previous checkpoint."""
@@ -79,10 +82,17 @@ class Checkpoint:
             save_file(_contiguous(self.model.own_state()), beside / "recommender.safetensors")
             if self.state is not None:
                 _save_state(self.state, beside / "state")
-            fields = {"model": self.model.config.to_json(), "training": self.training, "metrics": self.metrics}
-            files = seal(beside, fields, CHECKPOINT, known=self.frozen_files)["files"]
+            files = seal(beside, self._fields(beside), CHECKPOINT, known=self.frozen_files)["files"]
         self.frozen_in = folder
         self.frozen_files = {name: entry for name, entry in files.items() if name.split("/")[0] in FROZEN}
+
+    def _fields(self, folder: Path) -> dict[str, Any]:
+        """Of the manifest; the base of adapters is read once."""
+        fields = {"model": self.model.config.to_json(), "training": self.training, "metrics": self.metrics}
+        if not (folder / "backbone" / ADAPTERS).is_file():
+            return fields
+        self.base = self.base or base_digest(base_folder(folder / "backbone"))
+        return {**fields, "base": self.base}
 
     def _save_frozen(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder / "tokenizer")
@@ -99,7 +109,7 @@ class Checkpoint:
         manifest = read_manifest(folder)
         with _reading(folder / MANIFEST):
             config = ModelConfig.from_json(manifest["model"])
-        backbone = load_backbone(folder / "backbone")
+        backbone = load_backbone(folder / "backbone", manifest.get("base"))
         with _reading(folder / "recommender.safetensors") as path:
             model = Recommender(config, backbone)
             _load_own(model, path)
@@ -118,6 +128,7 @@ class Checkpoint:
             state=_load_state(folder / "state"),
             frozen_in=folder,
             frozen_files={n: e for n, e in manifest.get("files", {}).items() if n.split("/")[0] in FROZEN},
+            base=manifest.get("base"),
         )
 
     @torch.inference_mode()
@@ -210,12 +221,26 @@ def _load_encoders(folder: Path) -> dict[str, Encoder]:
     return encoders
 
 
-def load_backbone(folder: Path) -> nn.Module:
+def load_backbone(folder: Path, base: str | None = None) -> nn.Module:
     """A body as transformers wrote it, or the adapters peft wrote on the base model they name; nothing is left at
-    random: ArtifactError where weights are missing, or are not the model's."""
+    random: ArtifactError where weights are missing, or are not the model's. `base`: the digest of that base model where
+    it is known; ArtifactError for another one."""
     with without_bars(), _reading(folder):
-        adapters = folder / "adapter_config.json"
-        return _load_adapted(folder, adapters) if adapters.is_file() else _load_body(folder)
+        return _load_adapted(folder, base) if (folder / ADAPTERS).is_file() else _load_body(folder)
+
+
+def base_folder(folder: Path) -> Path:
+    """Where the base model of the adapters in `folder` lies; ArtifactError unless that is a folder."""
+    named = json.loads((folder / ADAPTERS).read_bytes())["base_model_name_or_path"]
+    if not Path(named).is_dir():
+        raise ArtifactError(f"{folder}: adapters of {named!r}, which is no folder here; put that model back")
+    return Path(named)
+
+
+def base_digest(folder: Path) -> str:
+    """Of what decides a base model's answers: its weights and settings, byte for byte."""
+    files = sorted(path for pattern in BASE_FILES for path in folder.glob(pattern))
+    return hashlib.sha256("".join(f"{path.name} {sha256_file(path)}\n" for path in files).encode()).hexdigest()
 
 
 def _load_body(folder: Path, whole: bool = True) -> nn.Module:
@@ -228,15 +253,15 @@ def _load_body(folder: Path, whole: bool = True) -> nn.Module:
     return body  # type: ignore[no-any-return]
 
 
-def _load_adapted(folder: Path, config: Path) -> nn.Module:
+def _load_adapted(folder: Path, digest: str | None) -> nn.Module:
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError:
         raise MissingDependency("peft", "train", "a checkpoint with adapters") from None
-    base_folder = Path(json.loads(config.read_bytes())["base_model_name_or_path"])
-    if not base_folder.is_dir():
-        raise ArtifactError(f"{folder}: adapters of {str(base_folder)!r}, which is no folder here; put that model back")
-    base = _load_body(base_folder, whole=False)
+    below = base_folder(folder)
+    base = _load_body(below, whole=False)
+    if digest is not None and digest != base_digest(below):
+        raise ArtifactError(f"{below}: is not the model that {folder} was trained on; put that one back")
     path = folder / "adapter_model.safetensors"
     with safe_open(path, "pt") as file:
         saved = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118

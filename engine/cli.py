@@ -138,6 +138,7 @@ def evaluate(
         typer.Argument(
             help="Checkpoints, engine directories or baselines: popularity, markov, itemknn; with times "
             "popularity_at_last, recent_popularity, recent_popularity_7, live_popularity, live_popularity_2; "
+            "itemknn+live_popularity; "
             "trained first, minutes each: sasrec, gru4rec, hstu, sasrec_weeks and sasrec_time (with times), "
             "sasrec+itemknn, sasrec_weeks+itemknn, sasrec+live_popularity+itemknn, "
             "sasrec_time+live_popularity+itemknn."

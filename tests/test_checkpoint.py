@@ -164,6 +164,17 @@ def test_adapters_find_their_base_from_any_folder(adapted, tmp_path, monkeypatch
     assert f"adapters of '{tmp_path / 'base'}', which is no folder here; put that model back" in refusal(adapted)
 
 
+def test_adapters_stay_with_the_base_they_were_trained_on(adapted, tmp_path):
+    """Weights of the same names and shapes are another model all the same."""
+    checkpoint = Checkpoint.load(adapted)
+    rewrite(
+        tmp_path / "base" / "model.safetensors", lambda weights: weights.update({n: w + 1 for n, w in weights.items()})
+    )
+    assert f"{tmp_path / 'base'}: is not the model that {adapted / 'backbone'} was trained on; put" in refusal(adapted)
+    checkpoint.save(tmp_path / "copy")  # says what it was trained on, not what lies there now
+    assert "is not the model that" in refusal(tmp_path / "copy")
+
+
 def unlisted(folder: Path) -> Path:
     """As the first checkpoints were written: no file's hash is known."""
     manifest = json.loads((folder / "checkpoint.json").read_text())

@@ -81,6 +81,16 @@ class Split:
     train: Histories
     users: NDArray[np.int32]
 
+    def known(self, part: Part) -> Histories:
+        """Every event that a service has seen by the end of a part, targets among them: to validation, the test's are
+        unknown."""
+        data, kept = self.dataset, np.ones(self.dataset.num_interactions, np.bool_)
+        lengths = data.lengths.copy()
+        if part == "validation":
+            kept[data.offsets[self.users + 1] - 1] = False
+            lengths[self.users] -= 1
+        return Histories(offsets_of(lengths), data.rows[kept], None if data.times is None else data.times[kept])
+
     def queries(self, part: Part, users: NDArray[np.integer[Any]] | None = None) -> Queries:
         """The part's queries of all `self.users`, or of the given ones in the given order.
 

@@ -134,7 +134,8 @@ def validated_ndcg(model: SequenceModel, validation: Validation) -> float:
 
 
 def ndcg_at_10(scores_of: Callable[[range], NDArray[np.float32]], validation: Validation) -> float:
-    """With one target each: 1 / log2(2 + number of unseen items scored above it), 0 from the tenth on.
+    """With one target each: 1 / log2(2 + number of unseen items before it), 0 from the tenth on; of equal scores the
+    lower row comes first. A query whose scores are not numbers, as a model's that has diverged, gains nothing.
 
     `scores_of` gives those of some users, [n, num_items], and loses them: the history's are overwritten.
     """
@@ -142,10 +143,11 @@ def ndcg_at_10(scores_of: Callable[[range], NDArray[np.float32]], validation: Va
     gains = np.zeros(len(targets))
     for start in range(0, len(targets), SCORED_AT_ONCE):
         chunk = range(start, min(start + SCORED_AT_ONCE, len(targets)))
-        scores = scores_of(chunk)
-        wanted = scores[np.arange(len(chunk)), targets[chunk.start : chunk.stop]].copy()
+        scores, asked = scores_of(chunk), targets[chunk.start : chunk.stop, None]
+        wanted, sound = np.take_along_axis(scores, asked, axis=1), np.isfinite(scores).all(axis=1)
         for line, user in zip(scores, chunk, strict=True):
             line[rows[offsets[user] : offsets[user + 1]]] = -np.inf
-        above = (scores > wanted[:, None]).sum(axis=1)
-        gains[chunk.start : chunk.stop] = np.where(above < 10, 1 / np.log2(2 + above), 0)
+        earlier = np.arange(scores.shape[1]) < asked
+        before = ((scores > wanted) | ((scores == wanted) & earlier)).sum(axis=1)
+        gains[chunk.start : chunk.stop] = np.where(sound & (before < 10), 1 / np.log2(2 + before), 0)
     return float(gains.mean())

@@ -91,7 +91,7 @@ def make_scorer(system: str, split: Split, part: Part, head: str | None = None) 
     """Loaded, or fitted."""
     dataset, path = split.dataset, Path(system)
     if system in BASELINES:
-        return BASELINES[system](split)
+        return BASELINES[system](split, part)
     if (path / ENGINE_MANIFEST).is_file():
         engine = Engine.load(path, kv_budget="0")
         if head == GENERATE:

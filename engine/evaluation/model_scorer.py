@@ -155,12 +155,8 @@ def query_prior(checkpoint: Checkpoint, split: Split, part: Part) -> Prior:
         return ConstantPrior(torch.from_numpy(checkpoint.table.prior).to(model.prompts.weight.device))
     if dataset.times is None:
         raise DataError(f"{dataset.name}: this model's prior is live and needs times; give a time column")
-    kept = np.ones(len(dataset.rows), np.bool_)
-    if part == "validation":
-        kept[dataset.offsets[split.users + 1] - 1] = False
-    popularity = LivePopularity.of_events(
-        model.config.live_prior, dataset.num_items, dataset.times[kept], dataset.rows[kept]
-    )
+    known = split.known(part)
+    popularity = LivePopularity.of_events(model.config.live_prior, dataset.num_items, known.times, known.rows)
     return ExactPrior(popularity, model.prior_weights)
 
 

@@ -1,14 +1,14 @@
 """Rows of a study's results, as `docs/results/<data>.json` holds them: means over seeds, intervals over users.
 
-A row is one system, variant and metric. Several reports of one system differ in the seed alone; a user's value is the
-mean over them, and users are resampled. Draws nothing, prints nothing.
+A row is one system, variant and metric. Several reports of one system differ in the seed alone (bootstrap.py says how
+they are taken together). Draws nothing, prints nothing.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from speeder_engine.errors import DataError
-from speeder_engine.evaluation.bootstrap import Interval, mean_interval, mean_over_seeds, paired_difference
+from speeder_engine.evaluation.bootstrap import Interval, mean_interval, paired_difference, values_by_seed
 from speeder_engine.evaluation.groups import GROUP_METRICS, Grouping
 from speeder_engine.evaluation.report import Report
 
@@ -26,7 +26,7 @@ def rows_of(reports_by_seed: Sequence[Report], system: str, variant: str) -> lis
     uses_time = _uses_time(reports_by_seed, system)
     named = {"system": system, "variant": variant, "uses_time": uses_time}
     return [
-        {**named, "metric": metric, **_bounds(mean_interval(mean_over_seeds(reports_by_seed, metric)))}
+        {**named, "metric": metric, **_bounds(mean_interval(values_by_seed(reports_by_seed, metric)))}
         | {"seeds": len(reports_by_seed)}
         for metric in _metrics(reports_by_seed, METRICS)
     ]
@@ -55,18 +55,18 @@ def paired_rows(
 def group_rows(reports_by_seed: Sequence[Report], system: str, variant: str, grouping: Grouping) -> list[Row]:
     """A row a group with users and metric: system, variant, by, group, num_users, metric, mean, low, high."""
     _uses_time(reports_by_seed, system)
-    values = {name: mean_over_seeds(reports_by_seed, name) for name in _metrics(reports_by_seed, GROUP_METRICS)}
+    values = {name: values_by_seed(reports_by_seed, name) for name in _metrics(reports_by_seed, GROUP_METRICS)}
     rows = []
     for group, mask in grouping.members(reports_by_seed[0]):
         named = {"system": system, "variant": variant, "by": grouping.by, "group": group, "num_users": int(mask.sum())}
-        rows += [{**named, "metric": name, **_bounds(mean_interval(each[mask]))} for name, each in values.items()]
+        rows += [{**named, "metric": name, **_bounds(mean_interval(each[:, mask]))} for name, each in values.items()]
     return rows
 
 
 def curve_of(name: str, x: Sequence[float], series: Mapping[str, Sequence[Sequence[Report]]], metric: str) -> Row:
     """A curve: name, metric, x and, for each label of `series`, mean, low and high at each x, of reports by seed."""
     bounds = {
-        label: [mean_interval(mean_over_seeds(reports, metric)) for reports in points]
+        label: [mean_interval(values_by_seed(reports, metric)) for reports in points]
         for label, points in series.items()
     }
     uneven = [label for label, points in bounds.items() if len(points) != len(x)]

@@ -87,7 +87,8 @@ class TrainingBatches:
 
     @property
     def targets_per_epoch(self) -> int:
-        return self.histories.num_interactions
+        lengths = self.histories.lengths
+        return int(lengths[lengths > 1].sum())
 
     def epoch(self, number: int) -> Iterator[TrainingBatch]:
         """The batches of epoch `number`: the same number gives the same batches."""

@@ -12,7 +12,8 @@ from speeder_engine.errors import SpeederWarning, name_some
 
 
 def warn_of_gaps(split: Split, features: Mapping[str, Features]) -> None:
-    """Items without a modality that others have, items without a training event, titles that several items share."""
+    """Items without a modality that others have or without a training event, users with one, titles that several items
+    share."""
     dataset = split.dataset
     names = np.array(dataset.item_ids, dtype=object)
     size = len(names)
@@ -25,6 +26,10 @@ def warn_of_gaps(split: Split, features: Mapping[str, Features]) -> None:
     if len(unseen):
         message = f"{len(unseen):,} of {size:,} items have no training event and are known by their content alone"
         _warn(f"{dataset.name}: {message}", unseen)
+    alone = np.array(dataset.user_ids, dtype=object)[split.train.lengths == 1]
+    if len(alone):
+        message = f"{len(alone):,} users have one training event, which counts as popularity and teaches nothing else"
+        _warn(f"{dataset.name}: {message}", alone)
     titles = Counter(title for title in dataset.items.titles if title)
     shared = [title for title, count in titles.items() if count > 1]
     if shared:

@@ -1,6 +1,7 @@
 """A training run as data: backbone, encoders, stages, losses. Recipes (`recipe.py`) are YAML files of these keys."""
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields, replace
 
 from speeder_engine.checks import is_unicode
 from speeder_engine.config import (
@@ -161,6 +162,7 @@ class TrainingConfig(Config):
         for name in ("sampled_items", "full_softmax_items"):
             check(getattr(self, name) >= 0, f"{name} can't be negative, is {getattr(self, name)}")
         check(len(self.stages) > 0, "stages: at least one is needed")
+        self._check_last_stage()
         for name in (
             "batch_size",
             "window",
@@ -203,6 +205,16 @@ class TrainingConfig(Config):
         for name in ("retrieve_weight", "rank_weight", "order_weight", "title_weight", "weight_decay"):
             check(getattr(self, name) >= 0, f"{name} can't be negative, is {getattr(self, name)}")
 
+    def _check_last_stage(self) -> None:
+        """Items are served with every modality in, as the last stage was validated."""
+        last = self.trained_stages[-1]
+        left_out = [name for name in self.modalities if name not in last.modalities]
+        check(
+            not left_out,
+            f"stage {last.name!r}: the last that is trained leaves out {', '.join(left_out)}, which earlier ones had; "
+            "name it there, too, or nowhere",
+        )
+
     def _check_bounds(self) -> None:
         """What would only fail once it is computed with or saved."""
         check(0 <= self.seed <= MOST_SEED, f"seed must be within 0..{MOST_SEED}, is {self.seed}")
@@ -224,7 +236,25 @@ class TrainingConfig(Config):
         return self.judge or ("ndcg@10" if self.retrieve_weight else "title_probability")
 
     @property
+    def trained_stages(self) -> tuple[Stage, ...]:
+        """Those with an epoch or more; all where there is none, of a model that is only made."""
+        return tuple(stage for stage in self.stages if stage.epochs) or self.stages
+
+    @property
     def modalities(self) -> tuple[str, ...]:
-        """All that some stage uses, in the fixed order."""
-        used = {name for stage in self.stages for name in stage.modalities}
+        """All that some trained stage uses, in the fixed order."""
+        used = {name for stage in self.trained_stages for name in stage.modalities}
         return tuple(name for name in MODALITIES if name in used)
+
+    def stages_with(self, modalities: Collection[str]) -> tuple[Stage, ...]:
+        """The stages cut to these modalities, those that some item has; none that is left without any. A stage whose
+        own newest is gone, or was there before, has nothing to ramp in."""
+        stages: list[Stage] = []
+        trained: set[str] = set()
+        for stage in self.stages:
+            left = tuple(name for name in stage.modalities if name in modalities)
+            newest = stage.modalities[-1]
+            ramp = stage.ramp if newest in left and newest not in trained else 0.0
+            stages += [replace(stage, modalities=left, ramp=ramp)] if left else []
+            trained |= {*left} if stage.epochs else set()
+        return tuple(stages)

@@ -41,6 +41,7 @@ from speeder_engine.training.sampled import make_sampler
 from speeder_engine.training.title_targets import TitleTargets, refuse_untitled
 from speeder_engine.training.title_validation import title_probability
 from speeder_engine.training.token_table import TokenTable
+from speeder_engine.training.trained_on import trained_on
 from speeder_engine.training.trainer import DEVICE, Trainer, Validate
 
 
@@ -109,7 +110,7 @@ def _train(
             trainer.weights.gather_into({"model": checkpoint.model})
         checkpoint.state = state
         # between epochs too: a run that is resumed after its last one has no record of its own
-        checkpoint.metrics = trainer.history[-1] if trainer.history else checkpoint.metrics
+        checkpoint.metrics = trainer.kept or checkpoint.metrics
         if state is None:
             _take_learned(checkpoint, trainer, split)
         if processes.is_first:
@@ -195,7 +196,7 @@ def new_checkpoint(split: Split, config: TrainingConfig, language: Language, mad
         table=ItemTable.fresh(items.item_ids, items.titles, item_prior(split, config)),
         features=made.features,
         encoders=made.encoders,
-        training={"config": config.to_json(), "data": split.dataset.fingerprint()},
+        training=trained_on(split, config),
         state=TrainingState(),
     )
 
@@ -224,9 +225,7 @@ def _trainer(
     checkpoint: Checkpoint, split: Split, config: TrainingConfig, log: RunLog, processes: Processes
 ) -> Trainer:
     model = checkpoint.model
-    names = model.compressor.modalities
-    kept = [(stage, tuple(name for name in stage.modalities if name in names)) for stage in config.stages]
-    config = replace(config, stages=tuple(replace(stage, modalities=left) for stage, left in kept if left))
+    config = replace(config, stages=config.stages_with(model.compressor.modalities))
     if config.checkpoint_layers:
         checkpoint_layers(model.backbone)
     tuned = ("collaborative",) if config.collaborative.tune else ()
@@ -281,6 +280,14 @@ def _resumable(split: Split, config: TrainingConfig, out: Path) -> Checkpoint:
     checkpoint = Checkpoint.load(out)
     if TrainingConfig.from_json(checkpoint.training["config"]) != config:
         raise ConfigError(f"{out}: was trained with other settings; resume with the same recipe, or train anew")
-    if checkpoint.training["data"] != split.dataset.fingerprint():
+    known = trained_on(split, config)
+    if checkpoint.training["data"] != known["data"]:
         raise ConfigError(f"{out}: was trained on other data; resume with the same data, or train anew")
+    # features, tokens and counts of the checkpoint are in the order of its items
+    same_events = checkpoint.training.get("events", known["events"]) == known["events"]
+    if checkpoint.table.item_ids != split.dataset.item_ids or not same_events:
+        raise ConfigError(
+            f"{out}: was trained on the same data in another order, or with other times; resume with the files as they "
+            "were, or train anew"
+        )
     return checkpoint

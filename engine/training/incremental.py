@@ -29,6 +29,7 @@ from speeder_engine.models.recommender import Recommender
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.features import read_images
 from speeder_engine.training.follower_counts import follower_table
+from speeder_engine.training.trained_on import trained_on
 
 # what the weights and the item vectors were made for
 SHAPE = (
@@ -56,7 +57,7 @@ def recipe_to_continue(previous: Checkpoint) -> TrainingConfig:
     The last that was trained: one whose modalities no item had was left out.
     """
     config, had = TrainingConfig.from_json(previous.training["config"]), set(previous.model.compressor.modalities)
-    last = next(stage for stage in reversed(config.stages) if had.intersection(stage.modalities))
+    last = next(stage for stage in reversed(config.trained_stages) if had.intersection(stage.modalities))
     return replace(config, stages=(replace(last, epochs=max(1, last.epochs // 3), ramp=0.0),))
 
 
@@ -77,7 +78,7 @@ def continued_checkpoint(
         table=ItemTable.fresh(items.item_ids, items.titles, prior),
         features={name: _features(name, previous, split, config, cache_dir) for name in names},
         encoders=previous.encoders,
-        training={"config": config.to_json(), "data": split.dataset.fingerprint()},
+        training=trained_on(split, config),
         state=TrainingState(),
     )
 

@@ -55,6 +55,7 @@ class Trainer:
         self.gradient = GradientMaker(self.model, self.table, prior, config, self.device, sampler, processes, cold)
         self.batches, self.validate, self.log = batches, validate, log
         self.history: list[dict[str, Any]] = []
+        self.kept: dict[str, Any] = {}  # the record of the weights that are kept
 
     def run(self, state: TrainingState, save: Callable[[TrainingState], None]) -> list[dict[str, Any]]:
         """All stages from `state` on; `save` is called between epochs. Returns one record per epoch."""
@@ -73,6 +74,7 @@ class Trainer:
         state.best = metrics[self.config.metric]
         seconds = round(time.perf_counter() - started, 3)
         self._write({"stage": stage.name, "epoch": 0, "step": 0, **metrics, "seconds": seconds}, state)
+        self.kept = self.history[-1]
 
     def _run_stage(
         self, stage: Stage, state: TrainingState, save: Callable[[TrainingState], None], progress: Progress
@@ -90,6 +92,7 @@ class Trainer:
                 better = score > state.best
                 best = self.weights.copy() if better else best
             self._record(stage, state, tally, schedule.get_last_lr()[0], metrics, time.perf_counter() - started)
+            self.kept = self.history[-1] if better else self.kept
             state.best, state.bad_epochs = (score, 0) if better else (state.best, state.bad_epochs + 1)
             progress.update(task, note=self._note(tally, score) + f" (best {state.best:.4f})")
             state.tensors = pack({"now": self.weights.copy(), "best": best, "averaged": averaged or {}}, optimizer)

@@ -33,6 +33,15 @@ def test_training_never_sees_a_target(dataset):
     np.testing.assert_array_equal(train.lengths, dataset.lengths - 2)
 
 
+def test_validation_does_not_know_the_tests_events(dataset):
+    split = leave_one_out(dataset)
+    test, validation = split.known("test"), split.known("validation")
+    for user in range(dataset.num_users):
+        assert test.history(user).tolist() == dataset.history(user).tolist()
+        assert validation.history(user).tolist() == dataset.history(user).tolist()[:-1]
+        assert validation.history_times(user).tolist() == dataset.history_times(user).tolist()[:-1]
+
+
 def test_some_users_in_the_order_asked_for(dataset):
     split = leave_one_out(dataset)
     some, every = split.queries("test", np.array([7, 3, 59])), split.queries("test")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from speeder_engine.errors import ConfigError, DataError
-from speeder_engine.evaluation.bootstrap import mean_interval, mean_over_seeds, paired_difference
+from speeder_engine.evaluation import bootstrap
+from speeder_engine.evaluation.bootstrap import mean_interval, paired_difference, values_by_seed
 from speeder_engine.evaluation.report import Report
 
 
@@ -73,16 +74,44 @@ def test_several_seeds_are_averaged_before_users_are_drawn():
     rng = np.random.default_rng(5)
     ranks = rng.integers(0, 25, (3, 400))
     seeds = [_report("a", each) for each in ranks]
-    values = mean_over_seeds(seeds, "hr@10")
-    np.testing.assert_allclose(values, [(ranks[:, user] < 10).mean() for user in range(400)])
+    values = values_by_seed(seeds, "hr@10")
+    np.testing.assert_array_equal(values, ranks < 10)
     assert values.dtype == np.float64
     base = _report("base", rng.integers(0, 25, 400))
     found = paired_difference(seeds, base, "hr@10", seed=3)
-    assert found == mean_interval(values - base.values("hr@10"), seed=3)
-    # one seed of a system is less certain than the mean of three
+    same = mean_interval(values - base.values("hr@10"), seed=3)
+    assert (found.mean, found.low, found.high) == pytest.approx((same.mean, same.low, same.high))
+    # one seed of a system is less certain than the mean of three that differ by chance
     alone = paired_difference(seeds[0], base, "hr@10", seed=3)
     assert found.high - found.low < alone.high - alone.low
     with pytest.raises(DataError, match="can't be paired"):
-        mean_over_seeds([*seeds, _report("a", [1, 2])], "hr@10")
+        values_by_seed([*seeds, _report("a", [1, 2])], "hr@10")
     with pytest.raises(DataError, match="no reports"):
-        mean_over_seeds([], "hr@10")
+        values_by_seed([], "hr@10")
+
+
+@pytest.mark.parametrize(("between", "paired"), [(0.0, True), (0.01, True), (0.01, False)])
+def test_intervals_cover_what_is_so_for_other_users_and_other_trainings(between, paired):
+    """A difference that is nothing, drawn again and again: trainings that differ are no finding, however many users."""
+    rng, outside, rounds = np.random.default_rng(6), 0, 300
+    for number in range(rounds):
+        chances = rng.beta(2, 8, 2000)
+        left, right = ([_drawn(rng, chances, between) for _ in range(n)] for n in ((3, 3) if paired else (3, 2)))
+        outside += paired_difference(left, right, "hr@10", resamples=300, seed=number).excludes_zero
+    # users alone would leave out a third of those whose trainings differ
+    assert 0.005 * rounds < outside < (0.13 if between else 0.08) * rounds
+
+
+def _drawn(rng, chances, between):
+    return _report("a", np.where(rng.random(len(chances)) < chances + rng.normal(0, between), 0, 20))
+
+
+def test_what_seeds_add_is_the_variance_component_of_the_textbook():
+    """Of a balanced layout by hand: 2 seeds, 3 users."""
+    values = np.array([[0.0, 1.0, 1.0], [1.0, 1.0, 2.0]])
+    # means of seeds 2/3 and 4/3, of users .5, 1, 1.5, of all 1: MS_seeds = 3 * 2/9, MS_residual = 1/3 / 2
+    component = (3 * 2 / 9 - 1 / 6) / 3
+    assert bootstrap._between_trainings(values) == pytest.approx(component / 2)
+    assert bootstrap._between_trainings(values[:1]) == 0
+    alike = np.array([[0.0, 1.0], [1.0, 0.0]])  # less between seeds than chance would have it
+    assert bootstrap._between_trainings(alike) == 0

@@ -4,12 +4,14 @@ from itertools import product
 import numpy as np
 import pytest
 
-from speeder_engine.errors import ConfigError
+from speeder_engine.errors import ConfigError, DataError
+from speeder_engine.evaluation.baselines import LIVE_DAYS, fit_ensemble
 from speeder_engine.evaluation.baselines.ensemble import WEIGHTS, Ensemble, Member
+from speeder_engine.evaluation.baselines.recent_popularity import RecentPopularity
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.evaluation.scorer import CatalogueScorer
 
-NUM_ITEMS = 30
+NUM_ITEMS, DAY = 30, 86_400
 
 
 @dataclass
@@ -51,6 +53,7 @@ def test_weights_are_the_best_of_all_that_can_be_tried(case):
     reached = evaluate(found, queries, None, show_progress=False).metrics["ndcg@10"]
     assert reached == pytest.approx(max(gains.values()), abs=1e-6)
     assert gains[found.weights[1:]] == pytest.approx(max(gains.values()), abs=1e-6)
+    assert found.validated == pytest.approx(reached, abs=1e-6)
     alone = [evaluate(member.scorer, queries, None, show_progress=False).metrics["ndcg@10"] for member in members]
     assert reached > max(alone)
     assert found.weights[0] == 1 and found.weights[1] > found.weights[2]
@@ -73,3 +76,36 @@ def test_one_member_that_knows_the_time_is_enough(case):
     assert Ensemble("two", [members[0], timed], (1.0, 0.5)).uses_time
     with pytest.raises(ConfigError, match="two members or more"):
         Ensemble("one", members[:1], (1.0,))
+
+
+@pytest.mark.parametrize("days", [1, 7])
+def test_live_popularity_looks_back_as_far_as_validates_best(days, make_split):
+    """What everybody takes changes once in so many days; the test's events, which a weighing must not see, are of one
+    item that nobody took before."""
+    rng, histories, times = np.random.default_rng(0), [], []
+    for _ in range(150):
+        when = np.sort(rng.integers(0, 60 * DAY, 6))
+        histories.append([*(when[:-1] // (days * DAY) % (NUM_ITEMS - 1)).tolist(), NUM_ITEMS - 1])
+        times.append(when.tolist())
+    split = make_split(histories, times, NUM_ITEMS)
+    found = fit_ensemble("itemknn+live_popularity", split)
+    live = found.members[1].scorer
+    assert live.days <= days < 2 * days
+    tried = [
+        Ensemble.fit(
+            "x", [found.members[0], Member(RecentPopularity.fit_live(split, d, part="validation"), True)], asked
+        )
+        for asked in [split.queries("validation")]
+        for d in LIVE_DAYS
+    ]
+    assert found.validated == max(each.validated for each in tried)
+    assert live.days == LIVE_DAYS[int(np.argmax([each.validated for each in tried]))]
+    # asked the test's queries, it has seen others' targets; asked those of validation, it hasn't
+    assert len(live.rows) == split.dataset.num_interactions
+    assert len(fit_ensemble("itemknn+live_popularity", split, "validation").members[1].scorer.rows) == 150 * 5
+
+
+def test_without_validation_queries_there_is_nothing_to_weigh_by(make_split):
+    split = make_split([[0, 1], [1, 2]], [[0, 1], [0, 1]], 3)
+    with pytest.raises(DataError, match=r"itemknn\+live_popularity: no validation queries to weigh it by"):
+        fit_ensemble("itemknn+live_popularity", split)

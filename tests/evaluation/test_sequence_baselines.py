@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from speeder_engine.encoders.sasrec import SASRecConfig
+from speeder_engine.encoders.sequence_fit import ndcg_at_10
 from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.evaluation.baselines.gru4rec import GRU4RecConfig
 from speeder_engine.evaluation.baselines.hstu import HSTUConfig
 from speeder_engine.evaluation.baselines.sequence import SEQUENCE_MODELS, SequenceBaseline
+from speeder_engine.evaluation.metrics import mask_history, ndcg, target_ranks
 from speeder_engine.evaluation.protocols import evaluate
 
 NUM_ITEMS, WINDOW = 24, 8
@@ -121,3 +123,18 @@ def test_what_can_not_be_fitted_is_refused(split, make_split):
 def test_settings_out_of_range_are_refused(kind, change, says):
     with pytest.raises(ConfigError, match=says):
         kind(**change)
+
+
+def test_epochs_are_judged_as_answers_are(split, make_queries):
+    """By the metrics' own rule for ties; what has diverged is worth nothing."""
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 30, 50).astype(np.int32)
+    queries = make_queries([rng.choice(30, 4).tolist() for _ in range(50)], targets)
+    asked = (queries.offsets, queries.rows, queries.targets)
+    coarse = rng.integers(0, 4, (50, 30)).astype(np.float32)
+    masked = mask_history(coarse, queries.offsets, queries.rows, targets)
+    found = ndcg_at_10(lambda users: coarse[users.start : users.stop].copy(), asked)
+    assert found == pytest.approx(ndcg(target_ranks(masked, targets), 10).mean())
+    assert ndcg_at_10(lambda users: np.full((len(users), 30), np.nan, np.float32), asked) == 0
+    everywhere_alike = ndcg_at_10(lambda users: np.zeros((len(users), 30), np.float32), asked)
+    assert 0 < everywhere_alike < 0.5

@@ -240,6 +240,13 @@ def test_what_cannot_be_is_refused(split):
         PromptConfig("x", (1,), positions="late")
     with pytest.raises(ConfigError, match="live_prior and heads"):
         replace(BASE, live_prior=LivePriorConfig(), heads=replace(BASE.heads, prior=False))
+    of_text, both = (Stage("S", names, 1, 1e-3) for names in (("text",), ("text", "collaborative")))
+    with pytest.raises(
+        ConfigError, match=r"stage 'S': the last that is trained leaves out collaborative, which earlier"
+    ):
+        replace(BASE, stages=(both, of_text, replace(both, epochs=0)))
+    # of what is never trained nothing is made
+    assert replace(BASE, stages=(of_text, replace(both, epochs=0))).modalities == ("text",)
     timeless = replace(split, train=replace(split.train, times=None))
     with pytest.raises(DataError, match="calendar_days needs times"):
         make_calendar(timeless, 7)

@@ -16,7 +16,7 @@ from speeder_engine.config import HeadsConfig, LivePriorConfig
 from speeder_engine.data.dataset import Dataset
 from speeder_engine.data.splits import leave_one_out
 from speeder_engine.errors import ArtifactError, ConfigError, DataError, SpeederError, SpeederWarning
-from speeder_engine.evaluation.model_scorer import ModelScorer
+from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
 from speeder_engine.export.engine_directory import export_engine
 from speeder_engine.models.families import FAMILIES
@@ -51,7 +51,9 @@ def test_it_learns_the_rule(split, finished):
     log = log_of(folder / "c")
     assert [record["stage"] for record in log][:2] == ["S1", "S1"]
     assert log[-1]["loss"] < log[0]["loss"] / 2
-    assert checkpoint.metrics["hr@10"] == log[-1]["hr@10"]
+    kept = max((record for record in log if record["stage"] == "S2"), key=lambda record: record["ndcg@10"])
+    assert checkpoint.metrics == kept
+    assert kept != log[-1]  # or the last epoch's would do as well
     assert Checkpoint.load(folder / "c").state is None
 
 
@@ -66,11 +68,18 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(split, finished, tmp_
     assert [(r["stage"], r["epoch"], r["loss"]) for r in first] == [(r["stage"], r["epoch"], r["loss"]) for r in second]
 
 
-def test_a_run_stopped_behind_its_last_epoch_keeps_that_ones_metrics(split, finished, tmp_path):
+def test_a_run_stopped_behind_its_last_epoch_keeps_the_kept_ones_metrics(split, finished, tmp_path):
     resumed = resumed_after(len(log_of(finished[1] / "c")), split, CONFIG, tmp_path / "c")
-    last = log_of(tmp_path / "c")[-1]
-    assert resumed.metrics == Checkpoint.load(tmp_path / "c").metrics == last
+    assert resumed.metrics == Checkpoint.load(tmp_path / "c").metrics
+    assert resumed.metrics in log_of(tmp_path / "c")
     assert resumed.metrics["ndcg@10"] == finished[0].metrics["ndcg@10"]
+
+
+def test_metrics_are_those_of_the_weights_that_are_kept(split, finished):
+    checkpoint = finished[0]
+    scorer = ModelScorer(checkpoint.model, checkpoint.item_tokens(), query_prior(checkpoint, split, "validation"))
+    found = evaluate(scorer, split.queries("validation"), None, ks=(10,)).metrics
+    assert found["ndcg@10"] == pytest.approx(checkpoint.metrics["ndcg@10"], abs=1e-6)
 
 
 def test_a_finished_run_resumes_to_itself(split, finished, tmp_path):
@@ -99,6 +108,32 @@ def test_resuming_with_something_else_is_refused(split, finished):
         train(split, other, folder, resume=True)
     with pytest.raises(ConfigError, match="trained on other data"):
         train(leave_one_out(make_dataset(seed=5)), CONFIG, folder, resume=True)
+    later = replace(split.dataset, times=split.dataset.times + 90 * 86_400)
+    users = np.arange(split.dataset.num_users)[::-1]
+    for other in (leave_one_out(later), leave_one_out(reordered(split.dataset, users=users))):
+        with pytest.raises(ConfigError, match="same data in another order, or with other times"):
+            train(other, CONFIG, folder, resume=True)
+
+
+def test_items_in_another_order_are_no_run_to_resume(split, tmp_path):
+    """Fingerprints are blind to it, the checkpoint's features, tokens and counts are not."""
+    items = np.arange(split.dataset.num_items)[::-1].copy()
+    moved = leave_one_out(reordered(split.dataset, items=items))
+    assert moved.dataset.fingerprint() == split.dataset.fingerprint()
+    train(split, one_stage(1), tmp_path / "c")
+    with pytest.raises(ConfigError, match="same data in another order"):
+        train(moved, one_stage(1), tmp_path / "c", resume=True)
+
+
+def reordered(dataset, items=None, users=None):
+    """The same data with its rows of items or users in another order."""
+    if items is not None:
+        place = np.argsort(items).astype(np.int32)
+        return replace(dataset, items=dataset.items.take(items), rows=place[dataset.rows])
+    events = np.concatenate([np.arange(dataset.offsets[user], dataset.offsets[user + 1]) for user in users])
+    names = tuple(dataset.user_ids[user] for user in users)
+    offsets = offsets_of(dataset.lengths[users])
+    return replace(dataset, user_ids=names, offsets=offsets, rows=dataset.rows[events], times=dataset.times[events])
 
 
 def test_one_item_is_nothing_to_learn(split, tmp_path):
@@ -134,12 +169,24 @@ def test_a_step_without_a_title_does_not_end_a_run_of_titles_alone(split, tmp_pa
 
 
 def test_a_modality_that_no_item_has_is_left_out(split, tmp_path):
-    stages = (*CONFIG.stages[:1], Stage("S3", ("text", "image"), 1, 1e-3), Stage("S4", ("image",), 1, 1e-3))
+    stages = (
+        *CONFIG.stages[:1],
+        Stage("S2", ("image",), 1, 1e-3),
+        Stage("S3", ("text", "image"), 1, 1e-3, 0.5),
+        Stage("S4", ("image", "text"), 0, 1e-3),
+    )
     config = TrainingConfig.from_json({**CONFIG.to_json(), "stages": [vars(stage) for stage in stages]})
     with pytest.warns(SpeederWarning, match="no item has image features; trained without"):
         checkpoint = train(split, config, tmp_path / "c")
     assert checkpoint.model.compressor.modalities == ("text",)
-    assert recipe_to_continue(checkpoint).stages == (replace(stages[1], ramp=0.0),)  # S4 was never trained
+    assert recipe_to_continue(checkpoint).stages == (replace(stages[2], ramp=0.0),)  # S4 was never trained
+    # nothing is brought in where images are missing: a text that was in stays in
+    assert [(stage.name, stage.modalities, stage.ramp) for stage in config.stages_with({"text"})] == [
+        ("S1", ("text",), 0.0),
+        ("S3", ("text",), 0.0),
+        ("S4", ("text",), 0.0),
+    ]
+    assert config.stages_with({"text", "image"})[2].ramp == 0.0  # S2 has brought images in
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_place(split, tmp_path, monkeypatch):

@@ -83,7 +83,9 @@ def test_users_with_one_interaction(tmp_path):
     )
     _, said = run(dataset, tmp_path / "c")
     assert said == [
-        "counting: 2 users with fewer than 3 interactions are trained on but not evaluated: 'once', 'once more'"
+        "counting: 2 users with fewer than 3 interactions are trained on but not evaluated: 'once', 'once more'",
+        "counting: 2 users have one training event, which counts as popularity and teaches nothing else: 'once', "
+        "'once more'",
     ]
 
 

@@ -1,14 +1,16 @@
-"""Systems that a model must beat. `BASELINES[name](split)` fits one.
+"""Systems that a model must beat. `BASELINES[name](split)` fits one, to be asked the test's queries.
 
-Those of `COUNTED` and `TIMED` only count, in seconds; those of `TRAINED` and `ENSEMBLES` take minutes. `TIMED` ones,
-`sasrec_weeks` and `sasrec_time` need the interactions' times, of these all but `popularity_at_last` and `sasrec_weeks`
-the query's, too.
+Those of `COUNTED` and `TIMED` only count, in seconds; those of `TRAINED` take minutes, and so do `ENSEMBLES`. `TIMED`
+ones, `sasrec_weeks` and `sasrec_time` need the interactions' times, of these all but `popularity_at_last` and
+`sasrec_weeks` the query's, too.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
+from typing import Protocol
 
-from speeder_engine.data.splits import Histories, Split
+from speeder_engine.data.splits import Histories, Part, Split
 from speeder_engine.evaluation.baselines.ensemble import Ensemble, Member
 from speeder_engine.evaluation.baselines.item_knn import ItemKNN
 from speeder_engine.evaluation.baselines.markov import LastItemMarkov
@@ -18,11 +20,23 @@ from speeder_engine.evaluation.baselines.sasrec_time import WEEK_MODELS
 from speeder_engine.evaluation.baselines.sequence import SEQUENCE_MODELS, SequenceBaseline
 from speeder_engine.evaluation.scorer import Scorer
 
-Factory = Callable[[Split], Scorer]
+
+class Factory(Protocol):
+    """`part`: whose queries it will be asked; of validation, live counts hide the test's events."""
+
+    def __call__(self, split: Split, part: Part = "test") -> Scorer: ...
 
 
 def _counted(fit: Callable[[Histories, int], Scorer]) -> Factory:
-    return lambda split: fit(split.train, split.dataset.num_items)
+    return lambda split, part="test": fit(split.train, split.dataset.num_items)
+
+
+def _trained(fit: Callable[[Split], Scorer]) -> Factory:
+    return lambda split, part="test": fit(split)
+
+
+def _live(days: float, name: str) -> Factory:
+    return lambda split, part="test": RecentPopularity.fit_live(split, days, name, part)
 
 
 COUNTED: dict[str, Factory] = {
@@ -34,25 +48,49 @@ TIMED: dict[str, Factory] = {
     "popularity_at_last": _counted(partial(RecentPopularity.fit, name="popularity_at_last", until="last")),
     "recent_popularity": _counted(RecentPopularity.fit),
     "recent_popularity_7": _counted(partial(RecentPopularity.fit, days=7, name="recent_popularity_7")),
-    "live_popularity": RecentPopularity.fit_live,
-    "live_popularity_2": partial(RecentPopularity.fit_live, days=2, name="live_popularity_2"),
+    "live_popularity": _live(14, "live_popularity"),
+    "live_popularity_2": _live(2, "live_popularity_2"),
 }
-TRAINED: dict[str, Factory] = {name: partial(SequenceBaseline.fit, name) for name in SEQUENCE_MODELS}
-TRAINED |= {name: kind.fit for name, kind in WEEK_MODELS.items()}
+TRAINED: dict[str, Factory] = {name: _trained(partial(SequenceBaseline.fit, name)) for name in SEQUENCE_MODELS}
+TRAINED |= {name: _trained(kind.fit) for name, kind in WEEK_MODELS.items()}
 SINGLE = COUNTED | TIMED | TRAINED
+# days that are tried for live popularity in an ensemble
+LIVE_DAYS = (0.5, 1, 2, 4, 7, 14)
 
 
-def fit_ensemble(name: str, split: Split, fitted: Mapping[str, Scorer] | None = None) -> Ensemble:
-    """Of the systems between plus signs; those of `fitted` are not fitted again."""
-    known = fitted or {}
-    scorers = {each: known[each] if each in known else SINGLE[each](split) for each in name.split("+")}
-    members = [Member(scorer, each not in TRAINED) for each, scorer in scorers.items()]
-    return Ensemble.fit(name, members, split.queries("validation"))
+def fit_ensemble(name: str, split: Split, part: Part = "test", fitted: Mapping[str, Scorer] | None = None) -> Ensemble:
+    """Of the systems between plus signs; those of `fitted` are not fitted again.
+
+    Weights, and the days that live popularity looks back, are those with the best NDCG@10 on the validation queries,
+    where it has not seen the test's events.
+    """
+    known = dict(fitted or {})
+    others = [each for each in name.split("+") if each != "live_popularity"]
+    known |= {each: SINGLE[each](split, part) for each in others if each not in known}
+    validation = split.queries("validation")
+    tried = [
+        (Ensemble.fit(name, [*members], validation), days)
+        for days, members in _with_live(name, split, "validation", known)
+    ]
+    best, chosen = max(tried, key=lambda each: each[0].validated)
+    return replace(best, members=dict(_with_live(name, split, part, known))[chosen])
+
+
+def _with_live(
+    name: str, split: Split, part: Part, known: Mapping[str, Scorer]
+) -> Iterator[tuple[float, list[Member]]]:
+    """The members with live popularity of so many days each, or once where there is none."""
+    names = name.split("+")
+    for days in LIVE_DAYS if "live_popularity" in names else (0,):
+        live = {"live_popularity": _live(days, "live_popularity")(split, part)} if days else {}
+        scorers = {**known, **live}
+        yield days, [Member(scorers[each], each not in TRAINED) for each in names]
 
 
 ENSEMBLES: dict[str, Factory] = {
     name: partial(fit_ensemble, name)
     for name in (
+        "itemknn+live_popularity",
         "sasrec+itemknn",
         "sasrec_weeks+itemknn",
         "sasrec+live_popularity+itemknn",

@@ -1,5 +1,6 @@
 """Several systems as one: the weighted sum of their scores, weights chosen by NDCG@10 on the validation queries."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speeder_engine.data.splits import Queries
-from speeder_engine.errors import ConfigError
+from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.evaluation.metrics import mask_history, ndcg, target_ranks
 from speeder_engine.evaluation.scorer import CatalogueScorer, Scorer
 from speeder_engine.progress import track
@@ -37,11 +38,12 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Ensemble(CatalogueScorer):
-    """`weights[m]` belongs to `members[m]`; the first one's is 1."""
+    """`weights[m]` belongs to `members[m]`; the first one's is 1. `validated`: NDCG@10 by which they were chosen."""
 
     name: str
     members: Sequence[Member]
     weights: tuple[float, ...]
+    validated: float = math.nan
 
     def __post_init__(self) -> None:
         if len(self.members) < 2 or len(self.weights) != len(self.members):
@@ -54,6 +56,8 @@ class Ensemble(CatalogueScorer):
     @classmethod
     def fit(cls, name: str, members: Sequence[Member], validation: Queries) -> Self:
         """Tries all of WEIGHTS for every member but the first; of equally good ones the smallest are taken."""
+        if not len(validation):
+            raise DataError(f"{name}: no validation queries to weigh it by; these take users with three interactions")
         tried = [(1.0, *rest) for rest in product(WEIGHTS, repeat=len(members) - 1)]
         gains = np.zeros(len(tried))
         for start in track(range(0, len(validation), AT_ONCE), f"weighing {name}"):
@@ -62,7 +66,8 @@ class Ensemble(CatalogueScorer):
             for place, weights in enumerate(tried):
                 scores = mask_history(_weighted(normed, weights), batch.offsets, batch.rows, batch.targets)
                 gains[place] += ndcg(target_ranks(scores, batch.targets), 10).sum()
-        return cls(name, members, tried[int(gains.argmax())])
+        best = int(gains.argmax())
+        return cls(name, members, tried[best], float(gains[best] / len(validation)))
 
     def scores(self, queries: Queries) -> NDArray[np.float32]:
         return _weighted([member.normed(queries) for member in self.members], self.weights)

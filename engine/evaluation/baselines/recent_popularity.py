@@ -6,7 +6,7 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from speeder_engine.data.splits import Histories, Queries, Split
+from speeder_engine.data.splits import Histories, Part, Queries, Split
 from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.evaluation.baselines.popularity import back_off, item_counts
 from speeder_engine.evaluation.scorer import CatalogueScorer
@@ -22,8 +22,9 @@ class RecentPopularity(CatalogueScorer):
 
     The moment is the query's time, or, `until` "last", that of the history's last event: known without the query's.
     `fit` counts training events: validation and test targets never, not even those before the moment. `fit_live`
-    counts all that was known at the moment, others' targets among them; the query's own target is not earlier than
-    itself. Equal counts, an empty window among them, go by overall popularity in training.
+    counts all that was known at the moment, others' targets among them (those of the test only for the test's own
+    queries); the query's own target is not earlier than itself. Equal counts, an empty window among them, go by overall
+    popularity in training.
     `times` int64 [N] Unix seconds ascending, `rows` int32 [N], `popularity` float32 [num_items] in [0, 1).
     """
 
@@ -54,9 +55,9 @@ class RecentPopularity(CatalogueScorer):
         return cls._of(name, days, until, train, back_off(item_counts(train, num_items)))
 
     @classmethod
-    def fit_live(cls, split: Split, days: float = 14, name: str = "live_popularity") -> Self:
+    def fit_live(cls, split: Split, days: float = 14, name: str = "live_popularity", part: Part = "test") -> Self:
         popularity = back_off(item_counts(split.train, split.dataset.num_items))
-        return cls._of(name, days, "query", split.dataset, popularity)
+        return cls._of(name, days, "query", split.known(part), popularity)
 
     @classmethod
     def _of(
