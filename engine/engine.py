@@ -240,8 +240,12 @@ class Engine(Recommends):
         one. For millions of users send histories with requests instead: keys and values are found by `user_id`."""
         self._now()
         check_user(user_id)
+        return Session(self, user_id)
+
+    def held_history(self, user_id: str) -> History:
+        """What the user's sessions hold."""
         # one atomic call and no lock: a reload takes seconds
-        return Session(self, user_id, self._histories.setdefault(user_id, History()))
+        return self._histories.setdefault(user_id, History())
 
     def warm(
         self,
@@ -281,7 +285,7 @@ class Engine(Recommends):
         check_user(user_id)
         serving = self._now()
         held = self._histories.pop(user_id, None)
-        return bool(serving.cache.manager.close(user_id)) or held is not None
+        return bool(serving.cache.manager.close(user_id)) or bool(held and held.ids)
 
     def check_items(self, ids: Sequence[str], where: str, timed: bool = False) -> None:
         """Raises UnknownItem, `where` in its message, for ids that are not in the catalogue; InvalidRequest for times

@@ -19,7 +19,8 @@ KV_DTYPES = {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 @dataclass(frozen=True)
 class EngineSummary:
-    """Sizes in bytes; `memory` by dtype is weights and item tokens, the KV budget on top.
+    """Sizes in bytes; `memory` by dtype is weights and item tokens with the room that new ones have by default, the KV
+    budget on top.
 
     Keys and values by what they are held in: a dtype, or int8 and fp8 with their scales (`EngineConfig.kv`).
     """
@@ -54,7 +55,7 @@ def inspect_engine(path: Path) -> EngineSummary:
     num_items = int(artifact.manifest["limits"]["num_items"])
     with ShapesOnly():
         num_parameters = sum(weight.numel() for weight in ServingModel(config).parameters())
-    elements = num_parameters + num_items * decoder.hidden_size
+    elements = num_parameters + EngineConfig().capacity_for(num_items) * decoder.hidden_size
     per_position = {name: KVBlocks.position_bytes(decoder, dtype) for name, dtype in KV_DTYPES.items()}
     block_size = EngineConfig().block_size
     positions = -(-prompt.window // block_size) * block_size

@@ -14,6 +14,7 @@ from speeder_engine.errors import InvalidRequest, name_some, shown
 Head = Literal["retrieve", "rank", "title"]
 OnUnknown = Literal["error", "skip"]
 T = TypeVar("T")
+LONGEST_USER_ID = 512
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,12 @@ class Request:
     """One question. Checked when made; whether the ids exist is the catalogue's to say.
 
     history: item ids, oldest first; may be empty. k: how many items at most. user_id: names a session, whose keys and
-    values are reused as far as they were computed from this very history. candidates: rank these (even if seen) instead
-    of the whole catalogue. head: "retrieve" without candidates, "rank" with, unless said otherwise ("title": the
-    likelihood of the candidates' titles; one without is not answered). exclude_seen: the history is not recommended
-    again. allow, deny: only these, none of these. history_offset: how many older interactions the caller left out.
-    times: Unix seconds of the history, one each, for a model that was trained with them (a calendar). on_unknown:
-    "error", or "skip" ids that are not in the catalogue (the ranking lists them).
+    values are reused as far as they were computed from this very history; at most 512 characters. candidates: rank
+    these (even if seen) instead of the whole catalogue. head: "retrieve" without candidates, "rank" with, unless said
+    otherwise ("title": the likelihood of the candidates' titles; one without is not answered). exclude_seen: the
+    history is not recommended again. allow, deny: only these, none of these. history_offset: how many older
+    interactions the caller left out. times: Unix seconds of the history, one each, for a model that was trained with
+    them (a calendar). on_unknown: "error", or "skip" ids that are not in the catalogue (the ranking lists them).
     """
 
     history: Sequence[str]
@@ -131,7 +132,11 @@ def item_ids(value: object, where: str) -> tuple[str, ...]:
         for item_id in ids:
             if not isinstance(item_id, str):
                 raise InvalidRequest(f"{where}: item ids are strings, got {shown(item_id)} ({type(item_id).__name__})")
-    return ids  # type: ignore[return-value]
+    texts: tuple[str, ...] = ids  # type: ignore[assignment]
+    if not is_unicode("".join(texts)):  # an unknown one is told back, and could not be written there
+        strange = next(each for each in texts if not is_unicode(each))
+        raise InvalidRequest(f"{where}: item id {shown(strange)} is no valid Unicode text")
+    return texts
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
@@ -176,3 +181,6 @@ def check_user(user_id: object) -> None:
         raise InvalidRequest(f"user_id: expected a string, got {shown(user_id)}")
     if not is_unicode(user_id):
         raise InvalidRequest(f"user_id: {shown(user_id)} is no valid Unicode text")
+    if len(user_id) > LONGEST_USER_ID:
+        said = f"{len(user_id):,} characters, at most {LONGEST_USER_ID}"
+        raise InvalidRequest(f"user_id: {said}; sessions are kept by it, take a short one")

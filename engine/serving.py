@@ -87,22 +87,26 @@ class Serving:
     """Model, catalogue, cache and heads that belong together; a reloaded engine gets a new one."""
 
     def __init__(self, parts: EngineParts, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self.parts, self.config, self.device = parts, config, device
+        self.config, self.device = config, device
         self.lock = DeviceLock(device)
         self.layout = PromptLayout(parts.config.prompt)
         self.kernels = pick_kernels(config, device, dtype)
         kv_dtype = pick_kv_dtype(config.kv, device, dtype)
         check_weights(parts.model, config.weights, self.kernels)
-        self.followers = parts.model.followers.weighed() if parts.model.followers is not None else None
+        check_placed(parts.model, device, dtype)
         native = None
         if self.kernels is not None:
             # packed from the weights as they are: those of a directory stay where the file is mapped
             native = NativeDecoder(parts.model.decoder, dtype, config.weights, self.kernels)
-            self.model = parts.model.heads_to(dtype)
+            self.model = parts.model.beside_packed(dtype)
         else:
-            self.model = place(parts.model, config, device, dtype)
+            self.model = parts.model if parts.artifact is None else unmapped(parts.model, device)
+        self.followers = self.model.followers.weighed() if self.model.followers is not None else None
+        if native is None:
+            self.model = place(self.model, config, device, dtype)
         room, two_stage = config.capacity_for(len(parts.catalogue)), config.search == "two_stage"
         self.catalogue = parts.catalogue.to(device, dtype, room, coarse=two_stage)
+        self.parts = replace(parts, catalogue=self.catalogue)  # or the tokens would be held twice
         self.cache = KVCache(config, parts.config.decoder, self.layout, device, dtype, kv_dtype)
         self.row_constants = RowConstants.of(self.cache, self.layout)
         self.runner = ModelRunner(self.model, self.cache, native, config.launches)
@@ -114,7 +118,7 @@ class Serving:
         self.scorer = HeadScorer(self.model, self.catalogue, self.transfer, self.kernels, self.runner.counters)
         self.model_step = StepModel(self.runner, self.scorer, self.cache, self.catalogue)
         self.graphs = StepGraphs(capture, self.model_step, self.layout, self.transfer, config)
-        self.embedder = ItemEmbedder(parts.config.compressor, parts.compressor, parts.find_encoder, device)
+        self.embedder = ItemEmbedder(parts.config.compressor, parts.compressor, self.parts.find_encoder, device)
         self._title_text: TitleText | None = None
         self.num_requests = 0
         self.num_steps = 0
@@ -303,12 +307,30 @@ def check_weights(model: ServingModel, weights: str, kernels: str | None) -> Non
     check(same, f"EngineParts: an engine with weights={held!r} has quantized this model; read its directory again")
 
 
+def check_placed(model: ServingModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ConfigError for a model that is another engine's own, on another device or rounded to another type."""
+    held = model.placed
+    same = held is None or held == (device, dtype)
+    where = "" if held is None else f"an engine on {held[0]} in {held[1]}".replace("torch.", "")
+    check(same, f"EngineParts: {where} has taken this model; read its directory again")
+
+
+def unmapped(model: ServingModel, device: torch.device) -> ServingModel:
+    """The model, with what the host goes on reading taken into memory: files of a directory may be written over while
+    it is served. What goes to another device is copied there anyway."""
+    read = model if device.type == "cpu" else model.followers
+    for tensor in () if read is None else (*read.parameters(), *read.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
 def place(model: ServingModel, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> ServingModel:
     """The model on the device in dtype, its linear layers in 8 bits where that is asked for: quantized from the weights
     as they are held, matrix by matrix, before anything is rounded to dtype."""
     if config.weights != "auto" and model.decoder.weight_kind is None:
         # fused layers leave rows as they are, and larger passes must not answer otherwise than small ones
         model.decoder.quantize(cast(Kind, config.weights), device, with_rows=config.launches == "apart")
+    model.placed = device, dtype
     return model.to(device, dtype)
 
 

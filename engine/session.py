@@ -17,6 +17,8 @@ class Serves(Protocol):
 
     def check_items(self, ids: Sequence[str], where: str, timed: bool = False) -> None: ...
 
+    def held_history(self, user_id: str) -> "History": ...
+
     def close_session(self, user_id: str) -> bool: ...
 
 
@@ -32,25 +34,30 @@ class History:
 class Session:
     """`append` what a user takes, `recommend` what comes next. Safe to use from several threads.
 
-    It holds item ids; keys and values are the engine's, which may forget them: then they are computed again.
+    It holds item ids; keys and values are the engine's, which may forget them: then they are computed again. After a
+    `close`, whoever called it, the history is empty, and what is appended begins another.
     """
 
-    def __init__(self, engine: Serves, user_id: str, history: History) -> None:
+    def __init__(self, engine: Serves, user_id: str) -> None:
         self.user_id = user_id
         self._engine = engine
-        self._held = history
+
+    @property
+    def _held(self) -> History:
+        """Asked for at every use: a session that was closed must not go on with what was to be forgotten."""
+        return self._engine.held_history(self.user_id)
 
     @property
     def history(self) -> tuple[str, ...]:
         """Item ids, oldest first."""
-        with self._held.lock:
-            return tuple(self._held.ids)
+        with (held := self._held).lock:
+            return tuple(held.ids)
 
     @property
     def times(self) -> tuple[float, ...]:
         """Unix seconds of each; none where they were not given."""
-        with self._held.lock:
-            return tuple(self._held.times)
+        with (held := self._held).lock:
+            return tuple(held.times)
 
     def __len__(self) -> int:
         return len(self._held.ids)
@@ -61,18 +68,18 @@ class Session:
         times: Unix seconds of each, for models that were trained with them: then with every append, or never.
         """
         items, seconds = self._checked(ids, times, "append")
-        with self._held.lock:
-            if items and self._held.ids and bool(seconds) != bool(self._held.times):
+        with (held := self._held).lock:
+            if items and held.ids and bool(seconds) != bool(held.times):
                 raise InvalidRequest("append: give times with every append of a session, or with none")
-            self._held.ids.extend(items)
-            self._held.times.extend(seconds)
+            held.ids.extend(items)
+            held.times.extend(seconds)
         return self
 
     def replace(self, history: Sequence[str], times: Sequence[float] | None = None) -> "Session":
         """Puts another history in place: a correction, a deletion. Raises as `append`, the old one kept."""
         items, seconds = self._checked(item_ids(history, "history"), times, "replace")
-        with self._held.lock:
-            self._held.ids, self._held.times = list(items), list(seconds)
+        with (held := self._held).lock:
+            held.ids, held.times = list(items), list(seconds)
         return self
 
     def _checked(
@@ -86,15 +93,18 @@ class Session:
 
     def recommend(self, k: int = 10, **options: Any) -> Ranking:
         """As `Engine.recommend` of this history; `options` are `Request`'s but `user_id` and `times`."""
-        with self._held.lock:
-            history, times = tuple(self._held.ids), tuple(self._held.times) or None
+        history, times = self._read()
         return self._engine.recommend_many([Request(history, k, user_id=self.user_id, times=times, **options)])[0]
 
     def warm(self) -> int:
         """Computes what is not cached yet, ahead of the next request; returns the rows that took."""
-        with self._held.lock:
-            history, times = tuple(self._held.ids), tuple(self._held.times) or None
+        history, times = self._read()
         return self._engine.warm(self.user_id, history, times=times)
+
+    def _read(self) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
+        """History and times of one moment."""
+        with (held := self._held).lock:
+            return tuple(held.ids), tuple(held.times) or None
 
     def close(self) -> bool:
         """As `Engine.close_session` of this user."""

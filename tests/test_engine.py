@@ -292,6 +292,8 @@ def test_what_is_answered_at_the_edges(tiny, engine):
         ({"head": "rank"}, "pass candidates"),
         ({"user_id": 7}, "user_id: expected a string"),
         ({"user_id": "\ud800"}, "no valid Unicode"),
+        ({"user_id": "x" * 513}, "user_id: 513 characters, at most 512"),
+        ({"allow": ["\ud800"]}, r"allow: item id '\\ud800' is no valid Unicode text"),
         ({"history": {"0001", "0002"}}, "a set has no order"),
         ({"history_offset": -1}, "history_offset"),
         ({"on_unknown": "ignore"}, "on_unknown"),

@@ -327,7 +327,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(user=st.sampled_from(USERS))
     def closed(self, user) -> None:
-        there = user in self.warm._histories or user in self.watch.sessions
+        held = self.warm._histories.get(user)
+        there = bool(held and held.ids) or user in self.watch.sessions
         assert self.warm.close_session(user) == there
         self.watch.sessions.pop(user, None)
 

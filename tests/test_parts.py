@@ -1,6 +1,7 @@
 """The engine directory end to end: what is written loads and answers the same, what was touched is refused by name."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from speeder_engine import ArtifactError, Engine, EngineConfig, Request
 from speeder_engine.artifact import write_artifact
 from speeder_engine.config import FollowersConfig
+from speeder_engine.errors import ConfigError
 from speeder_engine.inspection import inspect_engine
 from speeder_engine.parts import EngineParts
 from speeder_engine.random_engine import random_parts
@@ -55,6 +57,50 @@ def test_parts_that_an_engine_has_cast_are_saved_as_it_serves_them(tmp_path, cpu
     loaded = Engine.load(tmp_path / "engine", dtype="bfloat16", cpu_path=cpu_path)
     for request in (Request(tiny.ids(range(6)), 120), Request(tiny.ids(range(6)), candidates=tiny.ids(range(20)))):
         assert loaded.recommend_many([request]) == engine.recommend_many([request])
+
+
+@pytest.mark.parametrize("cpu_path", ["auto", "torch"])
+def test_what_is_served_stands_whatever_is_copied_over_its_files(tmp_path, cpu_path):
+    """Another model in place, as `cp` onto a served directory leaves it, and files cut to nothing, as it does first."""
+    for seed in (0, 1):
+        random_parts(num_items=50, seed=seed).save(tmp_path / f"{seed}")
+    engine = Engine.load(tmp_path / "0", dtype="float32", cpu_path=cpu_path, kv_budget="1MiB")
+    ids = engine.catalogue.item_ids
+    asked = [Request(ids[:5], candidates=ids[9:20]), Request(ids[:7]), Request(ids[2:9], user_id="ada")]
+    before = engine.recommend_many(asked)
+    other = Engine.load(tmp_path / "1", dtype="float32", cpu_path=cpu_path, kv_budget="1MiB")
+    assert other.recommend_many(asked) != before
+    for path in (tmp_path / "1").glob("*.*"):
+        (tmp_path / "0" / path.name).write_bytes(path.read_bytes())  # the same file, other bytes
+    assert engine.recommend_many(asked) == before
+    for path in (tmp_path / "0").glob("*.*"):
+        os.truncate(path, 0)
+    assert engine.recommend_many(asked) == before
+
+
+def test_an_engine_takes_nothing_from_another_that_serves(tmp_path):
+    """Engines of one `EngineParts`, in two types: natively each has its own; torch's are the parts' own."""
+    parts = random_parts(num_items=50)
+    asked = [Request(parts.catalogue.item_ids[:5], candidates=parts.catalogue.item_ids[9:20])]
+    first = Engine(parts, EngineConfig(dtype="float32", kv_budget="1MiB"))
+    before = first.recommend_many(asked)
+    wide = Engine(parts, EngineConfig(dtype="bfloat16", kv_budget="1MiB")).recommend_many(asked)
+    assert first.recommend_many(asked) == before != wide
+    assert Engine(parts, EngineConfig(dtype="float32", kv_budget="1MiB")).recommend_many(asked) == before
+    settings = {"cpu_path": "torch", "kv_budget": "1MiB"}
+    serving = Engine(parts, EngineConfig(dtype="float32", **settings))
+    answer = serving.recommend_many(asked)
+    with pytest.raises(
+        ConfigError, match=r"an engine on cpu in float32 has taken this model; read its directory again"
+    ):
+        Engine(parts, EngineConfig(dtype="bfloat16", **settings))
+    assert serving.recommend_many(asked) == answer
+
+
+def test_item_tokens_are_held_once():
+    """The catalogue's own copy, with room to grow, is what its parts hold, too."""
+    engine = Engine(random_parts(num_items=50), EngineConfig(kv_budget="1MiB"))
+    assert engine.parts.catalogue is engine.catalogue
 
 
 def test_the_revision_names_the_content(directory, tmp_path):
@@ -128,7 +174,8 @@ def test_what_it_takes_is_told_of_weights_in_any_type(tmp_path, dtype):
     summary = inspect_engine(tmp_path / "engine")
     weights = sum(weight.numel() for weight in parts.model.parameters())
     assert summary.num_parameters == weights
-    assert summary.memory["float32"] == 4 * (weights + parts.catalogue.served_tokens().numel())
+    engine = Engine.load(tmp_path / "engine", kv_budget="1MiB")
+    assert summary.memory["float32"] == 4 * (weights + engine.catalogue.tokens.numel())
 
 
 @pytest.mark.parametrize("what", ["nowhere", "file", "empty"])

@@ -66,6 +66,8 @@ def _json(value):
         ({"history": [3]}, "history: 0: Input should be a valid string"),
         ({"history": [], "foo": float("inf")}, "foo: Unexpected keyword argument"),
         ({"history": [], "user_id": "\ud800"}, "user_id: "),
+        ({"history": ["\ud800"], "on_unknown": "skip"}, "history: item id '\\ud800' is no valid Unicode text"),
+        ({"history": [], "candidates": ["\ud800"], "on_unknown": "skip"}, "candidates: item id '\\ud800' is no valid"),
         ({"history": [], "\ud800": 1}, "unable to parse raw data as a unicode string"),
         ({"history": ["0000001"] * 100_000, "k": 0}, "k: expected a whole number"),
     ],

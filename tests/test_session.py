@@ -57,7 +57,11 @@ def test_a_closed_session_starts_anew(tiny, engine):
     assert session.close()
     assert not session.close()
     assert engine.stats().num_sessions == 0
-    assert engine.session("ada").history == ()
+    assert engine.session("ada").history == session.history == ()
+    # a session that somebody holds goes on with the new history, not with the forgotten one
+    session.append("0003")
+    assert engine.session("ada").history == session.history == ("0003",)
+    assert session.recommend() == engine.recommend(["0003"])
     engine.session("bob").append("0001")
     assert engine.close_session("bob")
 
@@ -75,6 +79,8 @@ def test_bad_appends_add_nothing(engine):
         (lambda: session.replace(["0002"], times=[]), InvalidRequest, "replace: times: 0 for 1 interactions"),
         (lambda: engine.session(7), InvalidRequest, "user_id: expected a string"),
         (lambda: engine.session(None), InvalidRequest, "user_id: expected a string"),
+        (lambda: engine.session("x" * 513), InvalidRequest, "user_id: 513 characters, at most 512; sessions are kept"),
+        (lambda: session.append("\ud800"), InvalidRequest, r"append: item id '\\ud800' is no valid Unicode text"),
     ):
         with pytest.raises(error, match=message) as caught:
             call()

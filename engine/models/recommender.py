@@ -3,6 +3,7 @@
 Neither knows how rows are laid out or where keys are kept: the caller brings embeddings, positions and masks.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -88,6 +89,7 @@ class ServingModel(nn.Module):
     """What the engine needs of a trained model: decoder, instruction embeddings, position prompts, heads."""
 
     instruction: Tensor
+    placed: tuple[torch.device, torch.dtype] | None = None  # where an engine has taken it, and in which type
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -124,13 +126,16 @@ class ServingModel(nn.Module):
             served.vocabulary.load_state_dict(model.vocabulary().state_dict())
         return served.requires_grad_(False).eval()
 
-    def heads_to(self, dtype: torch.dtype) -> "ServingModel":
-        """Everything but the decoder's layers in another type: whoever has packed those reads them no more."""
-        for name, part in self.named_children():
+    def beside_packed(self, dtype: torch.dtype) -> "ServingModel":
+        """A copy for whoever has packed the decoder's matrices: these are shared and read no more, all else is its own,
+        what is not the decoder's in `dtype`."""
+        matrices: dict[int, Any] = {id(part): part for part in self.decoder.modules() if isinstance(part, nn.Linear)}
+        copied = copy.deepcopy(self, matrices)
+        for name, part in copied.named_children():
             if name != "decoder":
                 part.to(dtype)
-        self.instruction = self.instruction.to(dtype)
-        return self
+        copied.instruction = copied.instruction.to(dtype)
+        return copied
 
     def embed_tables(self, item_tokens: Tensor) -> EmbedTables:
         """What `item_embed` looks rows up in, beside item tokens [I, d]."""
