@@ -58,6 +58,14 @@ def test_runs_are_kept_and_become_results(root, tmp_path):
     difference = declared["mean"] - rows["itemknn", "itemknn", "hr@10"]["mean"]
     assert np.isclose(pairs["declared", "itemknn", "hr@10"]["mean"], difference)
     assert ("shuffled images", "declared", "ndcg@10") in pairs
+    shuffled = "history shuffled but for its last item"
+    for told, against in (
+        (shuffled, "declared"),
+        (f"{shuffled}, for the decoder alone", "declared"),
+        (shuffled, "itemknn"),
+    ):
+        assert (told, against, "hr@10") in pairs
+    assert (work / "reports" / "itemknn+live_popularity@itemknn+live_popularity@0.npz").exists()
     assert {"length", "popularity", "item"} <= {row["by"] for row in results["groups"]}
     cold = [row for row in results["groups"] if row["by"] == "item"]
     alone = {"cold items", "cold items, among themselves"}
@@ -70,6 +78,7 @@ def test_runs_are_kept_and_become_results(root, tmp_path):
     cut = "history cut to its last items"
     assert curves == {cut: [1, 2, 5, 10, 20], f"{cut}, window of 200": [1, 2, 5, 10, 20, 50, 100, 200]}
     told = "\n".join(tables(results))
+    assert f"itemknn ({shuffled}" not in told
     assert "The declared model's difference to each" in told and "Ablations without the query's time" in told
 
 
