@@ -39,6 +39,7 @@ def measure(bench: Bench, clock: Clock) -> None:
     for users in USERS:
         suffix = "" if users == 1 else f"_{users}"
         bench.report.put(f"catalogue_ms{suffix}", timings[f"ours_{users}"].p50 * 1e3)
+        bench.report.put(f"catalogue_runs{suffix}", timings[f"ours_{users}"].count)
         bench.report.put(f"catalogue_over_read{suffix}", timings[f"ours_{users}"].over(timings["read"]))
     bench.report.put("catalogue_read_ms", timings["read"].p50 * 1e3)
     bench.report.put("catalogue_items", count)
@@ -72,7 +73,7 @@ def searching_with(other: Search, queries: Tensor) -> Timed:
 
 
 def row(bench: Bench, label: str, timing: Timing, read: Timing, ratio: float | None = None) -> list[object]:
-    return [label, timing.p50 * 1e3, timing.count, timing.p50 / read.p50, ratio]
+    return [label, timing.p50 * 1e3, timing.count, timing.over(read), ratio]
 
 
 def rivals(dtype: str) -> dict[str, Callable[[Tensor], Search]]:
@@ -100,6 +101,7 @@ def beside(
         ratio = timings["other"].over(timings["ours"])
         suffix = "" if users == 1 else f"_{users}"
         bench.report.put(f"catalogue_{key}_ms{suffix}", timings["other"].p50 * 1e3)
+        bench.report.put(f"catalogue_{key}_runs{suffix}", timings["other"].count)
         bench.report.put(f"catalogue_vs_{key}{suffix}", ratio)
         rows.append([f"{key}, {label(users)}", timings["other"].p50 * 1e3, timings["other"].count, None, ratio])
     return rows
