@@ -50,14 +50,15 @@ def work_of(products: list[Product]) -> Work:
 
 
 def forms(products: list[Product]) -> dict[str, Timed]:
-    """All products one after the other, in each form there is: "gemm_plain" and, on a CPU, "gemm_packed"."""
+    """All products one after the other, in each form there is: "gemm_plain" and, where oneDNN packs this dtype on this
+    CPU, "gemm_packed"."""
     inputs = {
         (product.rows, product.weight.shape[1]): torch.randn(product.rows, product.weight.shape[1]).to(product.weight)
         for product in products
     }
     pairs = [(inputs[product.rows, product.weight.shape[1]], product.weight.detach()) for product in products]
     found = {"gemm_plain": Timed(lambda _: _plain(pairs))}
-    if products[0].weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if products[0].weight.device.type == "cpu" and packs(products[0].weight.dtype):
         made: dict[tuple[int, int, int], Tensor] = {}
         for product in products:
             key = (product.weight.data_ptr(), product.weight.shape[0], product.rows)
@@ -69,6 +70,18 @@ def forms(products: list[Product]) -> dict[str, Timed]:
         ]
         found["gemm_packed"] = Timed(lambda _: _packed(packed))
     return found
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether this CPU has a packed product: bf16's needs AVX-512."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    x = torch.zeros(8, 32, dtype=dtype)
+    try:
+        _packed([(x, torch.ops.mkldnn._reorder_linear_weight(torch.zeros(32, 32, dtype=dtype), len(x)))])
+    except RuntimeError:
+        return False
+    return True
 
 
 @torch.inference_mode()

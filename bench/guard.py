@@ -3,9 +3,9 @@
     python bench/guard.py [--update]
 
 Ratios of a quick run on the CPU, each measured in turn with what it is a ratio to, are held against those committed in
-bench/results/guard.json: more than a quarter worse fails. Instructions of the cache manager are counted by callgrind:
-3 % more fail. No second is compared with another machine's. What looks worse is measured again, twice at most, and
-fails only if it stays worse: a machine that others use does not fail it.
+bench/results/guard.json for the same dtype and instruction set: more than a quarter worse fails. Instructions of the
+cache manager are counted by callgrind: 3 % more fail. No second is compared with another machine's. What looks worse is
+measured again, twice at most, and fails only if it stays worse: a machine that others use does not fail it.
 """
 
 import json
@@ -21,6 +21,7 @@ import native
 import torch
 import typer
 from context import Bench
+from machine import served_dtype
 from measure import Clock, median_of
 from report import Report
 from run import run_section
@@ -46,6 +47,7 @@ RATIOS: dict[str, dict[str, str]] = {
 CONTENDERS = ("transformers", "transformers_static", "text_generation")  # of `vs_...`, and quick to run
 INSTRUCTIONS = "cache_manager_instructions"
 SECONDS = 20.0  # of a section
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,25 @@ def missing(committed: Mapping[str, float], measured: Mapping[str, float]) -> li
     return [key for key in committed if key not in measured]
 
 
+def kind_of_machine() -> str:
+    """Ratios of the same kind are compared: of the dtype that the machine serves, and its instructions."""
+    return f"{served_dtype(CPU)}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def ratios_of_kind(committed: Mapping[str, Any], kind: str) -> dict[str, float] | None:
+    """None, and a line that says why, where the ratios that were committed are of other machines."""
+    found: dict[str, dict[str, float]] = committed.get("ratios", {})
+    if found and kind not in found:
+        others = " and ".join(found)
+        typer.echo(f"ratios: committed with {others}, here is {kind}: not compared; --update commits these", err=True)
+        return None
+    return found.get(kind, {})
+
+
 def measure_section(name: str) -> dict[str, float]:
     """The section's ratios, those that could be measured here."""
     report = Report()
-    bench = Bench("tiny", None, torch.device("cpu"), "bfloat16", True, CONTENDERS, report, Clock.of(2 * SECONDS))
+    bench = Bench("tiny", None, CPU, served_dtype(CPU), True, CONTENDERS, report, Clock.of(2 * SECONDS))
     run_section(bench, name, Clock.of(SECONDS))
     for line in report.notes:
         typer.echo(line, err=True)
@@ -136,33 +153,42 @@ def guard_instructions(committed: Mapping[str, Any], counted: tuple[str, int] | 
     return worsened(INSTRUCTIONS, LOWER, committed[INSTRUCTIONS], count, INSTRUCTION_ROOM)
 
 
+def commit(committed: Mapping[str, Any], kind: str, place: Path) -> None:
+    """Writes this machine's ratios and instructions; what other kinds have committed stays."""
+    measured = {key: float(f"{value:.4g}") for key, value in measure_medians(measure_section).items()}
+    counted = count_instructions()
+    found = {**committed, "ratios": committed.get("ratios", {}) | {kind: measured}}
+    if counted is not None:
+        found |= {"compiler": counted[0], INSTRUCTIONS: counted[1]}
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(json.dumps(found, indent=1) + "\n")
+    typer.echo(f"{place.name}: {len(measured)} ratios committed for {kind}")
+
+
 def main(
     update: Annotated[bool, typer.Option("--update", help="commit to what is measured now")] = False,
     place: Annotated[Path, typer.Option(help="the committed figures")] = PLACE,
 ) -> None:
     """Fails with exit code 1, naming what got worse and both figures."""
-    committed: dict[str, Any] = json.loads(place.read_text()) if place.exists() and not update else {}
-    ratios: dict[str, float] = committed.get("ratios", {})
-    measured = measure_medians(measure_section) if update else measure_until_fine(ratios, measure_section)
-    counted = count_instructions()
+    committed: dict[str, Any] = json.loads(place.read_text()) if place.exists() else {}
+    kind = kind_of_machine()
     if update:
-        found: dict[str, Any] = {"ratios": {key: float(f"{value:.4g}") for key, value in measured.items()}}
-        if counted is not None:
-            found |= {"compiler": counted[0], INSTRUCTIONS: counted[1]}
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(found, indent=1) + "\n")
-        typer.echo(f"{place.name}: {len(measured)} ratios committed")
+        commit(committed, kind, place)
         return
     if not committed:
         typer.echo(f"bench/guard.py: {place} is not there; write it with --update", err=True)
         raise typer.Exit(1)
+    known = ratios_of_kind(committed, kind)
+    ratios = known or {}
+    measured = {} if known is None else measure_until_fine(ratios, measure_section)
+    counted = count_instructions()
     for key, value in measured.items():
         typer.echo(f"{key}: {value:.4g}" + (f", committed {ratios[key]:.4g}" if key in ratios else ", not committed"))
     if counted is not None:
         typer.echo(f"{INSTRUCTIONS}: {counted[1]:,}, committed {committed.get(INSTRUCTIONS, 0):,}")
     bad = [str(each) for each in (*compare(ratios, measured), guard_instructions(committed, counted)) if each]
     bad += [f"{key}: was not measured, committed {ratios[key]:.4g}" for key in missing(ratios, measured)]
-    typer.echo("\n".join(f"WORSE {line}" for line in bad) or "nothing got slower")
+    typer.echo("\n".join(f"WORSE {line}" for line in bad) or "nothing that was compared got slower")
     raise typer.Exit(int(bool(bad)))
 
 

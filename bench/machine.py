@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from speeder_engine.encoders.sources import has_native_bf16
+
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 PACKAGES = ("torch", "numpy", "transformers", "triton", "onnxruntime", "openvino", "faiss-cpu")
 PROC = Path("/proc")
@@ -31,6 +33,12 @@ def describe(device: torch.device) -> dict[str, Any]:
         held = torch.cuda.get_device_properties(device)
         found |= {"gpu": held.name, "gpu_memory_gib": round(held.total_memory / 2**30, 1), "cuda": torch.version.cuda}
     return found
+
+
+def served_dtype(device: torch.device) -> str:
+    """bfloat16 where the device multiplies it. Elsewhere torch emulates it, a hundred times slower: nobody would run
+    that."""
+    return "bfloat16" if has_native_bf16(device) else "float32"
 
 
 def cpu_field(name: str) -> str | None:

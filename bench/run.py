@@ -16,12 +16,11 @@ from pathlib import Path
 import typer
 from commands import listed
 from context import Bench
-from machine import describe
+from machine import describe, served_dtype
 from measure import Clock, OutOfTime
 from report import Report
 
 from speeder_engine.device import pick_device
-from speeder_engine.encoders.sources import has_native_bf16
 from speeder_engine.errors import SpeederError
 from speeder_engine.progress import progress_bar
 from speeder_engine.random_engine import SHAPES
@@ -73,13 +72,11 @@ def main(
     report = Report(json_file)
     try:
         chip = pick_device(device)
-        if dtype == "auto":  # elsewhere torch emulates bf16, a hundred times slower: nobody would run that
-            dtype = "bfloat16" if has_native_bf16(chip) else "float32"
         bench = Bench(
             shape=shape or ("tiny" if quick else "0.5b"),
             engine_dir=engine,
             device=chip,
-            dtype=dtype,
+            dtype=served_dtype(chip) if dtype == "auto" else dtype,
             quick=quick,
             only=contenders(only),
             report=report,

@@ -12,7 +12,7 @@ import pytest
 import torch
 import typer
 from command import script
-from gemm import forms, step_products, work_of
+from gemm import forms, packs, step_products, work_of
 from interrupts import take_interrupts
 from limits import Limits, Probe, Work, bearable
 from measure import Clock, OutOfTime, Timed, Timing, interleave
@@ -214,6 +214,20 @@ def test_products_of_a_step_are_those_of_the_decoder():
     assert set(found) == {"gemm_plain", "gemm_packed"}
 
 
+def test_products_are_packed_where_the_machine_can(monkeypatch):
+    """bf16's packed form needs AVX-512; the plain one runs everywhere."""
+    model = random_parts("tiny", num_items=10).model.to(torch.bfloat16)
+    products = step_products(model.decoder, rows=2, reads=1)
+    expected = {"gemm_plain"} | ({"gemm_packed"} if packs(torch.bfloat16) else set())
+    assert set(interleave(forms(products), 1, Clock.of(60))) == expected
+
+    def refuse(*_):
+        raise RuntimeError("bf16 path needs the cpu support avx512bw")
+
+    monkeypatch.setattr("torch.ops.mkldnn._reorder_linear_weight", refuse)
+    assert not packs(torch.bfloat16) and set(forms(products)) == {"gemm_plain"}
+
+
 def test_events_of_a_session_move_the_window_or_do_not():
     from sections.sessions import histories
 
@@ -314,6 +328,39 @@ def test_the_guard_fails_with_the_key_and_both_figures(tmp_path, monkeypatch, ca
         guard.main(place=place)
     assert [each.value.exit_code for each in (nothing, same, worse)] == [1, 0, 1]
     assert capsys.readouterr().out.splitlines()[-1] == "WORSE cold_over_gemm: 2.6, committed 2"
+
+
+def test_the_guard_compares_machines_of_the_same_kind(tmp_path, monkeypatch, capsys):
+    place, measured = tmp_path / "guard.json", []
+
+    def measure(name):
+        measured.append(name)
+        return {"cold_over_gemm": 9.0} if name == "latency" else {}
+
+    monkeypatch.setattr(guard, "measure_section", measure)
+    monkeypatch.setattr(guard, "count_instructions", lambda: ("g++ 1", 1000))
+    monkeypatch.setattr(guard, "kind_of_machine", lambda: "float32, AVX2")
+    other = {"bfloat16, AVX512": {"cold_over_gemm": 1.0}}
+    place.write_text(json.dumps({"ratios": other, "compiler": "g++ 1", guard.INSTRUCTIONS: 1000}))
+    with pytest.raises(typer.Exit) as end:
+        guard.main(place=place)
+    said = capsys.readouterr()
+    assert end.value.exit_code == 0 and measured == []
+    assert said.err.splitlines() == [
+        "ratios: committed with bfloat16, AVX512, here is float32, AVX2: not compared; --update commits these"
+    ]
+    guard.main(update=True, place=place)
+    assert json.loads(place.read_text())["ratios"] == other | {"float32, AVX2": {"cold_over_gemm": 9.0}}
+    with pytest.raises(typer.Exit) as end:
+        guard.main(place=place)
+    assert end.value.exit_code == 0 and len(measured) > 0
+
+
+def test_the_guards_committed_figures_say_of_which_machines_they_are():
+    committed = json.loads(guard.PLACE.read_text())
+    known = {key for keys in guard.RATIOS.values() for key in keys}
+    assert all(kind.split(", ")[0] in ("bfloat16", "float32") for kind in committed["ratios"])
+    assert all(ratios.keys() == known for ratios in committed["ratios"].values())
 
 
 def test_the_guard_counts_instructions_of_the_same_compiler(capsys):
