@@ -154,6 +154,7 @@ class Timed:
 
 
 ROW_US = ("p50 us", "p95", "p99", "runs")
+LEAST = {50: 1, 95: 20, 99: 100}  # percentile -> the fewest rounds that have a word on it
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,10 @@ class Timing:
 
     seconds: dict[int, float] = field(default_factory=dict)
 
-    def quantile(self, percent: int) -> float:
-        """Seconds that this many percent of the rounds did not exceed."""
+    def quantile(self, percent: int) -> float | None:
+        """Seconds that this many percent of the rounds did not exceed; None of too few."""
+        if self.count < LEAST[percent]:
+            return None
         ordered = sorted(self.seconds.values())
         return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
 
@@ -172,21 +175,24 @@ class Timing:
         return statistics.median(self.seconds.values())
 
     @property
-    def p95(self) -> float:
-        return self.quantile(95)
+    def tails(self) -> tuple[float | None, float | None]:
+        """p95 and p99."""
+        return self.quantile(95), self.quantile(99)
+
+    def cells(self, unit: float) -> list[float | None]:
+        """p50, p95 and p99 in units of which a second has so many, and of how many."""
+        tails = (None if tail is None else tail * unit for tail in self.tails)
+        return [self.p50 * unit, *tails, self.count]
 
     @property
-    def p99(self) -> float:
-        return self.quantile(99)
+    def milliseconds(self) -> dict[str, float]:
+        """By "p50", "p95" and "p99"; those that so many rounds have no word on are left out."""
+        found = zip(("p50", "p95", "p99"), self.cells(1e3), strict=False)
+        return {name: value for name, value in found if value is not None}
 
     @property
     def count(self) -> int:
         return len(self.seconds)
-
-    @property
-    def row_us(self) -> list[float]:
-        """Under the columns `ROW_US`."""
-        return [self.p50 * 1e6, self.p95 * 1e6, self.p99 * 1e6, self.count]
 
     def over(self, other: "Timing") -> float:
         """Median of this one's seconds over the other's, round by round; nan without a common round."""
@@ -244,9 +250,7 @@ def quiet() -> Iterator[None]:
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
     """p50, p95 and p99 in milliseconds, and of how many; those that so many have no word on are left out."""
     timing = Timing(dict(enumerate(seconds)))
-    shown = [percent for percent, least in ((50, 1), (95, 20), (99, 100)) if timing.count >= least]
-    at = {f"p{percent}_ms": (timing.p50 if percent == 50 else timing.quantile(percent)) * 1e3 for percent in shown}
-    return at | {"count": timing.count}
+    return {f"{name}_ms": value for name, value in timing.milliseconds.items()} | {"count": timing.count}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
-"""Charts of a run's keys, as SVG and PNG: `python bench/plot.py FILE.json DIR`, or `run.py ... --plot DIR`.
+"""Charts of a run's keys, as SVG and PNG: `python bench/plot.py FILE.json DIR [MORE.json ...]`, or `run.py ... --plot
+DIR`.
 
-A chart is drawn where its keys are there. Needs matplotlib; nothing else of bench/ does.
+A chart is drawn where its keys are there. Contenders that had more rounds in another run are taken from its file, and
+marked. Needs matplotlib; nothing else of bench/ does.
 """
 
 import json
@@ -13,6 +15,7 @@ from report import cell
 
 Values = Mapping[str, Any]
 OURS, OTHERS, LIMIT, SECOND = "#1f6f8b", "#b9c2c9", "#c0392b", "#e0a458"
+FEWEST_RUNS = 3  # of a contender: fewer are no median
 EVENTS = ("cold", "same", "append", "slide", "correction")
 BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # of figures that a line would cross
 STYLE: dict[Any, Any] = {
@@ -48,18 +51,38 @@ def draw_all(values: Values, folder: Path) -> list[str]:
     return drawn
 
 
+def with_another_run(values: Values, other: Values) -> dict[str, Any]:
+    """With the contenders that had more rounds in a run of the same on the same machine. Raises ValueError for one of
+    something else."""
+    for key in ("shape", "dtype", "machine_cpu", "machine_cpu_flags"):
+        if values.get(key) != other.get(key):
+            raise ValueError(f"{key}: {values.get(key)} here, {other.get(key)} in another run: no chart shows both")
+    found = dict(values)
+    for name in contenders(other):
+        if other.get(f"{name}_cold_runs", 0) > values.get(f"{name}_cold_runs", 0):
+            found = {key: value for key, value in found.items() if not key.startswith(f"{name}_")}
+            found |= {key: value for key, value in other.items() if key.startswith(f"{name}_")}
+            found[f"{name}_from"] = "another run"
+    return found
+
+
+def contenders(values: Values) -> list[str]:
+    """Keys of whatever was measured beside the engine, int8 weights among it."""
+    return [key.removesuffix("_cold_ms") for key in values if key.endswith("_cold_ms") and not is_session(key)]
+
+
 def subject(values: Values) -> str:
     machine = values.get("machine_gpu") or f"{values.get('machine_cores')} cores of {values.get('machine_cpu')}"
     return f"{values.get('shape')}, {values.get('dtype')}, {machine}"
 
 
 def latency(axes: Any, values: Values) -> bool:
-    """Cold and warm milliseconds of everybody, the slowest on top."""
-    names = [key.removesuffix("_cold_ms") for key in values if key.endswith("_cold_ms") and not is_session(key)]
+    """Cold and warm milliseconds of everybody who had rounds enough, the slowest on top."""
+    names = [name for name in contenders(values) if values.get(f"{name}_cold_runs", FEWEST_RUNS) >= FEWEST_RUNS]
     if "cold_ms" not in values or not names:
         return False
     rows = [("speeder-engine", values["cold_ms"], values["warm_ms"])]
-    rows += [(label(name), values[f"{name}_cold_ms"], values.get(f"{name}_warm_ms")) for name in names]
+    rows += [(label(name, values), values[f"{name}_cold_ms"], values.get(f"{name}_warm_ms")) for name in names]
     rows.sort(key=lambda row: row[1])
     for at, (name, cold, warm) in enumerate(rows):
         dark, light = (OURS, "#7fb3c4") if name.startswith("speeder") else ("#7f8c8d", OTHERS)
@@ -72,7 +95,8 @@ def latency(axes: Any, values: Values) -> bool:
     for key, style in (("cold_gemm_ms", "--"), ("warm_gemm_ms", ":")):
         axes.axvline(values[key], color=LIMIT, linestyle=style, linewidth=1, label=f"own products, {key.split('_')[0]}")
     axes.set_xscale("log")
-    axes.set_xlabel("milliseconds a user, median (log scale)")
+    note = "; *: another run" if any(name.endswith("*") for name, *_ in rows) else ""
+    axes.set_xlabel(f"milliseconds a user, median (log scale){note}")
     axes.set_title("One user: 30 items, 20 candidates")
     axes.margins(x=0.1)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
@@ -178,8 +202,9 @@ def is_session(key: str) -> bool:
     return key.startswith("session_")
 
 
-def label(name: str) -> str:
-    return "speeder-engine, int8" if name == "int8" else name.replace("_", " ")
+def label(name: str, values: Values) -> str:
+    shown = "speeder-engine, int8" if name == "int8" else name.replace("_", " ")
+    return shown + " *" * (f"{name}_from" in values)
 
 
 CHARTS: dict[str, Callable[[Any, Values], bool]] = {
@@ -192,4 +217,8 @@ CHARTS: dict[str, Callable[[Any, Values], bool]] = {
 }
 
 if __name__ == "__main__":
-    print("\n".join(draw_all(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))))
+    first, out, *others = map(Path, sys.argv[1:])
+    drawn = json.loads(first.read_text())
+    for path in others:
+        drawn = with_another_run(drawn, json.loads(path.read_text()))
+    print("\n".join(draw_all(drawn, out)))

@@ -18,7 +18,7 @@ def measure(bench: Bench, clock: Clock) -> None:
     timings = interleave(timed, bench.rounds(300, 2000), Clock.of(clock.left / 2), warm_ups=20)
     for name, timing in timings.items():
         bench.report.put(f"plan_us_{name}", timing.p50 * 1e6)
-    rows = [[name.replace("_of_", " users of "), *timing.row_us] for name, timing in timings.items()]
+    rows = [[name.replace("_of_", " users of "), *timing.cells(1e6)] for name, timing in timings.items()]
     title = f"planning one new item for warm users with {HISTORY} items, one native call"
     bench.report.table(title, ("users", *ROW_US), rows)
     block_pool(bench)

@@ -25,7 +25,7 @@ def measure(bench: Bench, clock: Clock) -> None:
         engine.close()
     for name, timing in timings.items():
         bench.report.put(f"host_step_us_{name}", timing.p50 * 1e6)
-    rows = [[name, *timing.row_us] for name, timing in timings.items()]
+    rows = [[name, *timing.cells(1e6)] for name, timing in timings.items()]
     title = (
         f"host: warm users with one new item and {CANDIDATES} candidates, from requests to rankings without the pass"
     )

@@ -31,17 +31,15 @@ class Row:
     warm: Timing | None
     cold_ratio: float | None = None
     warm_ratio: float | None = None
-    heavy: bool = False
 
     def has(self, warm: bool) -> bool:
         return (self.warm if warm else self.cold) is not None
 
     def cells(self, warm: bool) -> list[object]:
-        """p50, p95 and p99 in ms and of how many; of what takes seconds p50 alone."""
+        """p50, p95 and p99 in ms, as far as the runs say them, and of how many."""
         timing, ratio = (self.warm, self.warm_ratio) if warm else (self.cold, self.cold_ratio)
         assert timing is not None
-        tails = (None, None) if self.heavy else (timing.p95 * 1e3, timing.p99 * 1e3)
-        return [self.label, timing.p50 * 1e3, *tails, timing.count, ratio]
+        return [self.label, *timing.cells(1e3), ratio]
 
 
 def measure(bench: Bench, clock: Clock) -> None:
@@ -116,9 +114,8 @@ def beside_products(bench: Bench, ours: Ours, users: list[BenchUser], name: str,
     timings = interleave(timed, bench.rounds(25, 40), clock, bench.device)
     best = min((each for key, each in timings.items() if key.startswith("gemm")), key=lambda each: each.p50)
     ours_timing = timings["speeder"]
-    report.put(f"{name}_ms", ours_timing.p50 * 1e3)
-    report.put(f"{name}_p95_ms", ours_timing.p95 * 1e3)
-    report.put(f"{name}_p99_ms", ours_timing.p99 * 1e3)
+    for percentile, value in ours_timing.milliseconds.items():
+        report.put(f"{name}_ms" if percentile == "p50" else f"{name}_{percentile}_ms", value)
     report.put(f"{name}_runs", ours_timing.count)
     report.put(f"{name}_gemm_ms", best.p50 * 1e3)
     report.put(f"{name}_over_gemm", ours_timing.over(best))
@@ -156,8 +153,9 @@ def quantized_rows(bench: Bench, ours: Ours, users: list[BenchUser], clock: Cloc
     finally:
         small.close()
     assert row.cold is not None and row.warm is not None and row.cold_ratio and row.warm_ratio
-    bench.report.put("int8_cold_ms", row.cold.p50 * 1e3)
-    bench.report.put("int8_warm_ms", row.warm.p50 * 1e3)
+    for name, timing in (("cold", row.cold), ("warm", row.warm)):
+        bench.report.put(f"int8_{name}_ms", timing.p50 * 1e3)
+        bench.report.put(f"int8_{name}_runs", timing.count)
     bench.report.put("int8_over_bf16", 1 / row.cold_ratio)
     bench.report.put("int8_over_bf16_warm", 1 / row.warm_ratio)
     return [row]
@@ -177,8 +175,7 @@ def paired(bench: Bench, ours: Ours, other: Baseline, users: list[BenchUser], cl
         timings = interleave(timed, rounds, share, bench.device, bench.rounds(2, 1))
         found.append((timings["other"], timings["other"].over(timings["ours"])))
     (cold, cold_ratio), (warm_timing, warm_ratio) = (each or (None, None) for each in found)
-    heavy = other.heavy and not bench.quick
-    return Row(other.label, cold, warm_timing, cold_ratio, warm_ratio, heavy)
+    return Row(other.label, cold, warm_timing, cold_ratio, warm_ratio)
 
 
 def alternatives(bench: Bench, ours: Ours, users: list[BenchUser], rows: list[Row], clock: Clock) -> None:

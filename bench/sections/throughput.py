@@ -113,8 +113,7 @@ def traffic(bench: Bench, ours: Ours, clock: Clock) -> None:
 def put_served(bench: Bench, key: str, label: str, served: Served) -> list[object]:
     latency = served.latency
     bench.report.put(f"{key}_users_s", served.users_s)
-    for name in ("p50", "p95", "p99"):
-        bench.report.put(f"{key}_{name}_ms", getattr(latency, name) * 1e3)
+    for name, value in latency.milliseconds.items():
+        bench.report.put(f"{key}_{name}_ms", value)
     bench.report.put(f"{key}_answers", latency.count)
-    tails = (latency.p50 * 1e3, latency.p95 * 1e3, latency.p99 * 1e3)
-    return [label, served.users_s, *tails, latency.count, served.num_refused]
+    return [label, served.users_s, *latency.cells(1e3), served.num_refused]
