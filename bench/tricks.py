@@ -102,8 +102,9 @@ def one_pass(ours: Ours, users: list[BenchUser]) -> Trick:
 
 
 def native_kernels(ours: Ours, users: list[BenchUser]) -> Trick:
+    """Torch's pad and attend in fp64, to be exact: what transformers takes is a contender of run.py's."""
     plain = Ours(ours.subject, cpu_path="torch")
-    return Trick("native passes, not torch's", warm(ours, users), warm(plain, users), plain)
+    return Trick("native passes, not torch's exact ones", warm(ours, users), warm(plain, users), plain)
 
 
 def all_threads(ours: Ours, users: list[BenchUser]) -> Trick:
