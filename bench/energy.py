@@ -28,7 +28,8 @@ def metered(device: torch.device) -> Iterator[Energy]:
         yield found
         return
     command = [tool, "--query-gpu=power.draw", "--format=csv,noheader,nounits", f"-lms={EVERY_MS}"]
-    command.append(f"--id={device.index or 0}")
+    # by what it is: nvidia-smi counts all GPUs, CUDA those that CUDA_VISIBLE_DEVICES leaves
+    command.append(f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     started = time.perf_counter()
     try:

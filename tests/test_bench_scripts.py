@@ -4,9 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from energy import metered
 from int8_accuracy import agreement
 from on_paper import Body, Chip, row_of, ways
 from tricks import TRICKS
@@ -43,6 +47,26 @@ def test_agreement_counts_what_is_missing_and_forgives_ties():
     raw, tied = agreement(exact, lost)
     assert raw == pytest.approx(0.9)
     assert agreement(exact, exact[::-1].copy())[0] == 0.0
+
+
+def test_the_power_asked_for_is_that_of_the_gpu_at_work(tmp_path, monkeypatch):
+    """The first that CUDA sees needs not be the first there is."""
+    uuid, asked, tool = "4a1c0e7e-0b0e-4c1c-9d3b-6f0c9f0a1b2c", tmp_path / "asked", tmp_path / "nvidia-smi"
+    tool.write_text(f'#!/bin/sh\necho 100.0\necho 300.0\necho "[N/A]"\necho "$@" > {asked}\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(uuid=uuid))
+    outside = time.perf_counter()
+    with metered(torch.device("cuda")) as found:
+        inside = time.perf_counter()
+        while not asked.exists() and time.perf_counter() - inside < 20:
+            time.sleep(0.01)
+        least = 200 * (time.perf_counter() - inside)
+    assert f"--id=GPU-{uuid}" in asked.read_text().split()
+    assert least <= found.joules <= 200 * (time.perf_counter() - outside)
+    with metered(torch.device("cpu")) as found:
+        pass
+    assert found.joules is None
 
 
 def test_limits_on_paper_are_those_of_the_chip():
