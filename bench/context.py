@@ -12,6 +12,7 @@ from measure import Clock
 from report import Report
 from rich.progress import Progress
 from subject import Subject
+from waiting import SETTLE, spinning
 from workload import BenchUser, Workload, make_users
 
 T = TypeVar("T")
@@ -61,6 +62,11 @@ class Bench:
     @property
     def subject_name(self) -> str:
         return f"{self.shape if self.engine_dir is None else 'engine'}, {self.dtype}, {self.device.type}"
+
+    @property
+    def pause(self) -> float:
+        """Seconds before each call that is timed: threads that still spin for one would take a core from the next."""
+        return SETTLE if spinning() else 0.0
 
     @property
     def workload(self) -> Workload:

@@ -205,12 +205,18 @@ def median_of(values: Iterable[float]) -> float:
 
 
 def interleave(
-    calls: Mapping[str, Timed], rounds: int, clock: Clock, device: torch.device = CPU, warm_ups: int = 2
+    calls: Mapping[str, Timed],
+    rounds: int,
+    clock: Clock,
+    device: torch.device = CPU,
+    warm_ups: int = 2,
+    pause: float = 0.0,
 ) -> dict[str, Timing]:
     """Times each call once a round, A B C, B C A, C A B and so on, after warm-ups that have negative round numbers.
 
     What is not timed in every round is warmed up once. Rounds end when `rounds` are done or the clock's time is up;
-    the first round is finished whatever the clock says. On a device a call ends when its work does.
+    the first round is finished whatever the clock says. On a device a call ends when its work does. `pause`: seconds
+    before each call and what is done before it.
     """
     timings = {name: Timing() for name in calls}
     names = list(calls)
@@ -221,6 +227,8 @@ def interleave(
                 timed = calls[name]
                 if at % timed.every and at != -1:
                     continue
+                if pause:
+                    time.sleep(pause)
                 if timed.before is not None:
                     timed.before(at)
                 synchronize(device)

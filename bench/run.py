@@ -19,6 +19,7 @@ from context import Bench
 from machine import describe, served_dtype
 from measure import Clock, OutOfTime
 from report import Report
+from waiting import SLEEP, SPIN, spinning, wait_by
 
 from speeder_engine.device import pick_device
 from speeder_engine.errors import SpeederError
@@ -56,6 +57,9 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="a folder for charts, SVG and PNG")] = None,
     only: Annotated[str, typer.Option(help="contenders to compare with, as transformers,onnxruntime")] = "",
     seconds: Annotated[float | None, typer.Option(help="time for all of it")] = None,
+    waiting: Annotated[
+        str, typer.Option(help=f"contenders' threads {SLEEP} while they wait, or {SPIN} first, as by themselves")
+    ] = SLEEP,
 ) -> None:
     """Measures SECTION; Ctrl-C leaves what was measured so far."""
     chosen = parsed(section, tuple(SECTIONS))
@@ -69,6 +73,9 @@ def main(
         raise typer.BadParameter(f"{section} measures no engine's weights; leave it out", param_hint="--engine")
     if seconds is not None and not 0 < seconds < math.inf:
         raise typer.BadParameter(f"{seconds:g}: a time above 0 is needed", param_hint="--seconds")
+    if waiting not in (SLEEP, SPIN):
+        raise typer.BadParameter(f"{waiting!r} is none of {SLEEP}, {SPIN}", param_hint="--waiting")
+    wait_by(waiting)
     report = Report(json_file)
     try:
         chip = pick_device(device)
@@ -101,6 +108,7 @@ def run(bench: Bench, sections: tuple[str, ...]) -> bool:
     report.put("dtype", bench.dtype)
     report.put("device", bench.device.type)
     report.put("quick", bench.quick)
+    report.put("waiting", SPIN if spinning() else SLEEP)
     report.describe(describe(bench.device))
     try:
         bench.limits  # noqa: B018  measured at the start, before anything else holds memory

@@ -93,6 +93,16 @@ def test_one_token_an_item_scores_as_the_engine_does(subject, users, engine_answ
     assert spread.min() > 2e-4  # other users' answers would not have passed
 
 
+@pytest.mark.parametrize("spins", ["0", "1"])
+def test_onnx_runtimes_threads_spin_where_they_are_asked_to(subject, monkeypatch, spins):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("GOMP_SPINCOUNT", spins)
+    contender = make("onnxruntime", subject)
+    options = contender.engine._session("extend")._session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == spins
+    contender.close()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_has_the_engines_weights_in_every_family(family):
     subject = small(FAMILIES[family], history_len=5, num_candidates=4)

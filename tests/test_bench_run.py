@@ -20,6 +20,7 @@ from plot import CHARTS, contenders, draw_all, with_another_run
 from report import Report
 from rich.console import Console
 from sections.latency import Row
+from waiting import spinning, wait_by
 
 from speeder_engine.prompt import PromptLayout
 from speeder_engine.random_engine import SHAPES, random_parts
@@ -149,6 +150,7 @@ def test_what_takes_longer_than_there_is_time_is_ended():
         (("latency", "--shape", "9b"), "is not known; choose one of tiny"),
         (("latency", "--only", "nobody"), "no such contender; there are transformers"),
         (("latency", "--dtype", "int3"), "is none of bfloat16"),
+        (("latency", "--waiting", "still"), "'still' is none of sleep, spin"),
         (("cache", "--engine", "nowhere", "--shape", "tiny"), "not both"),
         (("host", "--engine", "nowhere"), "host measures no engine's weights; leave it out"),
         (("cache", "--seconds", "-1"), "-1: a time above 0 is needed"),
@@ -160,6 +162,24 @@ def test_what_cannot_be_measured_is_said_before_anything_is(root, options, says)
     done = script(root / "bench" / "run.py", *options)
     assert done.returncode == 2 and done.stdout == ""
     assert says in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_threads_that_spin_are_a_matter_of_a_new_process(root, monkeypatch):
+    """OpenMP reads its environment when torch is imported."""
+    started = []
+
+    def start(program, arguments, environment):
+        started.append((program, arguments[1:], environment["GOMP_SPINCOUNT"]))
+        raise SystemExit(7)
+
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setattr("os.execve", start)
+    monkeypatch.setattr("sys.orig_argv", ["python", "bench/run.py", "cache"])
+    assert script(root / "bench" / "run.py", "cache", "--waiting", "spin").returncode == 7
+    assert started == [(sys.executable, ["bench/run.py", "cache"], "300000")]
+    monkeypatch.setenv("GOMP_SPINCOUNT", "300000")
+    wait_by("spin")
+    assert len(started) == 1 and spinning()
 
 
 def test_an_engine_that_cannot_be_loaded_is_said_before_anything_is_measured(root, tmp_path):
@@ -183,6 +203,14 @@ def test_interleave_takes_turns_and_leaves_preparation_out():
     assert sorted(timings["a"].seconds) == [0, 1, 2, 3]
     assert sorted(timings["heavy"].seconds) == [0, 2]
     assert 0.001 <= timings["b"].p50 < 0.02
+
+
+def test_interleave_pauses_before_what_is_prepared(monkeypatch):
+    order = []
+    monkeypatch.setattr("measure.time.sleep", order.append)
+    timed = Timed(lambda at: order.append("call"), lambda at: order.append("before"))
+    interleave({"a": timed}, 1, Clock.of(60), warm_ups=0, pause=0.1)
+    assert order == [0.1, "before", "call"]
 
 
 def test_interleave_finishes_one_round_and_stops_when_the_time_is_up():

@@ -1,8 +1,10 @@
 """Our exported graphs under other runtimes: ONNX Runtime and OpenVINO, sessions kept by the exports' own engine."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from baselines.base import Answer, Unavailable
@@ -10,6 +12,7 @@ from baselines.exports import export_of
 from baselines.speeder import answer_of
 from numpy.typing import NDArray
 from subject import Subject
+from waiting import spinning
 from workload import BenchUser
 
 from speeder_engine.errors import SpeederError
@@ -64,7 +67,25 @@ class OnnxRuntime(ExportedGraphs):
     key, label = "onnxruntime", "ONNX Runtime, our export, fp32"
 
     def _engine(self, subject: Subject) -> GraphEngine:
-        return OnnxEngine.load(export_of(subject), "cpu", KV_BUDGET, torch.get_num_threads())
+        export = export_of(subject)
+        with sessions_that_spin():
+            return OnnxEngine.load(export, "cpu", KV_BUDGET, torch.get_num_threads())
+
+
+@contextmanager
+def sessions_that_spin() -> Iterator[None]:
+    """Where `--waiting spin` asks for it: the engine of our exports tells ONNX Runtime's threads to sleep instead."""
+    if not spinning():
+        yield
+        return
+    import onnxruntime
+
+    class Options(onnxruntime.SessionOptions):  # type: ignore[misc]
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            super().add_session_config_entry(key, "1" if key.endswith("allow_spinning") else value)
+
+    with patch.object(onnxruntime, "SessionOptions", Options):
+        yield
 
 
 class OpenVino(ExportedGraphs):

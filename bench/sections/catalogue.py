@@ -97,7 +97,7 @@ def beside(
     for users in USERS:
         asked = queries[:users]
         timed = {"ours": searching(table, asked), "other": searching_with(other, asked)}
-        timings = interleave(timed, bench.rounds(7, 8), Clock.of(clock.left / 4), bench.device)
+        timings = interleave(timed, bench.rounds(7, 8), Clock.of(clock.left / 4), bench.device, pause=bench.pause)
         ratio = timings["other"].over(timings["ours"])
         suffix = "" if users == 1 else f"_{users}"
         bench.report.put(f"catalogue_{key}_ms{suffix}", timings["other"].p50 * 1e3)

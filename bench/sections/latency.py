@@ -111,7 +111,7 @@ def beside_products(bench: Bench, ours: Ours, users: list[BenchUser], name: str,
     products = step_products(decoder, rows, bench.workload.warm_rows)
     work = work_of(products)
     timed = {"speeder": calls(ours, users, name == "warm"), **forms(products), **bench.limits.pair(bench.dtype)}
-    timings = interleave(timed, bench.rounds(25, 40), clock, bench.device)
+    timings = interleave(timed, bench.rounds(25, 40), clock, bench.device, pause=bench.pause)
     best = min((each for key, each in timings.items() if key.startswith("gemm")), key=lambda each: each.p50)
     ours_timing = timings["speeder"]
     for percentile, value in ours_timing.milliseconds.items():
@@ -172,7 +172,7 @@ def paired(bench: Bench, ours: Ours, other: Baseline, users: list[BenchUser], cl
         rounds, every = (7, HEAVY_EVERY) if other.heavy and not bench.quick else (bench.rounds(15, 12), 1)
         timed = {"ours": calls(ours, users, warm), "other": calls(other, users, warm, every)}
         share = Clock.of(clock.left if warm or not other.has_warm else clock.left / 2)
-        timings = interleave(timed, rounds, share, bench.device, bench.rounds(2, 1))
+        timings = interleave(timed, rounds, share, bench.device, bench.rounds(2, 1), bench.pause)
         found.append((timings["other"], timings["other"].over(timings["ours"])))
     (cold, cold_ratio), (warm_timing, warm_ratio) = (each or (None, None) for each in found)
     return Row(other.label, cold, warm_timing, cold_ratio, warm_ratio)

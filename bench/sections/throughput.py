@@ -69,7 +69,9 @@ def batches(bench: Bench, ours: Ours, users: list[BenchUser], warm: bool, clock:
             timed[str(size)] = strangers(ours, taken)
     probe = bench.limits.probes[bench.limits.matmul(bench.dtype)].repeated(bench.rounds(1, PROBES))
     # the first of a large shape takes as long as the others, and that is long
-    timings = interleave({**timed, "": probe.timed}, bench.rounds(9, 8), clock, bench.device, bench.rounds(1, 0))
+    timings = interleave(
+        {**timed, "": probe.timed}, bench.rounds(9, 8), clock, bench.device, bench.rounds(1, 0), bench.pause
+    )
     rates = {at: probe.amount / seconds for at, seconds in timings[""].seconds.items()}
     return [put_batch(bench, size, warm, timings[str(size)], rates) for size in BATCHES]
 
