@@ -4,15 +4,15 @@
 another item: what stood in a history once can be read from it for good.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,6 +34,7 @@ ITEMS_FILE = "items.parquet"
 TOKENS_FILE = "item_tokens.safetensors"
 MOST_PRIOR = 1e30  # times a learned beta it is still a number of fp32
 SEARCHED_STEP = 1024  # rows
+LOOKED_UP_AT_ONCE = 4096  # ids: one call looks through all it is given before another thread's Python gets a turn
 Rows = NDArray[np.int32]
 
 
@@ -111,12 +112,37 @@ class ItemUpdate:
         return len(self.item_ids)
 
 
+@dataclass(frozen=True)
+class Written:
+    """Values [n, ...] for rows int64 [n] of one of a catalogue's tensors, on its device."""
+
+    rows: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a change writes, checked and looked up: a moment's work to apply, and whole."""
+
+    tokens: Written | None = None
+    available: Written | None = None
+    prior: Written | None = None
+    overtaken: NDArray[np.int64] | None = None  # rows [n] whose token was another: they get a new version
+    added: Mapping[str, int] = field(default_factory=dict)  # new ids and their rows, in order
+    added_titles: Sequence[str] = ()
+    titles: Mapping[int, str] = field(default_factory=dict)  # of known items, by row
+    removed: Collection[str] = ()
+    returned: Collection[str] = ()
+    described: bool = False  # whether it is more than availability and priors
+
+
 class Catalogue:
     """Item tokens [capacity, d] and what is known of each item. `len`, `in` and `item_ids` speak of items that have
     not been removed.
 
     The tensors are made once and written in place, so that whoever holds them sees every change. Changes are applied
-    whole or not at all; that nobody computes meanwhile is the caller's business.
+    whole or not at all: `prepare_...` checks and looks up beside whoever reads, `apply` writes. That nobody computes
+    meanwhile, and nothing else is changed between both, is the caller's business.
     """
 
     def __init__(self, table: ItemTable, tokens: Tensor, capacity: int = 0, coarse: bool = False) -> None:
@@ -210,9 +236,14 @@ class Catalogue:
         An item whose token changes gets a new version, so that nothing computed from the old one is reused. Raises
         CatalogueFull or DataError with the catalogue as it was.
         """
+        self.apply(self.prepare_put(update))
+        return self.rows(update.item_ids, "upsert")
+
+    def prepare_put(self, update: ItemUpdate) -> Change:
+        """What `put` writes."""
         tokens = self._checked(update)
         if len(update) == 0:
-            return np.empty(0, np.int32)
+            return Change()
         rows = np.array([self._row_of.get(item_id, -1) for item_id in update.item_ids], np.int64)
         fresh = rows < 0
         if bare := [item_id for i, item_id in enumerate(update.item_ids) if fresh[i] and not update.with_token[i]]:
@@ -221,14 +252,35 @@ class Catalogue:
         rows[fresh] = self.num_rows + np.arange(np.count_nonzero(fresh))
         where = torch.from_numpy(rows).to(self.tokens.device)
         changed = (self.tokens[where] != tokens).any(dim=1).cpu().numpy() & update.with_token
-        self.versions[rows[changed & ~fresh]] += 1
         replaced = torch.from_numpy(changed | fresh).to(where.device)
-        if self.coarse is not None:
-            # first: what it needs room for may not be had
-            self.coarse.put(where[replaced], tokens[replaced])
-        self.tokens[where[replaced]] = tokens[replaced]
-        self._describe(update, rows, fresh)
-        return rows.astype(np.int32)
+        return replace(
+            self._description(update, rows, fresh),
+            tokens=Written(where[replaced], tokens[replaced]),
+            overtaken=rows[changed & ~fresh],
+        )
+
+    def apply(self, change: Change) -> None:
+        """Puts a change in place that was prepared here, behind the last one."""
+        if change.tokens is not None:
+            if self.coarse is not None:
+                # first: what it needs room for may not be had
+                self.coarse.put(change.tokens.rows, change.tokens.values)
+            self.tokens[change.tokens.rows] = change.tokens.values
+        for target, written in ((self.available, change.available), (self.prior, change.prior)):
+            if written is not None:
+                target[written.rows] = written.values
+        if change.overtaken is not None:
+            self.versions[change.overtaken] += 1
+        self._ids.extend(change.added)
+        self._titles.extend(change.added_titles)
+        for row, title in change.titles.items():
+            self._titles[row] = title
+        # behind all that is read of a row: whoever looks ids up waits for nobody
+        self._row_of.update(change.added)
+        self._removed.difference_update(change.returned)
+        self._removed.update(change.removed)
+        self.num_rows = len(self._ids)
+        self.changes += change.described
 
     def check_room(self, item_ids: Iterable[str]) -> None:
         """CatalogueFull where the new ones among these don't fit."""
@@ -255,56 +307,75 @@ class Catalogue:
             _check_prior(item_id, prior)
         return tokens
 
-    def _describe(self, update: ItemUpdate, rows: NDArray[np.int64], fresh: NDArray[np.bool_]) -> None:
-        """Titles, availability and priors of rows whose tokens are in place."""
-        available: dict[int, bool] = {}
-        priors: dict[int, float] = {}
+    def _description(self, update: ItemUpdate, rows: NDArray[np.int64], fresh: NDArray[np.bool_]) -> Change:
+        """Ids, titles, availability and priors, without the tokens."""
+        added, titles = dict[str, int](), dict[int, str]()
+        added_titles, returned = list[str](), list[str]()
+        available, priors = dict[int, bool](), dict[int, float]()
         for i, (item_id, row) in enumerate(zip(update.item_ids, rows.tolist(), strict=True)):
             title, flag, prior = update.titles[i], update.available[i], update.priors[i]
             if fresh[i]:
-                self._ids.append(item_id)
-                self._titles.append(title or "")
-                self._row_of[item_id] = row
+                added[item_id] = row
+                added_titles.append(title or "")
             elif title is not None:
-                self._titles[row] = title
+                titles[row] = title
+            if item_id in self._removed:
+                returned.append(item_id)
             if fresh[i] or flag is not None or item_id in self._removed:
                 available[row] = flag is not False
             if fresh[i] or prior is not None:
                 priors[row] = prior or 0.0
-            self._removed.discard(item_id)
-        _assign(self.available, available)
-        _assign(self.prior, priors)
-        self.num_rows = len(self._ids)
-        self.changes += 1
+        return Change(
+            available=_written(self.available, [*available], [*available.values()]),
+            prior=_written(self.prior, [*priors], [*priors.values()]),
+            added=added,
+            added_titles=added_titles,
+            titles=titles,
+            returned=returned,
+            described=True,
+        )
 
     def remove(self, ids: Sequence[str]) -> None:
         """Tombstones: never recommended again, still readable in old histories. Raises UnknownItem, nothing changed."""
+        self.apply(self.prepare_remove(ids))
+
+    def prepare_remove(self, ids: Sequence[str]) -> Change:
+        """What `remove` writes."""
         ids = item_ids(ids, "remove")
         rows = self.rows(ids, "remove")
-        _assign(self.available, dict.fromkeys(rows.tolist(), False))
-        self._removed.update(ids)
-        self.changes += 1
+        available = _written(self.available, rows, np.zeros(len(rows), np.bool_))
+        return Change(available=available, removed=ids, described=True)
 
     def set_available(self, ids: Sequence[str], available: bool) -> None:
         """Raises UnknownItem for unknown and removed ids, nothing changed."""
+        self.apply(self.prepare_available(ids, available))
+
+    def prepare_available(self, ids: Sequence[str], available: bool) -> Change:
+        """What `set_available` writes."""
         ids, available = item_ids(ids, "set_available"), true_or_false("available", available)
-        self._check_live(ids, "set_available")
-        _assign(self.available, dict.fromkeys(self.rows(ids, "set_available").tolist(), available))
+        rows = self._live_rows(ids, "set_available")
+        return Change(available=_written(self.available, rows, np.full(len(rows), available)))
 
     def set_prior(self, priors: Mapping[str, float]) -> None:
         """Raises UnknownItem for unknown and removed ids, DataError for a prior that is not finite; nothing changed."""
+        self.apply(self.prepare_prior(priors))
+
+    def prepare_prior(self, priors: Mapping[str, float]) -> Change:
+        """What `set_prior` writes."""
         if not isinstance(priors, Mapping):
             raise InvalidRequest(f"set_prior: expected a mapping of item ids to numbers, got {type(priors).__name__}")
-        self._check_live(priors, "set_prior")
-        for item_id, prior in priors.items():
-            _check_prior(item_id, prior, may_be_none=False)
-        rows = self.rows(priors, "set_prior").tolist()
-        _assign(self.prior, dict(zip(rows, map(float, priors.values()), strict=True)))
+        given = dict(priors)  # whoever passed it may write to it meanwhile
+        rows = self._live_rows([*given], "set_prior")
+        return Change(prior=_written(self.prior, rows, _checked_priors(given)))
 
-    def _check_live(self, item_ids: Iterable[str], where: str) -> None:
-        gone = [item_id for item_id in item_ids if item_id not in self]
-        if gone:
-            raise UnknownItem(gone, where)
+    def _live_rows(self, item_ids: Sequence[str], where: str) -> Rows:
+        """Rows of items that have not been removed; UnknownItem for others."""
+        found = list[int | None]()
+        for start in range(0, len(item_ids), LOOKED_UP_AT_ONCE):
+            found += self.find(item_ids[start : start + LOOKED_UP_AT_ONCE])
+        if None in found or not self._removed.isdisjoint(item_ids):
+            raise UnknownItem([item_id for item_id in item_ids if item_id not in self], where)
+        return np.array(found, np.int32)
 
     def to(self, device: torch.device, dtype: torch.dtype, capacity: int = 0, coarse: bool = False) -> "Catalogue":
         """A copy elsewhere, with room for `capacity` items; `self` is not changed by what happens to it."""
@@ -338,10 +409,22 @@ def _grown(rows: Tensor, capacity: int) -> Tensor:
     return grown
 
 
-def _assign(target: Tensor, values: Mapping[int, float]) -> None:
-    if values:
-        rows = torch.tensor(list(values), dtype=torch.int64, device=target.device)
-        target[rows] = torch.tensor(list(values.values()), dtype=target.dtype, device=target.device)
+def _written(target: Tensor, rows: ArrayLike, values: ArrayLike) -> Written:
+    """Of numbers on the host, in the target's type."""
+    where = torch.from_numpy(np.asarray(rows, np.int64)).to(target.device)
+    kind = np.bool_ if target.dtype == torch.bool else np.float64
+    return Written(where, torch.from_numpy(np.asarray(values, kind)).to(target.device, target.dtype))
+
+
+def _checked_priors(priors: Mapping[str, float]) -> NDArray[np.float64]:
+    """Priors [n], or DataError; a whole catalogue of plain floats is not looked at one by one."""
+    if {float}.issuperset(map(type, priors.values())):
+        values = np.fromiter(priors.values(), np.float64, len(priors))
+        if (np.abs(values) <= MOST_PRIOR).all():
+            return values
+    for item_id, prior in priors.items():
+        _check_prior(item_id, prior, may_be_none=False)
+    return np.array([*map(float, priors.values())], np.float64)
 
 
 def _check_prior(item_id: str, prior: object, may_be_none: bool = True) -> None:

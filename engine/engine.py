@@ -6,15 +6,14 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from speeder_engine.catalogue import Catalogue, ItemUpdate
+from speeder_engine.catalogue import Catalogue, Change, ItemUpdate
 from speeder_engine.checks import given_path
 from speeder_engine.config import MAX_TITLE_TOKENS, MOST_ANSWER_IDS, EngineConfig
 from speeder_engine.device import in_one_order, pick_device, pick_dtype
@@ -314,26 +313,20 @@ class Engine(Recommends):
             available=tuple(item.available for item in given),
             priors=tuple(item.prior for item in given),
         )
-        with self._change(serving) as catalogue:
-            before = catalogue.num_rows
-            catalogue.put(update)
-            return catalogue.num_rows - before
+        return len(self._change(lambda catalogue: catalogue.prepare_put(update), serving).added)
 
     def remove(self, ids: Sequence[str]) -> None:
         """Items that are never recommended again, but still read in old histories. Raises UnknownItem, none removed."""
-        with self._change() as catalogue:
-            catalogue.remove(ids)
+        self._change(lambda catalogue: catalogue.prepare_remove(ids))
 
     def set_available(self, ids: Sequence[str], available: bool = True) -> None:
         """Whether these items may be recommended. Raises UnknownItem, none changed."""
-        with self._change() as catalogue:
-            catalogue.set_available(ids, available)
+        self._change(lambda catalogue: catalogue.prepare_available(ids, available))
 
     def set_prior(self, priors: Mapping[str, float]) -> None:
         """Priors by item id, for those named; they are added to scores at once and touch no session. Raises UnknownItem
         or DataError, none changed."""
-        with self._change() as catalogue:
-            catalogue.set_prior(priors)
+        self._change(lambda catalogue: catalogue.prepare_prior(priors))
 
     def reload(self, path: str | Path) -> str:
         """Serves another engine directory from the next step on; returns its revision.
@@ -394,15 +387,19 @@ class Engine(Recommends):
             )
         return serving
 
-    @contextmanager
-    def _change(self, expected: Serving | None = None) -> Iterator[Catalogue]:
-        """The catalogue, between two steps; `expected` is the serving a change was made for."""
+    def _change(self, prepare: Callable[[Catalogue], Change], expected: Serving | None = None) -> Change:
+        """What has been prepared beside steps is put in place between two of them; `expected` is the serving a change
+        was made for."""
         with self._changing:
             serving = self._now()
             if expected is not None and serving is not expected:
                 raise DataError("upsert: the engine was reloaded while the items were encoded; upsert them again")
+            # looking up and checking may take long, and no request waits for it
+            with in_one_order(self.device):
+                change = prepare(serving.catalogue)
             with serving.lock:
-                yield serving.catalogue
+                serving.catalogue.apply(change)
+        return change
 
     def _enqueue(self, request: Request, timeout_ms: float | None) -> Waiting:
         [asked] = requests_of([request], "submit")

@@ -161,3 +161,22 @@ def test_a_list_of_ids_that_a_change_overtakes_is_made_again():
     catalogue._removed = Overtaken(catalogue._removed)
     assert catalogue.item_ids == ("b", "c")
     assert catalogue.item_ids == ("b", "c", "d")
+
+
+def test_what_is_prepared_changes_nothing_until_it_is_applied():
+    catalogue = made()
+    before = state(catalogue)
+    changes = [
+        catalogue.prepare_put(update(b=[9.0, 9.0], d=[7.0, 8.0])),
+        catalogue.prepare_remove(["a"]),
+        catalogue.prepare_available(["c"], False),
+        catalogue.prepare_prior({"b": 4, "c": 0.25}),
+    ]
+    assert state(catalogue) == before and (catalogue.changes, catalogue.find(["d"])) == (0, [None])
+    for change in changes:
+        catalogue.apply(change)
+    assert catalogue.item_ids == ("b", "c", "d") and catalogue.changes == 2
+    assert catalogue.tokens[:4].tolist() == [[0.0, 1.0], [9.0, 9.0], [4.0, 5.0], [7.0, 8.0]]
+    assert catalogue.versions[:4].tolist() == [0, 1, 0, 0]
+    assert catalogue.available[:4].tolist() == [False, True, False, True]
+    assert catalogue.prior[:4].tolist() == [0.5, 4.0, 0.25, 0.0]

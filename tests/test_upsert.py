@@ -391,6 +391,44 @@ def test_saving_keeps_no_step_waiting(tiny, tmp_path):
     assert "x" in Engine.load(tmp_path / "engine", dtype="float32").catalogue
 
 
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        (lambda e: e.set_prior({"0001": 50.0}), lambda e: e.set_prior({"0001": 1.0, "nope": 1.0})),
+        (lambda e: e.set_available(["0001"], False), lambda e: e.set_available(["nope"], False)),
+        (lambda e: e.remove(["0001"]), lambda e: e.remove(["nope"])),
+        (
+            lambda e: e.upsert([Item("0001", vectors={"text": [0.5] * 8})]),
+            lambda e: e.upsert([Item("nope", title="without a token")]),
+        ),
+    ],
+    ids=["set_prior", "set_available", "remove", "upsert"],
+)
+def test_a_change_is_looked_up_and_checked_beside_a_step(tiny, change, refused):
+    engine = made(tiny)
+    before = engine.recommend(["0003"], k=120)
+    ready, caught = threading.Event(), []
+    apply = engine.catalogue.apply
+
+    def refuse():
+        try:
+            refused(engine)
+        except (UnknownItem, DataError) as error:
+            caught.append(error)
+
+    with engine._now().lock:  # as a step holds it
+        refusing = threading.Thread(target=refuse)
+        refusing.start()
+        refusing.join(60)
+        assert caught and not refusing.is_alive()
+        engine.catalogue.apply = lambda prepared: (ready.set(), apply(prepared))
+        changing = threading.Thread(target=change, args=[engine])
+        changing.start()
+        assert not ready.wait(0.2)  # nothing is written while a step computes
+    changing.join(60)
+    assert ready.is_set() and engine.recommend(["0003"], k=120) != before
+
+
 def test_a_directory_that_was_replaced_is_not_saved_from(tiny, tmp_path):
     tiny.parts().save(tmp_path / "engine")
     engine = Engine.load(tmp_path / "engine", dtype="float32")
