@@ -83,8 +83,8 @@ class HeadScorer:
         Everything is launched, then fetched at once, then cut into answers. Searches that were not certain follow.
         """
         searching = [b for b, query in enumerate(queries) if query.candidates is None]
-        # what is too deep for two stages is searched exactly, like what they leave uncertain: by itself, so that
-        # nobody's answer depends on how many items another asks for
+        # what is too deep for two stages, or for a kernel, is searched exactly, like what they leave uncertain: by
+        # itself, so that nobody's answer depends on how many items another asks for, or takes as long
         shallow = [b for b in searching if not self._is_deep(queries[b])]
         searches = shallow or searching  # none is: all are searched exactly, at once
         # most models have none, and no request should pay for it
@@ -148,7 +148,8 @@ class HeadScorer:
     def _search(
         self, queries: Sequence[Query], members: Sequence[int], vectors: Tensor, exact: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The best of the whole catalogue: scores and rows [S, k], and bool [S]: whose is certain, in two stages."""
+        """The best of the whole catalogue: scores and rows [S, k] of the deepest, each valid up to its own k; and bool
+        [S]: whose is certain, in two stages."""
         if not queries:
             return self._nothing, self._nothing, self._nothing
         answerable = self._answerable(queries)
@@ -159,16 +160,18 @@ class HeadScorer:
         chosen = None if [*members] == [*range(len(members))] else self.transfer.put(np.array(members))
         self.transfer.send()
         vectors = vectors[: len(members)] if chosen is None else vectors[chosen]
-        num_items, deepest = self.catalogue.searched_rows, max(query.request.k for query in queries)
+        num_items, depths = self.catalogue.searched_rows, [query.request.k for query in queries]
         prior = self.model.retrieve.beta * self.catalogue.prior[:num_items]
         tokens = self.catalogue.tokens[:num_items]
         if coarse is None:
-            found = search_catalogue(vectors, tokens, prior, answerable, deepest, self.kernels)
+            found = search_catalogue(vectors, tokens, prior, answerable, depths, self.kernels)
             return *found, self._nothing
-        return top_scores_two_stage(vectors, tokens, prior, answerable, deepest, coarse.first(num_items), MAX_K, last)
+        first = coarse.first(num_items)
+        return top_scores_two_stage(vectors, tokens, prior, answerable, max(depths), first, MAX_K, last)
 
     def _is_deep(self, query: Query) -> bool:
-        return self.catalogue.coarse is not None and query.request.k > TWO_STAGE_K
+        """Native kernels find everybody's own k in one walk."""
+        return self.kernels is None and query.request.k > (MAX_K if self.catalogue.coarse is None else TWO_STAGE_K)
 
     def _answerable(self, queries: Sequence[Query]) -> Answerable:
         """Of all items; on the device once it is sent."""
@@ -224,10 +227,10 @@ def _parts(rows: Sequence[Rows], scores: Floats) -> Iterator[Floats]:
 
 def _search_answer(query: Query, top: Floats, rows: NDArray[np.int64], followed: Floats | None) -> Scored:
     """Of a search: its best scores and rows, and what it gave the query's followers [n]; None without any."""
+    # somebody beside this one may have asked for more, and what stands there means nothing. Where it was searched so
+    # deep, an item right behind one that followed, which is summed in another order here, might overtake that by it
+    top, rows = top[: query.request.k], rows[: query.request.k]
     if query.following is not None and followed is not None:
-        # somebody beside this one may have asked for more. An item that followed is summed in another order here: one
-        # right behind it, which only the deeper search has found, might overtake it by that
-        top, rows = top[: query.request.k], rows[: query.request.k]
         top, rows = merged(query.following, top, rows, query.followers, followed)
     return _cut(query, top, rows)
 

@@ -248,6 +248,25 @@ def test_candidate_order_and_company_do_not_matter(tiny, engine):
         assert dict(engine.recommend(ids, candidates=few)) == {item_id: whole[item_id] for item_id in few}
 
 
+@pytest.mark.parametrize("cpu_path", ["auto", "torch"])
+def test_who_asks_for_few_neither_pays_nor_answers_for_who_asks_for_many(monkeypatch, cpu_path):
+    tiny = make_tiny(400, window=12, step=4)
+    engine = Engine(tiny.parts(), EngineConfig(dtype="float32", kv_budget="4MiB", cpu_path=cpu_path))
+    requests = [Request(tiny.ids(range(at, at + 4)), k) for at, k in ((0, 10), (20, 400), (40, 3), (60, 300))]
+    alone = [engine.recommend_many([request])[0] for request in requests]
+    searched, search = [], scorer.search_catalogue
+
+    def watched(vectors, table, prior, answerable, k, kernels):
+        searched.append((list(k), kernels))
+        return search(vectors, table, prior, answerable, k, kernels)
+
+    monkeypatch.setattr(scorer, "search_catalogue", watched)
+    assert engine.recommend_many(requests) == alone
+    # the native search knows each user's own k; others are searched apart from those that no kernel is for
+    together = [[10, 400, 3, 300]] if searched[0][1] else [[10, 3], [400, 300]]
+    assert [depths for depths, _ in searched] == together
+
+
 def test_equal_scores_keep_the_catalogues_order():
     alike = make_tiny()
     alike.tokens[:] = alike.tokens[0].clone()

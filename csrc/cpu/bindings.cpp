@@ -159,6 +159,7 @@ void search(const py::dict& given, const std::string& isa, int threads) {
         .num_users = whole("num_users"),
         .size = whole("size"),
         .k = whole("k"),
+        .depths = at<const std::int32_t>(address("depths")),
         .prior = at<const float>(address("prior")),
         .available = at<const bool>(address("available")),
         .excluded = lists("excluded_rows", "excluded_starts"),

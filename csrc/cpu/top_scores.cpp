@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <vector>
 
@@ -14,6 +15,7 @@ namespace {
 
 constexpr int kBlock = 224;  // items that stay in the second cache while users take turns
 constexpr int kBlocksAtOnce = 16;
+constexpr std::int64_t kMergedAlone = 16384;  // answers that are not worth another thread
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 struct Scored {
@@ -54,7 +56,7 @@ public:
           bytes_(static_cast<std::ptrdiff_t>(bytes_of(search.type)) * search.size),
           scores_(static_cast<std::size_t>(search.num_users) * kBlock) {
         best_.reserve(static_cast<std::size_t>(search.num_users));
-        for (int u = 0; u < search.num_users; ++u) best_.emplace_back(search.k);
+        for (int u = 0; u < search.num_users; ++u) best_.emplace_back(search.depths[u]);
     }
 
     void block(int first) {
@@ -104,6 +106,22 @@ private:
     int found_[kBlock] = {};
 };
 
+// What the threads have kept for a user, as one answer; `found` is room to work in.
+void merge(const Search& search, const std::vector<Walk>& walks, int u, std::vector<Scored>& found) {
+    found.clear();
+    for (const auto& walk : walks) {
+        const auto& kept = walk.best(u).kept();
+        found.insert(found.end(), kept.begin(), kept.end());
+    }
+    const auto depth = static_cast<std::size_t>(search.depths[u]);
+    if (found.size() > depth) std::nth_element(found.begin(), found.begin() + search.depths[u], found.end());
+    found.resize(depth, {kNever, 0});
+    std::sort(found.begin(), found.end());
+    float* scores = search.scores + std::ptrdiff_t{u} * search.k;
+    std::int64_t* rows = search.rows + std::ptrdiff_t{u} * search.k;
+    for (const auto& each : found) *scores++ = each.score, *rows++ = each.row;
+}
+
 void check(const RowLists& lists, int num_users, int num_items) {
     for (int i = 0; i < lists.starts[num_users]; ++i)
         if (lists.rows[i] < 0 || lists.rows[i] >= num_items) throw std::invalid_argument("a list's row is no item's");
@@ -112,6 +130,8 @@ void check(const RowLists& lists, int num_users, int num_items) {
 }  // namespace
 
 void top_scores(const Search& search, const Kernels& kernels, int threads) {
+    for (int u = 0; u < search.num_users; ++u)
+        if (search.depths[u] < 1 || search.depths[u] > search.k) throw std::invalid_argument("a user's depth is none");
     check(search.excluded, search.num_users, search.num_items);
     if (search.limited != nullptr) check(search.allowed, search.num_users, search.num_items);
     const bool all_limited = search.limited != nullptr &&
@@ -134,20 +154,12 @@ void top_scores(const Search& search, const Kernels& kernels, int threads) {
             for (int u = 0; u < search.num_users; ++u)
                 if (search.limited[u]) walk.list(u);
     });
-    std::vector<Scored> found;
-    for (int u = 0; u < search.num_users; ++u) {
-        found.clear();
-        for (const auto& walk : walks) {
-            const auto& kept = walk.best(u).kept();
-            found.insert(found.end(), kept.begin(), kept.end());
-        }
-        std::sort(found.begin(), found.end());
-        found.resize(static_cast<std::size_t>(search.k), {kNever, 0});
-        for (int i = 0; i < search.k; ++i) {
-            search.scores[std::ptrdiff_t{u} * search.k + i] = found[static_cast<std::size_t>(i)].score;
-            search.rows[std::ptrdiff_t{u} * search.k + i] = found[static_cast<std::size_t>(i)].row;
-        }
-    }
+    const std::int64_t answers = std::accumulate(search.depths, search.depths + search.num_users, std::int64_t{0});
+    next = 0;
+    ThreadPool::shared().run(answers > kMergedAlone ? threads : 1, [&](int) {
+        std::vector<Scored> found;
+        for (int u; (u = next.fetch_add(1)) < search.num_users;) merge(search, walks, u, found);
+    });
 }
 
 }  // namespace speeder::cpu

@@ -18,17 +18,18 @@ struct Search {
     const std::byte* users;  // [num_users, size], of the same type
     Number type;
     int num_items, num_users, size, k;
+    const std::int32_t* depths;  // [num_users] how many each one asks for, of at most k: nobody pays for another's
     const float* prior;     // [num_items]
     const bool* available;  // [num_items]
     RowLists excluded;
     RowLists allowed;     // of users where `limited`
     const bool* limited;  // [num_users] or null
-    float* scores;        // [num_users, k], descending, equal ones by row; -inf where there are no more
-    std::int64_t* rows;   // [num_users, k]
+    float* scores;        // [num_users, k], descending, equal ones by row; -inf where there are no more; not written
+    std::int64_t* rows;   // [num_users, k]                                        beyond a user's depth
     std::ptrdiff_t bytes_per_thread = std::ptrdiff_t{1} << 20;  // of the table, times users, that are worth another
 };
 
-// Throws std::invalid_argument for lists that point beyond the table.
+// Throws std::invalid_argument for lists that point beyond the table, and for depths that are not within 1..k.
 void top_scores(const Search& search, const Kernels& kernels, int threads);
 
 }  // namespace speeder::cpu

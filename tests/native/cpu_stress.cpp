@@ -181,6 +181,8 @@ void pass(Random& random, const Kernels& kernels) {
 void search(Random& random, const Kernels& kernels) {
     const int items = random.within(1, 900), users = random.within(1, 6), size = random.within(1, 70);
     const int k = random.within(1, items);
+    std::vector<std::int32_t> depths;
+    for (int u = 0; u < users; ++u) depths.push_back(random.within(1, k));
     const auto table = random.floats(product({items, size})), vectors = random.floats(product({users, size}));
     const auto prior = random.floats(static_cast<std::size_t>(items));
     const std::vector<char> available(static_cast<std::size_t>(items), 1);
@@ -188,7 +190,8 @@ void search(Random& random, const Kernels& kernels) {
     std::vector<float> scores(product({users, k})), again(scores.size());
     std::vector<std::int64_t> rows(scores.size()), rows_again(scores.size());
     Search wanted{reinterpret_cast<const std::byte*>(table.data()), reinterpret_cast<const std::byte*>(vectors.data()),
-                  Number::fp32, items, users, size, k, prior.data(), reinterpret_cast<const bool*>(available.data()),
+                  Number::fp32, items, users, size, k, depths.data(), prior.data(),
+                  reinterpret_cast<const bool*>(available.data()),
                   {excluded.data(), starts.data()}, {nullptr, nullptr}, nullptr, scores.data(), rows.data()};
     top_scores(wanted, kernels, 1);
     wanted.bytes_per_thread = 1;

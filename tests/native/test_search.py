@@ -1,6 +1,7 @@
 """The native search against the reference in torch: masks, lists, ties; bitwise the same in any company."""
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -68,6 +69,52 @@ def test_an_answer_does_not_depend_on_who_else_asks(dtype):
         few = Answerable.build(answerable.available, [np.empty(0, np.int32)] * count, [None] * count)
         part = native_top_scores(vectors[:count], table, prior, few, 20, KERNELS[0])
         assert torch.equal(part[0], scores[:count]) and torch.equal(part[1], rows[:count])
+
+
+@by_kernels
+@quick
+@given(st.integers(1, 700), st.lists(st.integers(1, 900), min_size=1, max_size=9), st.integers(0, 10**6))
+def test_each_user_gets_as_many_as_it_asks_for(isa, num_items, depths, seed):
+    given = make(len(depths), num_items, 33, torch.float32, seed, whole=True)
+    scores, rows = native_top_scores(*given, depths, isa)
+    assert scores.shape == rows.shape == (len(depths), min(max(depths), num_items))
+    expected, expected_rows = native_top_scores(*given, max(depths), isa)
+    for b, depth in enumerate(depths):
+        assert torch.equal(scores[b, :depth], expected[b, :depth])
+        assert torch.equal(rows[b, :depth], expected_rows[b, :depth])
+
+
+def test_who_asks_for_few_is_not_searched_as_deep_as_another():
+    vectors, table, prior, _ = make(8, 60_000, 8, torch.float32, 0)
+    open_to_all = Answerable.build(torch.ones(60_000, dtype=torch.bool), [np.empty(0, np.int32)] * 8, [None] * 8)
+
+    def seconds(depths):
+        found = []
+        for _ in range(5):
+            start = time.perf_counter()
+            native_top_scores(vectors, table, prior, open_to_all, depths, KERNELS[0])
+            found.append(time.perf_counter() - start)
+        return min(found)
+
+    assert seconds([30_000] + [10] * 7) < seconds([30_000] * 8) / 2
+
+
+def test_many_answers_are_merged_by_all_threads():
+    vectors, table, prior, answerable = make(5, 20_000, 40, torch.float32, 1, whole=True)
+    given, depths = (vectors, table, prior, answerable), [20_000, 3, 9_000, 20_000, 1]
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            scores, rows = native_top_scores(*given, depths, KERNELS[0])
+            found.append([(scores[b, :k], rows[b, :k]) for b, k in enumerate(depths)])
+    finally:
+        torch.set_num_threads(before)
+    expected, _ = top_scores_ref(*given, 20_000)
+    for b, (ours, alone) in enumerate(zip(found[1], found[0], strict=True)):
+        assert torch.equal(ours[0], alone[0]) and torch.equal(ours[1], alone[1])
+        assert torch.equal(ours[0], expected[b, : depths[b]])
 
 
 def test_threads_do_not_change_an_answer():
