@@ -326,6 +326,7 @@ class EngineConfig(Config):
     block_size: int = 16
     max_batch_users: int = 64
     max_batch_rows: int = 4096
+    max_candidates: int = 4096  # that one request may name: they are computed in one step, which others wait for
     catalogue_capacity: int | None = None  # items that fit; none: a quarter more than there are, at least 1,024
     max_waiting: int = 1024  # submitted requests that may wait; one more is refused
     batch_wait_ms: float = 0.0  # how long a submitted request waits for company while the engine is idle
@@ -349,7 +350,8 @@ class EngineConfig(Config):
         for name, choices in (("dtype", DTYPES), ("launches", LAUNCHES), ("cpu_path", CPU_PATHS)):
             value = getattr(self, name)
             check(value in choices, f"EngineConfig.{name}: {value!r} is not one of {', '.join(choices)}")
-        for name in ("max_sessions", "block_size", "max_batch_users", "max_batch_rows", "max_waiting", "warm_k"):
+        counts = ("max_sessions", "block_size", "max_batch_users", "max_batch_rows", "max_candidates", "max_waiting")
+        for name in (*counts, "warm_k"):
             value = getattr(self, name)
             check(0 < value <= MOST_INT32, f"EngineConfig.{name} must be within 1..{MOST_INT32}, is {value}")
         check(

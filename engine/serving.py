@@ -19,6 +19,7 @@ from speeder_engine.cache import CachePlan, KVCache
 from speeder_engine.config import ROW_TILE, EngineConfig, check
 from speeder_engine.device import DeviceLock, pick_kv_dtype
 from speeder_engine.embedder import ItemEmbedder
+from speeder_engine.errors import InvalidRequest
 from speeder_engine.generation import TitleGenerator
 from speeder_engine.graphs import StepGraphs, pick_capture, transfer_words
 from speeder_engine.models.recommender import ServingModel
@@ -97,7 +98,7 @@ class Serving:
         native = None
         if self.kernels is not None:
             # packed from the weights as they are: those of a directory stay where the file is mapped
-            native = NativeDecoder(parts.model.decoder, dtype, config.weights, self.kernels)
+            native = NativeDecoder(parts.model.decoder, dtype, config.weights, self.kernels, 2 * config.max_batch_rows)
             self.model = parts.model.beside_packed(dtype)
         else:
             self.model = parts.model if parts.artifact is None else unmapped(parts.model, device)
@@ -155,6 +156,8 @@ class Serving:
                 meet_merges(k, self.catalogue.capacity, self.device)
 
     def resolve(self, request: Request, head: Head | None = None) -> Query:
+        if head is None:
+            self._check_candidates(request)
         query = resolve(request, self.catalogue, self.layout, self.parts.config, head)
         if self.followers is not None:
             query = replace(query, following=self.followers.of(query.head, query.window))
@@ -163,6 +166,14 @@ class Serving:
         changes = self.catalogue.changes  # read before the titles: a change meanwhile must be seen
         answers = self.title_text.answers([self.catalogue.row_title(row) for row in query.candidates.tolist()])
         return replace(query, trie=TitleTrie.build(self.layout.config.question_ids, answers), titles_of=changes)
+
+    def _check_candidates(self, request: Request) -> None:
+        named, most = len(request.candidates or ()), self.config.max_candidates
+        if named > most:
+            raise InvalidRequest(
+                f"candidates: {named:,} are more than max_candidates={most}; name fewer, ask the retrieve head with "
+                "allow=[...] instead, or load the engine with more"
+            )
 
     def is_stale(self, query: Query) -> bool:
         """Whether a query of this serving has read titles that may have changed."""

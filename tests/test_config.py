@@ -97,6 +97,7 @@ def test_no_sizes(size):
         ({"batch_wait_ms": -1.0}, "batch_wait_ms must be within"),
         ({"batch_wait_ms": "5"}, "EngineConfig.batch_wait_ms: expected float, got '5'"),
         ({"max_batch_users": "64"}, "EngineConfig.max_batch_users: expected int, got '64'"),
+        ({"max_candidates": 0}, "EngineConfig.max_candidates must be within 1..2147483647, is 0"),
         ({"max_sessions": 64.0}, "EngineConfig.max_sessions: expected int, got 64.0"),
         ({"catalogue_capacity": True}, "EngineConfig.catalogue_capacity: expected int, got True"),
         ({"kv_budget": 1.5}, "EngineConfig.kv_budget: expected str or int, got 1.5"),

@@ -1,5 +1,6 @@
 """The engine against plain transformers, and its invariants: bitwise on the CPU, in fp32 and bf16."""
 
+import asyncio
 import copy
 import pickle
 import re
@@ -325,6 +326,23 @@ def test_bad_requests_are_refused_in_one_line(engine, arguments, message):
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
     assert engine.stats().requests == engine.stats().rows_computed == 0
+
+
+def test_more_candidates_than_a_request_may_name_are_refused(tiny):
+    """They are computed in one step, which everybody else waits for."""
+    engine = Engine(tiny.parts(), EngineConfig(dtype="float32", kv_budget="0", max_candidates=20, max_batch_rows=8))
+    many, history = tiny.ids(range(50, 71)), tiny.ids([3])
+    for head in (None, "rank", "retrieve"):
+        with pytest.raises(InvalidRequest, match=r"candidates: 21 are more than max_candidates=20; name") as caught:
+            engine.recommend(history, candidates=many, head=head)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InvalidRequest, match="max_candidates"):
+        asyncio.run(engine.submit(Request(history, candidates=many)))
+    assert engine.stats().rows_computed == 0
+    assert len(engine.recommend(history, k=20, candidates=many[1:])) == 20  # more than a step's rows, as before
+    native = engine._now().runner.native
+    assert native is None or native.scratch_bytes == 0  # and gave back what they took
+    assert set(engine.recommend(history, k=30, allow=many).items) == set(many)
 
 
 def test_odd_shapes_answer_as_transformers():

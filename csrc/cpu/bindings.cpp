@@ -237,8 +237,10 @@ PYBIND11_MODULE(_cpu, module) {
                  decoder.forward(pass);
              })
         .def_property("threads", &Decoder::threads, &Decoder::set_threads)
+        .def_property("kept_rows", &Decoder::kept_rows, &Decoder::set_kept_rows)
         .def_property("work_per_thread", &Decoder::work_per_thread, &Decoder::set_work_per_thread)
         .def_property_readonly("num_layers", &Decoder::num_layers)
         .def_property_readonly("weight_bytes", &Decoder::weight_bytes)
+        .def_property_readonly("scratch_bytes", &Decoder::scratch_bytes)
         .def_property_readonly("kernels", &Decoder::kernels);
 }

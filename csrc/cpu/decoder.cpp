@@ -82,6 +82,8 @@ std::size_t Decoder::weight_bytes() const {
     return bytes;
 }
 
+std::size_t Decoder::scratch_bytes() const { return scratch_->memory.bytes() + scratch_->work.bytes(); }
+
 void Attending::build(const Pass& pass, const std::int64_t* rows, int count, const std::vector<std::int64_t>& own_paths,
                       const std::vector<std::size_t>& path_starts) {
     chunks.clear(), slots.clear(), limit.clear(), path_length.clear(), path.clear();
@@ -189,6 +191,7 @@ void Decoder::forward(const Pass& pass) {
     scratch.read.build(pass, pass.read_rows, pass.num_reads, paths, starts);
     scratch.reserve(shape_, pass.num_rows, threads_, scratch.all.max_keys, scratch.all.max_path);
     run(pass);
+    if (pass.num_rows > kept_rows_) scratch_ = std::make_unique<Scratch>();
 }
 
 }  // namespace speeder::cpu

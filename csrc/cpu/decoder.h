@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -71,8 +72,12 @@ public:
 
     int num_layers() const { return static_cast<int>(layers_.size()); }
     std::size_t weight_bytes() const;
+    std::size_t scratch_bytes() const;  // held for the next pass
     int threads() const { return threads_; }
     void set_threads(int threads) { threads_ = threads; }
+    // What a pass of more rows needed is given back behind it: it may have been the only one.
+    int kept_rows() const { return kept_rows_; }
+    void set_kept_rows(int rows) { kept_rows_ = rows; }
     // Operations that are worth another thread: waking one takes tens of microseconds where all cores are idle, and
     // milliseconds where they are not.
     double work_per_thread() const { return work_per_thread_; }
@@ -89,6 +94,7 @@ private:
     const Shape shape_;
     const Kernels& kernels_;
     int threads_;
+    int kept_rows_ = std::numeric_limits<int>::max();
     double work_per_thread_ = 2e7;
     std::vector<std::unique_ptr<Layer>> layers_;
     std::vector<float> norm_;

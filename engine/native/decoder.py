@@ -8,6 +8,7 @@ from torch import Tensor
 
 from speeder_engine import _cpu
 from speeder_engine.cache import KVCache
+from speeder_engine.config import MOST_INT32
 from speeder_engine.models.decoder import Decoder, DecoderLayer
 from speeder_engine.native.support import NUMBERS
 from speeder_engine.triton_kernels.compressed_attention import AttentionRows
@@ -72,9 +73,12 @@ class NativeRows:
 class NativeDecoder:
     """Final (normed) hidden states of rows, as `Decoder` computes them; sums between layers stay in fp32."""
 
-    def __init__(self, decoder: Decoder, dtype: torch.dtype, weights: str, kernels: str) -> None:
+    def __init__(
+        self, decoder: Decoder, dtype: torch.dtype, weights: str, kernels: str, kept_rows: int = MOST_INT32
+    ) -> None:
         """dtype: of activations and cache, fp32 or bf16. weights: "auto" packs them in dtype, "int8" with one scale an
-        output, activations then with one scale a row. kernels: as `pick_kernels` found."""
+        output, activations then with one scale a row. kernels: as `pick_kernels` found. kept_rows: activations of so
+        many rows are kept for the next pass, those of a larger one given back."""
         config = decoder.config
         self.dtype = dtype
         self._native = _cpu.Decoder(
@@ -94,11 +98,17 @@ class NativeDecoder:
             self._add(layer)
         norm = _floats(decoder.norm.weight)
         self._native.set_norm(_address(norm))
+        self._native.kept_rows = min(kept_rows, MOST_INT32)
 
     @property
     def weight_bytes(self) -> int:
         """Of the packed weights."""
         return int(self._native.weight_bytes)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Of activations that are kept for the next pass."""
+        return int(self._native.scratch_bytes)
 
     @property
     def kernels(self) -> str:

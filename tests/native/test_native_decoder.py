@@ -243,6 +243,21 @@ def test_own_keys_are_kept_from_call_to_call(isa):
 
 
 @by_kernels
+def test_what_a_large_pass_needed_is_given_back(isa):
+    model = make("qwen3")
+    decoder = Decoder.from_transformers(model)
+    run, cache = NativeDecoder(decoder, torch.float32, "auto", isa, kept_rows=8), make_cache(model)
+    embedded = torch.randn(9, 48)
+    before = run.forward(embedded[:8], history_rows(model, 8), cache)
+    kept = run.scratch_bytes
+    assert kept > 0
+    run.forward(embedded, history_rows(model, 9), cache)
+    assert run.scratch_bytes == 0
+    assert torch.equal(run.forward(embedded[:8], history_rows(model, 8), cache), before)
+    assert run.scratch_bytes == kept
+
+
+@by_kernels
 @pytest.mark.parametrize(("dtype", "weights"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8")])
 def test_a_sequence_is_bitwise_the_same_in_any_company(isa, dtype, weights):
     """Several histories in one pass, each alone, and with other numbers of threads."""
