@@ -43,14 +43,17 @@ def in_one_order(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class DeviceLock:
-    """A lock whose holders' work on the device is in the order in which they hold it."""
+    """A lock whose holders' work on the device is in the order in which they hold it. Who waits is let in before who
+    has just left: a worker that takes it step after step keeps nobody out for longer than one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._lock = device, threading.Lock()
+        self._door = threading.Lock()  # held by the one that is next
         self._order: AbstractContextManager[Any] = nullcontext()  # the holder's
 
     def acquire(self) -> None:
-        self._lock.acquire()
+        with self._door:
+            self._lock.acquire()
         try:
             self._order = in_one_order(self._device)
             self._order.__enter__()

@@ -3,7 +3,6 @@
 It knows no threads and no queue: whoever calls holds `lock`.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -203,9 +202,6 @@ class Serving:
                 return self.num_rows(queries)
 
         for part in cut_into_steps(queries, count_rows, self.config):
-            if part.start:
-                # the lock is free: whoever waits for it, a change of the catalogue or the queue, may go first
-                time.sleep(0)
             yield queries[part]
 
     def step(self, queries: Sequence[Query]) -> list[Ranking]:

@@ -1,5 +1,7 @@
 """Which device an engine takes."""
 
+import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -88,6 +90,27 @@ def test_a_device_that_is_lost_leaves_the_lock_free(monkeypatch):
     for _ in range(2):
         with pytest.raises(RuntimeError, match="CUDA error"), lock:
             raise AssertionError("not held")
+
+
+def test_who_waits_is_let_in_before_who_has_just_left():
+    """Else a worker that takes step after step would keep a change out for as long as there are requests."""
+    lock, order = DeviceLock(torch.device("cpu")), []
+
+    def wait():
+        with lock:
+            order.append("waited")
+
+    for turn in range(20):
+        waiting = threading.Thread(target=wait)
+        with lock:
+            waiting.start()
+            deadline = time.monotonic() + 60
+            while not lock._door.locked() and time.monotonic() < deadline:
+                time.sleep(1e-4)
+        with lock:
+            order.append("left")
+        waiting.join()
+        assert order == ["waited", "left"] * (turn + 1)
 
 
 def test_a_cpu_has_no_streams(entered):

@@ -366,15 +366,6 @@ def python_calls(call):
     return calls
 
 
-@pytest.mark.parametrize("asked", [1, 2, 3])
-def test_only_between_two_steps_do_others_go_first(tiny, monkeypatch, asked):
-    """Giving the processor away costs a request that is alone more than everything else on the host."""
-    engine, given = captured(tiny, max_batch_users=1), []
-    monkeypatch.setattr(serving_module, "time", SimpleNamespace(sleep=given.append))
-    engine.recommend_many([Request(tiny.ids(range(5)))] * asked)
-    assert engine.stats().steps == asked and given == [0] * (asked - 1)
-
-
 def warm_step(engine, tiny, num_users, length, num_candidates):
     """A step of warm users with one new item and candidates each, asked a second time so that nothing is the first."""
     serving = engine._now()

@@ -217,6 +217,42 @@ def test_one_users_flood_does_not_hold_the_others_up(tiny):
         assert asyncio.run(ask()) < 25
 
 
+@pytest.mark.parametrize("ask", ["submit", "recommend_many"])
+def test_a_change_waits_for_the_step_that_runs_and_for_no_other(tiny, monkeypatch, ask):
+    engine = made(tiny, max_batch_users=2)
+    serving, order, running, go_on = engine._now(), [], threading.Event(), threading.Event()
+    step, apply = serving.step, serving.catalogue.apply
+
+    def watched(queries):
+        order.append("step")
+        running.set()
+        assert go_on.wait(60)
+        return step(queries)
+
+    def answer():
+        if ask == "recommend_many":
+            return engine.recommend_many(list(some_requests(tiny, 8)))
+        return asyncio.run(answers())
+
+    async def answers():
+        return await asyncio.gather(*(engine.submit(request) for request in some_requests(tiny, 8)))
+
+    monkeypatch.setattr(serving, "step", watched)
+    monkeypatch.setattr(serving.catalogue, "apply", lambda change: (order.append("change"), apply(change)))
+    asking = threading.Thread(target=answer)
+    changing = threading.Thread(target=engine.set_prior, args=[{"0001": 1.0}])
+    asking.start()
+    assert running.wait(60)
+    changing.start()
+    deadline = time.monotonic() + 60
+    while not serving.lock._door.locked() and time.monotonic() < deadline:
+        time.sleep(1e-3)
+    go_on.set()
+    changing.join()
+    asking.join()
+    assert order[:3] == ["step", "change", "step"] and order.count("step") > 3
+
+
 def test_sessions_are_found_while_the_engine_reloads(tiny, tmp_path, monkeypatch):
     tiny.parts().save(tmp_path / "e")
     reading, go_on = threading.Event(), threading.Event()
