@@ -65,8 +65,8 @@ struct StepPlan {
 struct CacheStats {
     std::int64_t num_blocks, num_free_blocks, num_sessions, num_host_sessions, num_pinned, num_open_steps;
     std::int64_t session_blocks, host_blocks_used, num_host_blocks;
-    std::int64_t steps_planned, steps_committed, steps_released;
-    std::int64_t positions_reused, positions_planned, copies, evictions, offloads, restores, truncations;
+    std::int64_t steps_planned, positions_planned, steps_committed, steps_released;
+    std::int64_t positions_reused, copies, evictions, offloads, restores, truncations;  // of committed steps
 };
 
 // Safe to call from several threads. Every call either succeeds or leaves everything as it was.
@@ -120,6 +120,7 @@ private:
     struct Step {
         std::int64_t id = 0;     // 0: at rest
         bool half_open = false;  // committed, sessions of tier kMoving wait for `finish`
+        std::int64_t reused = 0, copies = 0, restores = 0;  // counted when it is committed
         std::size_t size = 0;
         std::vector<Sequence> sequences;  // the first `size` count; the rest keep their memory for later steps
         std::span<Sequence> live() noexcept { return {sequences.data(), size}; }
@@ -152,7 +153,7 @@ private:
     Need measure(const Step& step) const noexcept;
     void check_room(const Need& need) const;
     void assign(Sequence& sequence) noexcept;
-    StepPlan write(const Step& step, const PlanBuffers& out) noexcept;
+    StepPlan write(Step& step, const PlanBuffers& out) noexcept;
     void write_rows(const Sequence& sequence, const PlanBuffers& out, StepPlan& plan) const noexcept;
 
     // block_manager_commit.cpp

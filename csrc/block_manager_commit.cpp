@@ -16,6 +16,9 @@ std::int32_t BlockManager::commit(std::int64_t step, std::span<std::int32_t> off
     open.size = 0;
     open.half_open = true;
     if (num_offloads == 0) put_to_rest(open);
+    counters_.positions_reused += open.reused;
+    counters_.copies += open.copies;
+    counters_.restores += open.restores;
     ++counters_.steps_committed;
     return num_offloads;
 }

@@ -165,8 +165,9 @@ void BlockManager::assign(Sequence& sequence) noexcept {
     }
 }
 
-StepPlan BlockManager::write(const Step& step, const PlanBuffers& out) noexcept {
+StepPlan BlockManager::write(Step& step, const PlanBuffers& out) noexcept {
     StepPlan plan{step.id, 0, 0, 0};
+    step.reused = 0;
     for (std::size_t i = 0; i < step.size; ++i) {
         const Sequence& sequence = step.sequences[i];
         out.cached_len[i] = sequence.cached_len;
@@ -174,11 +175,11 @@ StepPlan BlockManager::write(const Step& step, const PlanBuffers& out) noexcept 
         const auto row = out.block_tables.subspan(i * out.table_width, out.table_width);
         std::fill(std::copy(sequence.blocks.begin(), sequence.blocks.end(), row.begin()), row.end(), kNone);
         write_rows(sequence, out, plan);
-        counters_.positions_reused += sequence.cached_len;
+        step.reused += sequence.cached_len;
     }
+    step.copies = plan.num_copies;
+    step.restores = plan.num_restores;
     counters_.positions_planned += plan.num_new_rows;
-    counters_.copies += plan.num_copies;
-    counters_.restores += plan.num_restores;
     ++counters_.steps_planned;
     return plan;
 }

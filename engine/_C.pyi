@@ -142,9 +142,9 @@ class BlockManager:
         way there), num_pinned, num_open_steps (half-open ones too), session_blocks (device blocks of sessions, without
         those on their way to the host), host_blocks_used, num_host_blocks.
 
-        Since the start: steps_planned, steps_committed, steps_released, positions_reused, positions_planned, copies,
-        evictions (sessions dropped to make room, or because their move failed), offloads (blocks moved) and restores
-        (blocks planned), truncations (sessions cut to max_blocks_per_user).
+        Since the start: steps_planned, positions_planned, steps_committed, steps_released; and of committed steps:
+        positions_reused, copies, evictions (sessions dropped to make room, or because their move failed), offloads
+        (blocks moved), restores (blocks), truncations (sessions cut to max_blocks_per_user).
         """
 
     def check_integrity(self) -> None:

@@ -43,11 +43,12 @@ from speeder_engine.triton_kernels.top_scores import MAX_K, meet_merges
 from speeder_engine.warm_up import warm_depths, warm_rankings, warm_searches
 
 Floats = NDArray[np.float32]
+Counts = tuple[int, int, int, int]  # rows computed, graphs replayed, steps without one, users searched again
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What an engine has done since it was loaded or reloaded, and what it holds now."""
+    """What an engine has done since it was loaded or reloaded, steps that failed aside, and what it holds now."""
 
     requests: int
     steps: int
@@ -123,6 +124,7 @@ class Serving:
         self.num_requests = 0
         self.num_steps = 0
         self.eager_steps = 0
+        self._counted: Counts = (0, 0, 0, 0)
 
     def warm_up(self) -> None:
         """Captures the graphs and answers once with each head, so that nothing is compiled or allocated later."""
@@ -135,8 +137,7 @@ class Serving:
         with overlapping(self.runner.overlap):
             for users in range(1, min(self.config.max_batch_users, MOST_ROWS) + 1, ROW_TILE):
                 self.scorer.user_vectors(self.cache.last_hidden[:1].expand(users, -1).contiguous())
-        counted = self.num_requests, self.num_steps, self.eager_steps, self.runner.rows_computed, self.graphs.replays
-        again = self.scorer.searched_again
+        counted = self.num_requests, self.num_steps, self._counted
         for requests in (*searches, *warm_rankings(self.catalogue, heads)):
             self.step([self.resolve(request) for request in requests])
         if self.catalogue.coarse is not None:
@@ -144,8 +145,8 @@ class Serving:
                 queries = [self.resolve(request) for request in searching]
                 with self.forward(queries) as done:
                     self.scorer.search_exactly(queries, range(len(queries)), done.vectors)
-        self.num_requests, self.num_steps, self.eager_steps, self.runner.rows_computed, self.graphs.replays = counted
-        self.scorer.searched_again = again
+        self.num_requests, self.num_steps, self._counted = counted
+        self._uncount()
 
     def _meet_kernels(self) -> None:
         """Those that the steps of the warm-up may not meet: of other numbers of rows, of a catalogue that has grown."""
@@ -241,16 +242,23 @@ class Serving:
     def forward(self, queries: Sequence[Query]) -> Iterator[Pass]:
         """Plans and runs a step.
 
-        The step is a transaction: sessions take it over when the body ends well, and are as they were if it raises.
+        The step is a transaction: sessions take it over when the body ends well, and are as they were if it raises;
+        so are the counters.
         """
         plan = self.cache.plan([query.request.user_id for query in queries], self._keys(queries))
         try:
             yield self._run(queries, plan)
         except BaseException:
+            self._uncount()
             self.cache.release(plan)
             raise
         self.cache.commit(plan)
         self.num_steps += 1
+        self._counted = self.runner.rows_computed, self.graphs.replays, self.eager_steps, self.scorer.searched_again
+
+    def _uncount(self) -> None:
+        """What steps have counted that are not to count."""
+        self.runner.rows_computed, self.graphs.replays, self.eager_steps, self.scorer.searched_again = self._counted
 
     def _run(self, queries: Sequence[Query], plan: CachePlan) -> Pass:
         rows = RowLayout(queries, plan, self.row_constants)
@@ -282,10 +290,11 @@ class Serving:
 
     def stats(self, num_waiting: int, num_refused: int, num_expired: int) -> EngineStats:
         counts, size = self.cache.manager.stats(), self.cache.size
+        rows_computed, graph_replays, eager_steps, searched_again = self._counted
         return EngineStats(
             requests=self.num_requests,
             steps=self.num_steps,
-            rows_computed=self.runner.rows_computed,
+            rows_computed=rows_computed,
             positions_reused=counts["positions_reused"],
             num_sessions=counts["num_sessions"],
             num_host_sessions=counts["num_host_sessions"],
@@ -301,9 +310,9 @@ class Serving:
             num_refused=num_refused,
             num_expired=num_expired,
             graphs_captured=self.graphs.captured,
-            graph_replays=self.graphs.replays,
-            eager_steps=self.eager_steps,
-            searched_again=self.scorer.searched_again,
+            graph_replays=graph_replays,
+            eager_steps=eager_steps,
+            searched_again=searched_again,
         )
 
 
