@@ -199,6 +199,7 @@ void bind_block_manager(py::module_& module) {
         .def("finish", &BlockManager::finish, py::arg("step"), py::arg("moved"), Unlocked())
         .def("release", &BlockManager::release, py::arg("step"), Unlocked())
         .def("pin", &BlockManager::pin, py::arg("user"), py::arg("pinned") = true, Unlocked())
+        .def("pinned", &BlockManager::pinned, Unlocked())
         .def("close", &BlockManager::close, py::arg("user"), Unlocked())
         .def("clear", &BlockManager::clear, Unlocked())
         .def("__contains__", &BlockManager::contains, py::arg("user"), Unlocked())

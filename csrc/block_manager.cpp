@@ -100,6 +100,15 @@ bool BlockManager::pin(std::string_view user, bool pinned) {
     return true;
 }
 
+std::vector<std::string> BlockManager::pinned() const {
+    const std::scoped_lock lock(mutex_);
+    std::vector<std::string> users;
+    sessions_.for_each([&](SessionId session) {
+        if (sessions_[session].pinned) users.push_back(*sessions_[session].user);
+    });
+    return users;
+}
+
 void BlockManager::close_session(SessionId id) noexcept {
     if (sessions_[id].step == 0) {
         drop(id);

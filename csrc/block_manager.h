@@ -9,6 +9,7 @@
 #include <optional>
 #include <span>
 #include <stdexcept>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -94,6 +95,7 @@ public:
 
     // Pinned sessions are evicted last. False if the user has no session, or if pinned ones would exceed the budget.
     bool pin(std::string_view user, bool pinned);
+    std::vector<std::string> pinned() const;  // users, in no order
     // True if the user had a session; one in an open step goes when the step ends.
     bool close(std::string_view user);
     void clear();

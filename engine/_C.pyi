@@ -125,6 +125,9 @@ class BlockManager:
         setting it or taking it back makes the session the most recently used of its tier. False if the user has no
         session, or if all pinned sessions, this one with them, would have more than budget_blocks blocks."""
 
+    def pinned(self) -> list[str]:
+        """Users whose sessions are pinned, in no order."""
+
     def close(self, user: str) -> bool:
         """Forgets the user; a session in an open or half-open step is gone for callers now and freed when the step
         ends. False if there was none."""

@@ -17,7 +17,7 @@ from speeder_engine.catalogue import Catalogue, Change, ItemUpdate
 from speeder_engine.checks import given_path
 from speeder_engine.config import MAX_TITLE_TOKENS, MOST_ANSWER_IDS, EngineConfig
 from speeder_engine.device import in_one_order, pick_device, pick_dtype
-from speeder_engine.errors import DataError, DeadlineExceeded, EngineClosed, InvalidRequest, shown
+from speeder_engine.errors import CacheExhausted, DataError, DeadlineExceeded, EngineClosed, InvalidRequest, shown
 from speeder_engine.forks import claim_threads
 from speeder_engine.item import Item
 from speeder_engine.models.recommender import ServingModel
@@ -257,7 +257,8 @@ class Engine(Recommends):
     ) -> int:
         """Computes a user's session ahead of the request, without an answer; returns the rows that took.
 
-        pin: evict this session only when there are none but pinned ones; see `pin_session`.
+        pin: evict this session only when there are none but pinned ones; see `pin_session`. CacheExhausted where that
+        is refused; the session is computed all the same.
         """
         check_user(user_id)
         pin = true_or_false("pin", pin)
@@ -269,21 +270,31 @@ class Engine(Recommends):
             with serving.forward([query]):
                 pass
             rows = serving.runner.rows_computed - before
-        if pin:
-            self.pin_session(user_id)
+        if pin and query.window.size and not self.pin_session(user_id):
+            raise CacheExhausted(
+                f"warm: pin: {shown(user_id)} is computed and not pinned: pinned sessions would exceed kv_budget, "
+                f"{self.config.kv_budget!r}; raise it, or take others back with pin_session(user_id, False)"
+            )
         return rows
 
     def pin_session(self, user_id: str, pinned: bool = True) -> bool:
         """Keeps (or, with False, stops keeping) a user's session while there are others to evict. False if there is no
-        session, or if pinned ones would exceed the KV budget."""
+        session, or if pinned ones would exceed the KV budget. A pin outlives a reload: there the user's session is
+        pinned when it is computed again."""
         check_user(user_id)
-        return bool(self._now().cache.manager.pin(user_id, true_or_false("pinned", pinned)))
+        serving, pinned = self._now(), true_or_false("pinned", pinned)
+        found = bool(serving.cache.manager.pin(user_id, pinned))
+        if pinned or user_id not in serving.to_pin:
+            return found
+        serving.to_pin.discard(user_id)
+        return True
 
     def close_session(self, user_id: str) -> bool:
         """Forgets a user's history, keys and values; true if there were any."""
         check_user(user_id)
         serving = self._now()
         held = self._histories.pop(user_id, None)
+        serving.to_pin.discard(user_id)
         return bool(serving.cache.manager.close(user_id)) or bool(held and held.ids)
 
     def check_items(self, ids: Sequence[str], where: str, timed: bool = False) -> None:
@@ -333,15 +344,16 @@ class Engine(Recommends):
 
         It is read, verified and put on the device beside the old one, which goes on serving meanwhile and stays if
         that fails (ArtifactError, ConfigError). What was upserted or set at run time ends with the old one; sessions
-        keep their histories, their keys and values are computed anew.
+        keep their histories and stay pinned, their keys and values are computed anew.
         """
         with self._changing:
-            self._now()
+            old = self._now()
             parts = EngineParts.load(given_path(path, "reload", "an engine directory"))
             serving = self._make_serving(parts)
             if self._is_warm:
                 with serving.lock:
                     serving.warm_up()
+            serving.to_pin = old.to_pin.union(old.cache.manager.pinned())
             self._serving = serving
         if self._is_warm:
             self._freeze()

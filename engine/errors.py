@@ -40,7 +40,8 @@ class ExportError(SpeederError):
 
 
 class CacheExhausted(SpeederError):
-    """The KV cache can't hold this step even with every idle session evicted; nothing was changed."""
+    """The KV cache can't hold this step even with every idle session evicted; nothing was changed. Or it can't keep a
+    session that was to be warm and pinned: it is not pinned then."""
 
 
 class CatalogueFull(SpeederError):

@@ -125,6 +125,7 @@ class Serving:
         self.num_steps = 0
         self.eager_steps = 0
         self._counted: Counts = (0, 0, 0, 0)
+        self.to_pin: set[str] = set()  # users who were pinned before a reload, when a step commits their sessions
 
     def warm_up(self) -> None:
         """Captures the graphs and answers once with each head, so that nothing is compiled or allocated later."""
@@ -253,8 +254,15 @@ class Serving:
             self.cache.release(plan)
             raise
         self.cache.commit(plan)
+        self._pin_again(queries)
         self.num_steps += 1
         self._counted = self.runner.rows_computed, self.graphs.replays, self.eager_steps, self.scorer.searched_again
+
+    def _pin_again(self, queries: Sequence[Query]) -> None:
+        if self.to_pin:
+            for user in {query.request.user_id for query in queries} & self.to_pin:
+                if user is not None and self.cache.manager.pin(user):
+                    self.to_pin.discard(user)
 
     def _uncount(self) -> None:
         """What steps have counted that are not to count."""

@@ -86,6 +86,27 @@ def test_what_was_set_at_run_time_ends_with_what_it_was_set_on(old, directories)
     assert "x" not in engine.catalogue
 
 
+def test_who_is_pinned_stays_pinned(old, directories):
+    engine, ids = loaded(directories / "old"), old.ids(range(8))
+    for user in ("ada", "bob", "carl", "dan", "eve"):
+        engine.warm(user, ids, pin=user != "eve")
+    for directory in ("new", "old"):  # who hasn't asked between two reloads is not forgotten
+        engine.reload(directories / directory)
+        assert engine.stats().num_pinned == 0
+        if directory == "new":
+            assert engine.pin_session("carl", False)
+            assert not engine.pin_session("carl", False)
+            engine.close_session("dan")
+        for user in ("ada", "carl", "dan", "eve"):
+            engine.recommend(ids[:4], user_id=user)
+        assert engine.stats().num_pinned == 1
+        engine.recommend(ids[:5], user_id="ada")
+    engine.warm("bob", ids)
+    assert engine.stats().num_pinned == 2
+    assert engine.pin_session("ada", False) and engine.stats().num_pinned == 1
+    engine.check_integrity()
+
+
 def test_what_is_reloaded_beside_a_warm_up_is_warm(directories, monkeypatch):
     engine = loaded(directories / "old", graphs="on", row_buckets=(16,), freeze_gc=False)
     begun, reloaded = threading.Event(), threading.Event()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from reference import make_tiny
 
-from speeder_engine import Engine, EngineConfig, InvalidRequest, Request, UnknownItem, memory
+from speeder_engine import CacheExhausted, Engine, EngineConfig, InvalidRequest, Request, UnknownItem, memory
 from speeder_engine.config import ConfigError
 
 
@@ -132,6 +132,19 @@ def test_pinned_sessions_are_evicted_last(tiny):
         engine.recommend(ids[:5], user_id=f"v{i}")
     assert engine.warm("ada", ids) == 12
     assert not engine.pin_session("nobody")
+
+
+def test_a_pin_that_is_refused_is_told(tiny):
+    ids = tiny.ids(range(12))
+    for budget, others in (("0", 0), ("40KB", 6)):  # 6 blocks: a history of 12 takes one
+        engine = made(tiny, kv_budget=budget)
+        for i in range(others):
+            assert engine.warm(f"u{i}", ids, pin=True) == 12
+        with pytest.raises(CacheExhausted, match=f"'ada' is computed and not pinned: .* '{budget}'; raise it"):
+            engine.warm("ada", ids, pin=True)
+        assert engine.stats().num_pinned == others
+        assert engine.warm("bob", [], pin=True) == 0  # nothing to keep
+        engine.check_integrity()
 
 
 def test_a_budget_is_a_bound(tiny):
