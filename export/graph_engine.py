@@ -194,7 +194,7 @@ class GraphEngine(Recommends):
         kept = dict(zip(self._present, state.values if self._in_place else [None] * len(self._present), strict=True))
         outputs = TOP if query.candidates is None else (_scores_of(query),)
         found, values = self._session("extend").run(inputs, outputs, kept)
-        self._users.put(user_id, UserState(keys, values, self._session("extend").shape(values[0])[2]))
+        self._users.put(user_id, self._state(keys, values))
         if query.candidates is None:
             return [self._ranking(query, found["top_rows"][0], found["top_scores"][0])]
         return [self._named(query, found[outputs[0]][0])]
@@ -203,14 +203,21 @@ class GraphEngine(Recommends):
         """Keys and values to go on from, and how many positions of them count; the last position is computed again
         when there is nothing else to compute."""
         cached = min(state.common_len(keys), max(len(keys) - 1, 0))
-        window = self.layout.config.window
         if self._in_place:
-            values = state.values or self._new_buffers()
-            return UserState(keys, values, self.layout.instruction_len + window), cached
-        if not cached or state.room > 2 * window:
-            # what corrections left behind would grow without end
+            return UserState(keys, state.values or self._new_buffers()), cached
+        if not cached:
             return UserState(keys, [self._no_past()] * len(self._past)), 0
         return state, cached
+
+    def _state(self, keys: NDArray[np.int32], values: Sequence[Any]) -> UserState:
+        """What is kept of a user after a run."""
+        room = self._session("extend").shape(values[0])[2]
+        # one position at least, or users without a history would cost nothing and never be forgotten
+        real = max(1, len(keys))
+        if self._in_place or room == real:
+            return UserState(keys, values, room)
+        # what was overtaken stands behind what is real, and would grow with every request, beyond any profile
+        return UserState(keys, [self._first(value, real) for value in values], real)
 
     @property
     def _in_place(self) -> bool:
@@ -221,6 +228,10 @@ class GraphEngine(Recommends):
         """Keys or values of a layer before anything was computed."""
         heads, size = self._kv_shape
         return np.zeros((1, heads, 0, size), self.files.config.dtype)
+
+    def _first(self, value: Any, count: int) -> Any:
+        """The first positions of keys or values [1, H_kv, P, D] that were kept; here: as an array."""
+        return np.ascontiguousarray(value[:, :, :count])
 
     def _new_buffers(self) -> list[Any]:
         """Keys and values of a whole window, behind the instruction's, on the device."""

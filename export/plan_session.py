@@ -96,6 +96,12 @@ class PlanSession:
     def shape(self, value: Tensor) -> tuple[int, ...]:
         return tuple(value.shape)
 
+    def first(self, value: Tensor, count: int) -> Tensor:
+        """The first positions of keys or values [B, H_kv, P, D] that were kept, in memory of their own."""
+        # in the order of runs, which the next of them reads it in
+        with torch.cuda.stream(self.runtime.stream):
+            return value[:, :, :count].clone()
+
     def _bind(self, name: str, value: Any) -> Tensor:
         """Hands an input to TensorRT; the tensor must live until the plan has run."""
         tensor = torch.from_numpy(np.asarray(value, order="C")) if isinstance(value, np.ndarray) else value

@@ -122,6 +122,11 @@ class TensorRTEngine(GraphEngine):
         heads, size = self._kv_shape
         return torch.zeros(1, heads, 1, size, dtype=self.files.config.torch_dtype, device=self._runtime.device)
 
+    def _first(self, value: Any, count: int) -> Any:
+        session = self._session("extend")
+        assert isinstance(session, PlanSession)
+        return session.first(value, count)
+
 
 def open_runtime(name: str, device: int) -> PlanRuntime:
     """TensorRT on a GPU that has been found. Raises MissingDependency, or ConfigError for a torch without CUDA."""

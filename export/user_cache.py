@@ -14,7 +14,7 @@ Keys = NDArray[np.int32]  # [n, 3]: row, version, time bucket
 @dataclass
 class UserState:
     """What is known of one user. `values`: keys and values of every layer in turn, on the device; `room`: how many
-    positions they have, padding and what was overtaken included."""
+    positions they have, those of a buffer that are still free included."""
 
     keys: Keys = field(default_factory=lambda: np.zeros((0, 3), np.int32))
     values: Sequence[Any] = ()

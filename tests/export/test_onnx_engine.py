@@ -128,6 +128,18 @@ def test_what_a_session_saves(both):
     assert onnx.close_session("saver") and not onnx.close_session("saver")
 
 
+@pytest.mark.parametrize("flavour", ["standard", "ort"])
+def test_what_is_kept_of_a_user_is_the_history_alone(request, flavour):
+    """However often it is asked for or corrected; `ort` keeps buffers of a whole window."""
+    exported = request.getfixturevalue(flavour)
+    onnx, ids = OnnxEngine.load(exported.path), [f"{i:04d}" for i in range(12)]
+    whole = exported.manifest["limits"]["instruction_len"] + 12
+    for items in (ids, ids, ids, ids[:5], ids[:5], [*ids[:3], ids[9], ids[4]], [], []):
+        onnx.recommend(items, user_id="one")
+        positions = max(1, len(items)) if flavour == "standard" else whole
+        assert onnx._users.num_bytes == positions * onnx._users.position_bytes
+
+
 def test_priors_and_availability_change_without_an_export(standard):
     with standard.engine() as engine, OnnxEngine.load(standard.path) as onnx:
         items = ["0003", "0004"]

@@ -141,6 +141,24 @@ def test_a_returning_user_costs_new_rows_alone(plans, engine):
     assert plans.close_session("ada") and not plans.close_session("ada")
 
 
+SAME_FIVE = [5] * 12
+APPENDS = [*range(1, 13), 12, 12]
+CORRECTED = [(0, 12), (1, 13), (0, 12), (0, 7), (0, 12), (0, 12)]
+
+
+@pytest.mark.parametrize("parts", [[12] * 4, APPENDS, SAME_FIVE, [30, 30, 31, 31], [0, 0, 1, 1], CORRECTED])
+def test_what_is_kept_never_outgrows_the_profile(plans, engine, parts):
+    """Repeats and corrections recompute what was known: the window is the most that a plan's past may have."""
+    ids = list(engine.catalogue.item_ids)
+    for part in parts:
+        start, end = part if isinstance(part, tuple) else (0, part)
+        for named in ({}, {"candidates": ids[60:70]}):
+            expected = engine.recommend(ids[start:end], **named)
+            found = plans.recommend(ids[start:end], user_id="ada", **named)
+            assert found.items == expected.items
+            assert found.scores == pytest.approx(expected.scores, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -193,6 +193,17 @@ def session(server, history, **controls):
     return server.infer("session_items", history=ids(history), candidates=ids([]), excluded=ids([]), **controls)
 
 
+def test_a_session_is_right_up_to_the_windows_last_place(server, engine):
+    """Item by item: a state has one size, and the padding of a request never pushes out what is real."""
+    items = list(engine.catalogue.item_ids)
+    for length in range(1, 13):
+        answer = session(server, items[length - 1 : length], sequence="eve", start=length == 1)
+        expected = engine.recommend(items[:length], k=20)
+        found, scores = named(answer["item_ids"], answer["item_scores"])
+        assert found == list(expected.items)
+        assert scores == pytest.approx(expected.scores, abs=1e-4)
+
+
 def test_a_session_is_refused_where_it_would_be_wrong(server, engine):
     items = list(engine.catalogue.item_ids)
     with pytest.raises(Refused, match="START flag"):
