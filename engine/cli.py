@@ -29,6 +29,7 @@ app.add_typer(export_app, name="export")
 
 Data = Annotated[Path, typer.Argument(help="Data folder: interactions, items, images (see docs/data.md).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+ParityUsers = Annotated[int, typer.Option(min=0, max=1_000_000, help="Random users to compare.")]
 Column = Annotated[
     list[str] | None,
     typer.Option(
@@ -209,7 +210,7 @@ def export_onnx(
     dtype: Annotated[str, typer.Option(help='"float32", "float16" or "bfloat16".')] = "float32",
     graphs: Annotated[str, typer.Option(help="Which, separated by commas.")] = "score,recommend,extend,compress",
     opset: Annotated[int, typer.Option(help="Operator set; 0: the flavour's own.")] = 0,
-    parity_users: Annotated[int, typer.Option(min=0, max=1_000_000, help="Random users to compare.")] = 1000,
+    parity_users: ParityUsers = 1000,
     as_json: AsJson = False,
 ) -> None:
     """Write ONNX graphs with item ids in and ranked rows out, and prove that they answer as the engine does."""
@@ -222,10 +223,15 @@ def export_onnx(
         typer.echo(json.dumps(manifest))
         return
     for name, graph in manifest["graphs"].items():
-        parity = graph["parity"]
-        result = parity if parity == "not run" else f"largest error {parity['max_error']:.1e}"
-        typer.echo(f"{name:10}  {graph['export_cpu_seconds']:6.1f} s  compared with the engine: {result}")
+        typer.echo(f"{name:10}  {graph['export_cpu_seconds']:6.1f} s  {_compared(graph)}")
     typer.echo(f"{config.flavour} ONNX of engine {manifest['engine_revision']} in {out}")
+
+
+def _compared(graph: dict[str, Any]) -> str:
+    """What a manifest says of a graph's answers."""
+    parity = graph["parity"]
+    result = parity if isinstance(parity, str) else f"largest error {parity['max_error']:.1e}"
+    return f"compared with the engine: {result}"
 
 
 @export_app.command("tensorrt")
@@ -244,9 +250,10 @@ def export_tensorrt(
     excluded: Annotated[str, typer.Option(help="TYPICAL,MOST items a request excludes, seen too.")] = "64,1024",
     k: Annotated[str, typer.Option("-k", "--k", help="TYPICAL,MOST items of an answer.")] = "10,100",
     timing_cache: Annotated[Path | None, typer.Option(help="File of measurements; runtime tensorrt alone.")] = None,
+    parity_users: ParityUsers = 1000,
     as_json: AsJson = False,
 ) -> None:
-    """Build TensorRT plans. What was built has not been run: that takes a GPU."""
+    """Build TensorRT plans of graphs that answer as the engine does. Plans have not been run: that takes a GPU."""
     from speeder_engine.export.plan_config import CHIPS_BY_DEFAULT, PlanConfig
     from speeder_engine.export.to_tensorrt import export_tensorrt as export
 
@@ -258,12 +265,16 @@ def export_tensorrt(
         _names(graphs),
         **{name: _numbers(name, text) for name, text in ranges.items()},
     )
-    sizes = export(engine, out, config, timing_cache)
+    manifest = export(engine, out, config, timing_cache, parity_users)
+    sizes = {name: entry["size"] for name, entry in manifest["files"].items() if name.endswith(".plan")}
     if as_json:
-        typer.echo(json.dumps({"export": str(out), "plans": sizes}))
+        parity = {name: graph["parity"] for name, graph in manifest["graphs"].items()}
+        typer.echo(json.dumps({"export": str(out), "plans": sizes, "parity": parity}))
         return
     for name, size in sizes.items():
         typer.echo(f"{name:24} {size:>14,} bytes")
+    for name, graph in manifest["graphs"].items():
+        typer.echo(f"{name}: its graph {_compared(graph)}")
     typer.echo(f"{len(sizes)} plans in {out}, built and not run")
 
 
@@ -283,6 +294,7 @@ def export_triton(
     batch_wait_us: Annotated[int, typer.Option(help="How long a request waits for company.")] = 500,
     max_sessions: Annotated[int, typer.Option(help="Users with a state on each instance.")] = 1024,
     session_idle_s: Annotated[int, typer.Option(help="When an idle user's state is forgotten.")] = 600,
+    parity_users: ParityUsers = 1000,
     as_json: AsJson = False,
 ) -> None:
     """Write a model repository for NVIDIA's Triton Inference Server: item ids in, ranked item ids out."""
@@ -303,10 +315,14 @@ def export_triton(
         max_sessions,
         session_idle_s,
     )
-    models = export(engine, out, config)
+    manifest = export(engine, out, config, parity_users)
+    models = manifest["models"]
     if as_json:
-        typer.echo(json.dumps({"repository": str(out), "models": models}))
+        parity = {name: graph["parity"] for name, graph in manifest["graphs"].items()}
+        typer.echo(json.dumps({"repository": str(out), "models": models, "parity": parity}))
         return
+    for name, graph in manifest["graphs"].items():
+        typer.echo(f"{name:10}  {_compared(graph)}")
     typer.echo(f"{len(models)} models in {out}; clients call {', '.join(m for m in models if m.endswith('_items'))}")
 
 

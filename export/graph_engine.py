@@ -206,7 +206,7 @@ class GraphEngine(Recommends):
         if self._in_place:
             return UserState(keys, state.values or self._new_buffers()), cached
         if not cached:
-            return UserState(keys, [self._no_past()] * len(self._past)), 0
+            return UserState(keys, self._no_past()), 0
         return state, cached
 
     def _state(self, keys: NDArray[np.int32], values: Sequence[Any]) -> UserState:
@@ -224,10 +224,10 @@ class GraphEngine(Recommends):
         """Whether keys and values are written into the buffers they are read from."""
         return False
 
-    def _no_past(self) -> Any:
-        """Keys or values of a layer before anything was computed."""
+    def _no_past(self) -> list[Any]:
+        """Keys and values of every layer before anything was computed."""
         heads, size = self._kv_shape
-        return np.zeros((1, heads, 0, size), self.files.config.dtype)
+        return [np.zeros((1, heads, 0, size), self.files.config.dtype)] * len(self._past)
 
     def _first(self, value: Any, count: int) -> Any:
         """The first positions of keys or values [1, H_kv, P, D] that were kept; here: as an array."""

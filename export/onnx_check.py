@@ -31,6 +31,18 @@ def check_graph(path: Path, flavour: str) -> None:
     check_operators(path, model, flavour)
 
 
+def check_model(path: Path) -> None:
+    """What onnx itself says of a graph: raises ExportError with its words."""
+    onnx = load_onnx()
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except Exception as error:  # several types, the shape inference's among them
+        reason = " ".join(str(error).split())[:300]
+        raise ExportError(
+            f"{path.name}: onnx.checker refuses it: {reason}; report it with the tools' versions"
+        ) from error
+
+
 def read_graph(path: Path) -> Any:
     """The model without its external weights."""
     onnx = load_onnx()

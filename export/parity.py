@@ -1,23 +1,31 @@
 """Does an export answer as the engine does? Random users, on shapes that were not traced, graph by graph."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from speeder_engine.config import CompressorConfig
+from speeder_engine.config import CompressorConfig, EngineConfig
 from speeder_engine.engine import Engine
-from speeder_engine.errors import ExportError
-from speeder_engine.export.onnx_engine import OnnxEngine
+from speeder_engine.errors import ConfigError, ExportError, MissingDependency
+from speeder_engine.export.graph_engine import GraphEngine
+from speeder_engine.export.onnx_config import OnnxConfig
+from speeder_engine.export.onnx_engine import OnnxEngine, OnnxFiles
+from speeder_engine.export.onnx_session import load_runtime
 from speeder_engine.models.compressor import make_compressor
+from speeder_engine.parts import EngineParts
 from speeder_engine.progress import track
 from speeder_engine.request import Ranking, Request
 
 # of a score, where a ranking's largest is 1 at most; half precision is relative, so beyond that in proportion
 BOUNDS = {"float32": 1e-4, "float16": 5e-3}
+PARITY_USERS = 1000
 TOP = 10
+MOST_K = 3 * TOP - 1
 MOST_AT_ONCE = 32
 MOST_CANDIDATES = 40
 
@@ -40,8 +48,48 @@ class Parity:
             raise ExportError(f"graph {graph}: {found}; keep float32, or report it with the engine's revision")
 
 
-def run_parity(reference: Engine, exported: OnnxEngine, num_users: int, seed: int = 0) -> dict[str, Parity]:
-    """By graph. `reference` answers in float32 without sessions."""
+def why_not_compared(dtype: str, num_users: int) -> str | None:
+    """Why graphs of this type are not compared with the engine here; None where they are."""
+    if num_users == 0:
+        return "no users were asked for"
+    if dtype not in BOUNDS:
+        return f"ONNX Runtime runs no {dtype} on a CPU"
+    try:
+        load_runtime("cpu")
+    except (MissingDependency, ConfigError) as error:
+        return str(error)
+    return None
+
+
+def describe(parity: Parity | None, why_not: str | None) -> dict[str, Any] | str:
+    """As a manifest has it."""
+    return f"not run: {why_not}" if parity is None else asdict(parity)
+
+
+def compare_files(parts: EngineParts, config: OnnxConfig, folder: Path, num_users: int) -> dict[str, Parity]:
+    """The graphs in a folder of ONNX files with the engine, by their names. Raises ExportError where one is off."""
+    files = OnnxFiles(folder, config, parts.config, parts.catalogue.table(), parts.revision)
+    return compare(parts, OnnxEngine(files, "cpu"), num_users)
+
+
+def compare(
+    parts: EngineParts, exported: GraphEngine, num_users: int, names: Mapping[str, str] | None = None, k: int = MOST_K
+) -> dict[str, Parity]:
+    """Closes `exported`. names: what graphs are called in results and errors, where that is something else; k: the most
+    items that a request asks for. Raises ExportError where one is off."""
+    reference = Engine(parts, EngineConfig(device="cpu", dtype="float32", kv_budget="0"))
+    with reference, exported:
+        found = run_parity(reference, exported, num_users, k=k)
+    parity = {(names or {}).get(graph, graph): result for graph, result in found.items()}
+    for name, result in parity.items():
+        result.check(name)
+    return parity
+
+
+def run_parity(
+    reference: Engine, exported: GraphEngine, num_users: int, seed: int = 0, k: int = MOST_K
+) -> dict[str, Parity]:
+    """By graph. `reference` answers in float32 without sessions; k: the most items that a request asks for."""
     rng = np.random.default_rng(seed)
     bound = BOUNDS[exported.files.config.dtype]
     results: dict[str, Parity] = {}
@@ -49,7 +97,7 @@ def run_parity(reference: Engine, exported: OnnxEngine, num_users: int, seed: in
         if graph == "compress":
             results[graph] = _compress_parity(reference, exported, num_users, rng)
             continue
-        requests = _requests(reference, graph, num_users, rng)
+        requests = _requests(reference, graph, num_users, rng, k)
         parts = track(list(_batches(requests, rng)), f"checking {graph}")
         pairs = [pair for part in parts for pair in _answers(reference, exported, graph, part)]
         results[graph] = measure(pairs, bound)
@@ -83,7 +131,7 @@ def ranking_error(expected: Ranking, found: Ranking) -> float:
     return worst
 
 
-def _requests(engine: Engine, graph: str, num_users: int, rng: np.random.Generator) -> list[Request]:
+def _requests(engine: Engine, graph: str, num_users: int, rng: np.random.Generator, most_k: int) -> list[Request]:
     ids = engine.catalogue.item_ids
     config = engine.parts.config.prompt
     requests = []
@@ -94,7 +142,7 @@ def _requests(engine: Engine, graph: str, num_users: int, rng: np.random.Generat
         count = int(rng.integers(1, min(MOST_CANDIDATES, len(ids)) + 1))
         candidates = [ids[i] for i in rng.choice(len(ids), count, replace=False)] if named else None
         times = rng.uniform(0, 2e9, length).tolist() if config.calendar is not None else None
-        k = int(rng.integers(TOP, 3 * TOP))
+        k = min(int(rng.integers(TOP, MOST_K + 1)), most_k)
         requests.append(Request(history, k, candidates=candidates, times=times))
     return requests
 
@@ -108,14 +156,14 @@ def _batches(requests: Sequence[Request], rng: np.random.Generator) -> Iterator[
 
 
 def _answers(
-    reference: Engine, exported: OnnxEngine, graph: str, requests: Sequence[Request]
+    reference: Engine, exported: GraphEngine, graph: str, requests: Sequence[Request]
 ) -> list[tuple[Ranking, Ranking]]:
     if graph == "extend":
         return [(reference.recommend_many([each])[0], _returning(exported, each)) for each in requests]
     return list(zip(reference.recommend_many(requests), exported.recommend_many(requests), strict=True))
 
 
-def _returning(exported: OnnxEngine, request: Request) -> Ranking:
+def _returning(exported: GraphEngine, request: Request) -> Ranking:
     """The answer to a user who has been here with the first two thirds of the history."""
     some = len(request.history) * 2 // 3
     times = None if request.times is None else request.times[:some]
@@ -125,7 +173,7 @@ def _returning(exported: OnnxEngine, request: Request) -> Ranking:
     return answer
 
 
-def _compress_parity(reference: Engine, exported: OnnxEngine, count: int, rng: np.random.Generator) -> Parity:
+def _compress_parity(reference: Engine, exported: GraphEngine, count: int, rng: np.random.Generator) -> Parity:
     """Item tokens of random features, some modalities missing, against the compressor in double precision; errors are
     of elements whose size is one."""
     config = reference.parts.config.compressor

@@ -117,10 +117,11 @@ class TensorRTEngine(GraphEngine):
     def _has_sessions(self) -> bool:
         return self._users.budget > 0
 
-    def _no_past(self) -> Any:
+    def _no_past(self) -> list[Any]:
         """One position that nobody reads: profiles begin at one."""
         heads, size = self._kv_shape
-        return torch.zeros(1, heads, 1, size, dtype=self.files.config.torch_dtype, device=self._runtime.device)
+        empty = torch.zeros(1, heads, 1, size, dtype=self.files.config.torch_dtype, device=self._runtime.device)
+        return [empty] * len(self._past)
 
     def _first(self, value: Any, count: int) -> Any:
         session = self._session("extend")

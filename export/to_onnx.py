@@ -7,23 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from speeder_engine.artifact import write_artifact
-from speeder_engine.config import EngineConfig
-from speeder_engine.engine import Engine
-from speeder_engine.errors import ExportError, MissingDependency
+from speeder_engine.errors import MissingDependency
 from speeder_engine.export.graph_spec import GraphSpec, cache_names, dtype_name, graph_specs
-from speeder_engine.export.onnx_check import check_graph, load_onnx
+from speeder_engine.export.onnx_check import check_graph, check_model, load_onnx
 from speeder_engine.export.onnx_config import INSTRUCTION_FILE, ONNX, OnnxConfig
-from speeder_engine.export.onnx_engine import OnnxEngine, OnnxFiles
 from speeder_engine.export.onnx_file import WeightsFile, write_graph
 from speeder_engine.export.onnx_session import load_runtime
-from speeder_engine.export.parity import BOUNDS, Parity, run_parity
+from speeder_engine.export.parity import BOUNDS, PARITY_USERS, Parity, compare_files
 from speeder_engine.export.static_graph import run_instruction
 from speeder_engine.export.tools import versions
 from speeder_engine.parts import EngineParts
 from speeder_engine.progress import track
 
 TOOLS = ("speeder-engine", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
-PARITY_USERS = 1000
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ def export_onnx(engine: Path, out: Path, config: OnnxConfig, parity_users: int =
         if config.has_instruction:
             _write_instruction(parts, config, folder)
         parts.catalogue.table().save(folder)
-        parity = _compare(parts, config, folder, parity_users) if compared else {}
+        parity = compare_files(parts, config, folder, parity_users) if compared else {}
         return _manifest(parts, config, written, parity)
 
     return write_artifact(out, fill, ONNX).manifest
@@ -74,19 +70,8 @@ def _write_graphs(parts: EngineParts, config: OnnxConfig, folder: Path) -> list[
     for name in config.graphs:
         path = folder / f"{name}.onnx"
         check_graph(path, config.flavour)
-        _check_model(path)
+        check_model(path)
     return written
-
-
-def _check_model(path: Path) -> None:
-    onnx = load_onnx()
-    try:
-        onnx.checker.check_model(path, full_check=True)
-    except Exception as error:  # several types, the shape inference's among them
-        reason = " ".join(str(error).split())[:300]
-        raise ExportError(
-            f"{path.name}: onnx.checker refuses it: {reason}; report it with the tools' versions"
-        ) from error
 
 
 def _write_instruction(parts: EngineParts, config: OnnxConfig, folder: Path) -> None:
@@ -97,16 +82,6 @@ def _write_instruction(parts: EngineParts, config: OnnxConfig, folder: Path) -> 
     names = cache_names("past_key_values", len(pairs))
     tensors = [part[None].to(config.torch_dtype).contiguous() for pair in pairs for part in pair]
     save_file(dict(zip(names, tensors, strict=True)), folder / INSTRUCTION_FILE)
-
-
-def _compare(parts: EngineParts, config: OnnxConfig, folder: Path, num_users: int) -> dict[str, Parity]:
-    files = OnnxFiles(folder, config, parts.config, parts.catalogue.table(), parts.revision)
-    reference = Engine(parts, EngineConfig(device="cpu", dtype="float32", kv_budget="0"))
-    with reference, OnnxEngine(files, "cpu") as exported:
-        parity = run_parity(reference, exported, num_users)
-    for graph, result in parity.items():
-        result.check(graph)
-    return parity
 
 
 def _manifest(

@@ -1,7 +1,8 @@
-"""An engine directory -> TensorRT plans of its graphs, for chips that need not be here. What is built is not run."""
+"""An engine directory -> TensorRT plans of its graphs, for chips that need not be here. What is built is not run; the
+graphs it is built from are checked and compared with the engine, where ONNX Runtime can run them."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from speeder_engine.config import check
 from speeder_engine.errors import ArtifactError
 from speeder_engine.export.float8 import use_float8
 from speeder_engine.export.graph_spec import GraphSpec, dtype_name, graph_specs
+from speeder_engine.export.onnx_check import check_graph, check_model
 from speeder_engine.export.onnx_file import WeightsFile, write_graph
+from speeder_engine.export.parity import PARITY_USERS, compare_files, describe, why_not_compared
 from speeder_engine.export.plan_builder import Limits, PlanBuilder
 from speeder_engine.export.plan_config import PLANS, PlanConfig
 from speeder_engine.export.tensorrt_package import PACKAGES, check_installed, find_chip, load_tensorrt
@@ -30,6 +33,7 @@ class BuiltGraph:
 
     spec: GraphSpec
     limits: Limits
+    parity: dict[str, Any] | str  # of the graph with the engine; the plan is not run
 
     def to_json(self) -> dict[str, Any]:
         inputs = {
@@ -43,15 +47,19 @@ class BuiltGraph:
             "inputs": inputs,
             "outputs": outputs,
             "profile": {name: list(self.limits[name]) for name in sorted(named)},
+            "parity": self.parity,
         }
 
 
-def export_tensorrt(engine: Path, out: Path, config: PlanConfig, timing_cache: Path | None = None) -> dict[str, int]:
-    """Writes `out` in one step; returns each plan's size by its name. A killed export leaves nothing that loads.
+def export_tensorrt(
+    engine: Path, out: Path, config: PlanConfig, timing_cache: Path | None = None, parity_users: int = PARITY_USERS
+) -> dict[str, Any]:
+    """Writes `out` in one step and returns its manifest. A killed export leaves nothing that loads.
 
-    timing_cache: a file that tensorrt's measurements are read from, if it is there, and written to. Raises
-    MissingDependency, ConfigError for limits beyond the model's, ExportError for a graph that can't be built and
-    ArtifactError for folders that can't be read or written.
+    timing_cache: a file that tensorrt's measurements are read from, if it is there, and written to. parity_users:
+    random users for whom the graphs and the engine must agree, where ONNX Runtime is installed and runs them. Raises
+    MissingDependency, ConfigError for limits beyond the model's, ExportError for a graph that is off or can't be built
+    and ArtifactError for folders that can't be read or written.
     """
     check_installed(config.runtime, "building TensorRT plans")
     here = config.runtime == "tensorrt"
@@ -62,37 +70,44 @@ def export_tensorrt(engine: Path, out: Path, config: PlanConfig, timing_cache: P
     parts = EngineParts.load(engine)
     config.check_model(parts.config)
     known = _read_cache(timing_cache)
-    sizes: dict[str, int] = {}
 
     def fill(folder: Path) -> dict[str, Any]:
         nonlocal known
         parts.catalogue.table().save(folder)
-        with graph_files(parts, config, folder) as graphs, plan_progress(len(graphs) * len(chips)) as step:
-            builder = PlanBuilder(trt, known, step.note)
-            built = {spec.name: BuiltGraph(spec, limits_of(spec, parts, config)) for spec in graphs.values()}
-            for chip in chips:
-                place = folder / f"sm{chip}"
-                place.mkdir()
-                for path, spec in graphs.items():
-                    step.begin(f"{spec.name} for SM {chip}")
-                    plan = builder.build(path, spec.input_shapes, built[spec.name].limits, None if here else chip)
-                    sizes[f"{place.name}/{spec.name}.plan"] = _write(place / f"{spec.name}.plan", plan)
-            known = builder.timing_cache
+        with graph_files(parts, config, folder) as graphs:
+            built = _compared(parts, config, graphs, parity_users)
+            with plan_progress(len(graphs) * len(chips)) as step:
+                builder = PlanBuilder(trt, known, step.note)
+                for chip in chips:
+                    _build(builder, built, folder / f"sm{chip}", step, None if here else chip)
+                known = builder.timing_cache
         return {
             "engine_revision": parts.revision,
             "export": config.to_json(),
             "chips": list(chips),
             "model": parts.config.to_json(),
             "limits": {"num_items": len(parts.catalogue), "window": parts.config.prompt.window},
-            "graphs": {name: graph.to_json() for name, graph in built.items()},
+            "graphs": {graph.spec.name: graph.to_json() for graph in built.values()},
             "tools": versions(("speeder-engine", "torch", "onnx", PACKAGES[config.runtime])),
             "run": "built, not run",
         }
 
-    write_artifact(out, fill, PLANS)
+    manifest = write_artifact(out, fill, PLANS).manifest
     if timing_cache is not None and known is not None:
         write_atomic(timing_cache, known)
-    return sizes
+    return manifest
+
+
+def _compared(
+    parts: EngineParts, config: PlanConfig, graphs: Mapping[Path, GraphSpec], num_users: int
+) -> dict[Path, BuiltGraph]:
+    """What plans are built of, by the graphs' files, which lie in one folder. Raises ExportError where one is off."""
+    why_not, onnx = why_not_compared(config.dtype, num_users), config.graph_config
+    parity = {} if why_not else compare_files(parts, onnx, next(iter(graphs)).parent, num_users)
+    return {
+        path: BuiltGraph(spec, limits_of(spec, parts, config), describe(parity.get(spec.name), why_not))
+        for path, spec in graphs.items()
+    }
 
 
 @contextmanager
@@ -111,8 +126,24 @@ def graph_files(parts: EngineParts, config: PlanConfig, folder: Path) -> Iterato
                 use_float8(model)
                 is_float8 = True
             graphs[write_graph(spec, onnx.opset, weights)] = spec
+    for path in graphs:
+        check_graph(path, onnx.flavour)
+        check_model(path)
     yield graphs
     shutil.rmtree(place)
+
+
+def _build(
+    builder: PlanBuilder, graphs: Mapping[Path, BuiltGraph], place: Path, step: "PlanProgress", chip: int | None
+) -> None:
+    """Plans of all graphs in a chip's folder; `chip` None: for the GPU that is there."""
+    place.mkdir()
+    for path, graph in graphs.items():
+        name = graph.spec.name
+        step.begin(f"{name} for SM {place.name.removeprefix('sm')}")
+        plan = builder.build(path, graph.spec.input_shapes, graph.limits, chip)
+        # as the builder holds it, without a second copy in memory
+        (place / f"{name}.plan").write_bytes(memoryview(plan))
 
 
 def limits_of(spec: GraphSpec, parts: EngineParts, config: PlanConfig) -> Limits:
@@ -156,10 +187,3 @@ def _read_cache(path: Path | None) -> bytes | None:
         return path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"{path}: can't be read: {error.strerror}; choose another timing cache") from error
-
-
-def _write(path: Path, plan: Any) -> int:
-    """A plan's bytes as the builder holds them, without a second copy in memory; returns how many."""
-    content = memoryview(plan)
-    path.write_bytes(content)
-    return content.nbytes

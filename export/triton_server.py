@@ -6,7 +6,7 @@ For every graph of `served_graph.py`: the graph itself (`recommend`), two Python
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,14 @@ from speeder_engine.artifact import write_artifact
 from speeder_engine.config import PromptConfig
 from speeder_engine.export.float8 import use_float8
 from speeder_engine.export.graph_spec import GraphSpec
-from speeder_engine.export.onnx_check import load_onnx
+from speeder_engine.export.onnx_check import check_graph, check_model, load_onnx
+from speeder_engine.export.onnx_config import OnnxConfig
+from speeder_engine.export.onnx_engine import OnnxFiles
 from speeder_engine.export.onnx_file import WeightsFile, write_graph
+from speeder_engine.export.parity import MOST_K, PARITY_USERS, compare, describe, why_not_compared
 from speeder_engine.export.plan_builder import PlanBuilder
 from speeder_engine.export.plan_config import PlanConfig
+from speeder_engine.export.served_engine import STANDS_FOR, ServedEngine
 from speeder_engine.export.served_graph import served_specs
 from speeder_engine.export.static_graph import StaticModel
 from speeder_engine.export.tensorrt_package import check_installed, find_chip, load_tensorrt
@@ -34,16 +38,18 @@ from speeder_engine.export.triton_config import (
     tensor,
 )
 from speeder_engine.parts import EngineParts
+from speeder_engine.progress import track
 
 IDS_MODEL = Path(__file__).with_name("triton_ids.py")
 VERSION = "1"  # of every model in a new repository
 
 
-def export_triton(engine: Path, out: Path, config: TritonConfig) -> list[str]:
-    """Writes `out` in one step; returns the models' names. A killed export leaves nothing that loads.
+def export_triton(engine: Path, out: Path, config: TritonConfig, parity_users: int = PARITY_USERS) -> dict[str, Any]:
+    """Writes `out` in one step and returns its manifest. A killed export leaves nothing that loads.
 
-    Raises MissingDependency, ConfigError where tensorrt finds no GPU to build for, ExportError for a graph that can't
-    be built and ArtifactError for folders that can't be read or written.
+    parity_users: random users for whom the graphs and the engine must agree, where ONNX Runtime is installed and runs
+    them. Raises MissingDependency, ConfigError where tensorrt finds no GPU to build for, ExportError for a graph that
+    is off or can't be built and ArtifactError for folders that can't be read or written.
     """
     load_onnx()
     trt = None
@@ -52,46 +58,73 @@ def export_triton(engine: Path, out: Path, config: TritonConfig) -> list[str]:
         find_chip("building with tensorrt")
         trt = load_tensorrt("tensorrt", "Triton's tensorrt backend")
     parts = EngineParts.load(engine)
-    models: list[str] = []
 
     def fill(folder: Path) -> dict[str, Any]:
         model = StaticModel(parts, config.plans.graph_config)
         if config.dtype == "float8":
             use_float8(model)
         specs = served_specs(parts, model, config.graphs, config.k)
-        with plan_progress(len(specs)) as step:
-            builder = PlanBuilder(trt, None, step.note) if trt is not None else None
-            for spec in specs:
-                step.begin(spec.name)
-                configs = repository_configs(spec, parts.config.prompt, config)
-                models.extend(configs)
-                for name, settings in configs.items():
-                    (folder / name / VERSION).mkdir(parents=True)
-                    (folder / name / "config.pbtxt").write_text(render(settings), encoding="utf-8")
-                _write_model(spec, folder / spec.name / VERSION, config.plans, parts, builder)
-                for name in (f"{spec.name}_encode", f"{spec.name}_decode"):
-                    _write_step(folder / name / VERSION, parts)
-                # stores without folders would lose an empty one, which the server wants to see
-                (folder / f"{spec.name}_items" / VERSION / ".keep").touch()
-        return _manifest(parts, config, specs, models)
+        models: list[str] = []
+        graphs: dict[Path, GraphSpec] = {}
+        for spec in track(specs, "tracing graphs"):
+            models += _write_around(spec, folder, parts, config)
+            graphs[_write_graph(spec, folder / spec.name / VERSION, config)] = spec
+        parity = _compare(parts, config, graphs, parity_users)
+        if trt is not None:
+            _build_plans(trt, graphs, config.plans, parts)
+        return _manifest(parts, config, specs, models, parity)
 
-    write_artifact(out, fill, TRITON)
-    return models
+    return write_artifact(out, fill, TRITON).manifest
 
 
-def _write_model(
-    spec: GraphSpec, place: Path, plans: PlanConfig, parts: EngineParts, builder: PlanBuilder | None
-) -> None:
+def _write_around(spec: GraphSpec, folder: Path, parts: EngineParts, config: TritonConfig) -> list[str]:
+    """Everything but the graph itself; returns the models' names."""
+    configs = repository_configs(spec, parts.config.prompt, config)
+    for name, settings in configs.items():
+        (folder / name / VERSION).mkdir(parents=True)
+        (folder / name / "config.pbtxt").write_text(render(settings), encoding="utf-8")
+    for name in (f"{spec.name}_encode", f"{spec.name}_decode"):
+        _write_step(folder / name / VERSION, parts)
+    # stores without folders would lose an empty one, which the server wants to see
+    (folder / f"{spec.name}_items" / VERSION / ".keep").touch()
+    return list(configs)
+
+
+def _write_graph(spec: GraphSpec, place: Path, config: TritonConfig) -> Path:
+    """Checked, and under the name that the server knows it by; what a plan is built from keeps its own."""
+    onnx = config.plans.graph_config
     with WeightsFile(place) as weights:
-        graph = write_graph(spec, plans.graph_config.opset, weights)
-    if builder is None:
-        graph.rename(place / model_file("onnxruntime"))
-        return
-    limits = plans.limits(parts.config)
-    plan = builder.build(graph, spec.input_shapes, limits, None)
-    shutil.rmtree(place)
-    place.mkdir()
-    (place / model_file("tensorrt")).write_bytes(memoryview(plan))
+        path = write_graph(spec, onnx.opset, weights)
+    check_graph(path, onnx.flavour)
+    check_model(path)
+    return path.rename(place / model_file("onnxruntime")) if config.backend == "onnxruntime" else path
+
+
+def _compare(
+    parts: EngineParts, config: TritonConfig, graphs: Mapping[Path, GraphSpec], num_users: int
+) -> dict[str, dict[str, Any] | str]:
+    """Every graph with the engine, as the manifest says it. Raises ExportError where one is off."""
+    why_not = why_not_compared(config.dtype, num_users)
+    if why_not:
+        return {spec.name: describe(None, why_not) for spec in graphs.values()}
+    stands_for = {STANDS_FOR[spec.name]: spec.name for spec in graphs.values()}
+    onnx = OnnxConfig(dtype=config.dtype, graphs=tuple(stands_for))
+    files = OnnxFiles(next(iter(graphs)).parent, onnx, parts.config, parts.catalogue.table(), parts.revision)
+    parity = compare(parts, ServedEngine(files, graphs), num_users, stands_for, min(config.k, MOST_K))
+    return {name: describe(result, None) for name, result in parity.items()}
+
+
+def _build_plans(trt: Any, graphs: Mapping[Path, GraphSpec], plans: PlanConfig, parts: EngineParts) -> None:
+    """Plans in the place of the graphs, for the GPU that is there."""
+    with plan_progress(len(graphs)) as step:
+        builder = PlanBuilder(trt, None, step.note)
+        for path, spec in graphs.items():
+            step.begin(spec.name)
+            plan = builder.build(path, spec.input_shapes, plans.limits(parts.config), None)
+            place = path.parent
+            shutil.rmtree(place)
+            place.mkdir()
+            (place / model_file("tensorrt")).write_bytes(memoryview(plan))
 
 
 def _write_step(place: Path, parts: EngineParts) -> None:
@@ -219,7 +252,13 @@ def _step(model: str, inputs: dict[str, str], outputs: dict[str, str]) -> dict[s
     }
 
 
-def _manifest(parts: EngineParts, config: TritonConfig, specs: list[GraphSpec], models: list[str]) -> dict[str, Any]:
+def _manifest(
+    parts: EngineParts,
+    config: TritonConfig,
+    specs: list[GraphSpec],
+    models: list[str],
+    parity: Mapping[str, dict[str, Any] | str],
+) -> dict[str, Any]:
     tools = ["speeder-engine", "torch", "onnx", *(["tensorrt"] if config.backend == "tensorrt" else [])]
     return {
         "engine_revision": parts.revision,
@@ -231,6 +270,7 @@ def _manifest(parts: EngineParts, config: TritonConfig, specs: list[GraphSpec], 
             spec.name: {
                 "inputs": {name: list(shape) for name, shape in spec.input_shapes.items()},
                 "outputs": {name: list(shape) for name, shape in spec.outputs.items()},
+                "parity": parity[spec.name],
             }
             for spec in specs
         },

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from command import speeder
 from fake_tensorrt import CHIP, FakeBuilder, FakeEngine, fake_runtime, small_parts
@@ -18,7 +19,8 @@ from fake_tensorrt import CHIP, FakeBuilder, FakeEngine, fake_runtime, small_par
 from speeder_engine import Engine
 from speeder_engine.artifact import read_artifact
 from speeder_engine.errors import ArtifactError, ConfigError, ExportError, InvalidRequest, MissingDependency
-from speeder_engine.export import tensorrt_package, to_tensorrt
+from speeder_engine.export import parity, tensorrt_package, to_tensorrt
+from speeder_engine.export.parity import Parity
 from speeder_engine.export.plan_config import PLANS, PlanConfig
 from speeder_engine.export.plan_session import PlanSession
 from speeder_engine.export.tensorrt_engine import PlanFiles, TensorRTEngine
@@ -65,7 +67,7 @@ def exported(engine_dir):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(to_tensorrt, "PlanBuilder", FakeBuilder)
         patch.setattr(to_tensorrt, "load_tensorrt", lambda *_: None)
-        export_tensorrt(engine_dir, out, RUN)
+        export_tensorrt(engine_dir, out, RUN, None, 20)
     return out
 
 
@@ -81,14 +83,16 @@ def plans(exported):
 
 @needs_rtx
 def test_plans_are_built_for_four_chips_without_any(thin_dir, tmp_path):
-    sizes = export_tensorrt(thin_dir, tmp_path / "plans", PlanConfig(graphs=("recommend", "extend")))
+    manifest = export_tensorrt(thin_dir, tmp_path / "plans", PlanConfig(graphs=("recommend", "extend")), None, 20)
+    sizes = {name: entry["size"] for name, entry in manifest["files"].items() if name != "items.parquet"}
     chips = (80, 86, 89, 120)
     assert set(sizes) == {f"sm{chip}/{graph}.plan" for chip in chips for graph in ("recommend", "extend")}
-    manifest = read_artifact(tmp_path / "plans", PLANS).manifest
+    assert read_artifact(tmp_path / "plans", PLANS).manifest == manifest
     assert manifest["chips"] == list(chips)
     assert manifest["run"] == "built, not run"
-    assert {name: manifest["files"][name]["size"] for name in sizes} == sizes
     assert set(manifest["files"]) == {*sizes, "items.parquet"}
+    for graph in manifest["graphs"].values():
+        assert graph["parity"]["users"] == 20 and graph["parity"]["max_error"] < graph["parity"]["bound"] == 5e-3
     assert manifest["tools"]["tensorrt-rtx"] and manifest["tools"]["torch"]
     recommend = manifest["graphs"]["recommend"]
     assert recommend["inputs"]["history"] == {"dtype": "int64", "shape": ["batch", "history"]}
@@ -104,7 +108,13 @@ def test_plans_are_built_for_four_chips_without_any(thin_dir, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float8"])
 def test_plans_of_other_types(thin_dir, tmp_path, dtype):
     config = PlanConfig(dtype=dtype, chips=(89,), graphs=("recommend",))
-    assert export_tensorrt(thin_dir, tmp_path / "plans", config)["sm89/recommend.plan"] > 10_000
+    manifest = export_tensorrt(thin_dir, tmp_path / "plans", config, None, 20)
+    assert manifest["files"]["sm89/recommend.plan"]["size"] > 10_000
+    found = manifest["graphs"]["recommend"]["parity"]
+    if dtype == "float32":
+        assert found["max_error"] < 1e-5
+    else:
+        assert found == f"not run: ONNX Runtime runs no {dtype} on a CPU"
     assert [path.name for path in tmp_path.iterdir()] == ["plans"]
 
 
@@ -350,11 +360,50 @@ def test_tensorrt_builds_for_the_gpu_that_is_there(engine_dir, tmp_path, monkeyp
     config = PlanConfig(runtime="tensorrt", chips=(), graphs=("compress",))
     cache = tmp_path / "timing.cache"
     for _ in range(2):
-        assert set(export_tensorrt(engine_dir, tmp_path / "out", config, cache)) == {"sm90/compress.plan"}
+        manifest = export_tensorrt(engine_dir, tmp_path / "out", config, cache, 20)
+        assert set(manifest["files"]) == {"sm90/compress.plan", "items.parquet"}
     assert cache.read_bytes() == b"measured measured "
     assert read_artifact(tmp_path / "out", PLANS).manifest["chips"] == [90]
     with pytest.raises(ConfigError, match="is no timing cache"):
         export_tensorrt(engine_dir, tmp_path / "out", config, tmp_path / "out")
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The builder's."""
+    monkeypatch.setattr(to_tensorrt, "PlanBuilder", FakeBuilder)
+    monkeypatch.setattr(to_tensorrt, "check_installed", lambda *_: None)
+    monkeypatch.setattr(to_tensorrt, "load_tensorrt", lambda *_: None)
+
+
+FEW = PlanConfig(graphs=("compress",), chips=(CHIP,))
+
+
+def test_plans_of_graphs_that_are_off_are_not_built(stand_in, plain_dir, tmp_path, monkeypatch):
+    wrong = {"compress": Parity(20, 1e-4, 2e-3, 2e-3, 1.0)}
+    monkeypatch.setattr(parity, "run_parity", lambda *_, **__: wrong)
+    monkeypatch.setattr(FakeBuilder, "build", lambda *_: pytest.fail("built"))
+    with pytest.raises(ExportError, match=r"graph compress: scores are off by 0\.002, at most 1e-04 is allowed"):
+        export_tensorrt(plain_dir, tmp_path / "out", FEW)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plans_of_what_onnx_refuses_are_not_built(stand_in, plain_dir, tmp_path, monkeypatch):
+    def refuse(path, full_check):
+        assert path.name == "compress.onnx" and full_check
+        raise ValueError("no good")
+
+    monkeypatch.setattr(onnx.checker, "check_model", refuse)
+    with pytest.raises(ExportError, match=r"compress\.onnx: onnx\.checker refuses it: no good"):
+        export_tensorrt(plain_dir, tmp_path / "out", FEW)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_onnxruntime_plans_are_built_and_the_manifest_says_so(stand_in, plain_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    manifest = export_tensorrt(plain_dir, tmp_path / "out", FEW)
+    wanted = "not run: provider 'cpu' needs the package onnxruntime: pip install 'speeder-engine[ort]'"
+    assert manifest["graphs"]["compress"]["parity"] == wanted
 
 
 def test_a_profile_beyond_the_model_is_refused(engine_dir, tmp_path):
@@ -435,7 +484,10 @@ def test_a_killed_export_leaves_nothing_that_loads(plain_dir, tmp_path, kind, op
 @needs_rtx
 def test_the_command_tells_what_it_built(thin_dir, tmp_path):
     out = tmp_path / "plans"
-    done = speeder("export", "tensorrt", thin_dir, out, "--graphs", "compress", "--chips", "86,120", "--json")
+    options = ["--graphs", "compress", "--chips", "86,120", "--parity-users", "20"]
+    done = speeder("export", "tensorrt", thin_dir, out, *options, "--json")
     assert done.returncode == 0, done.stderr
-    assert set(json.loads(done.stdout)["plans"]) == {"sm86/compress.plan", "sm120/compress.plan"}
+    answer = json.loads(done.stdout)
+    assert set(answer["plans"]) == {"sm86/compress.plan", "sm120/compress.plan"}
+    assert answer["parity"]["compress"]["users"] == 20
     assert Path(out / "sm86" / "compress.plan").is_file()

@@ -17,10 +17,16 @@ from tritonclient.grpc import model_config_pb2 as schema
 from speeder_engine import Engine
 from speeder_engine.artifact import read_artifact
 from speeder_engine.config import CalendarConfig
-from speeder_engine.errors import ArtifactError, ConfigError
-from speeder_engine.export import triton_server
+from speeder_engine.errors import ArtifactError, ConfigError, ExportError
+from speeder_engine.export import OnnxConfig, triton_server
+from speeder_engine.export.onnx_engine import OnnxFiles
+from speeder_engine.export.parity import compare
+from speeder_engine.export.served_engine import ServedEngine
+from speeder_engine.export.served_graph import served_specs
+from speeder_engine.export.static_graph import StaticModel
 from speeder_engine.export.triton_config import SERVED, TRITON, TritonConfig, queueing, render
 from speeder_engine.export.triton_server import export_triton
+from speeder_engine.parts import EngineParts
 
 CONFIG = TritonConfig(k=20, candidates=(20, 40), excluded=(16, 64), batch=(2, 4))
 ONNX_TYPES = {
@@ -40,7 +46,7 @@ def engine_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def repository(engine_dir):
     out = engine_dir.parent / "repository"
-    export_triton(engine_dir, out, CONFIG)
+    export_triton(engine_dir, out, CONFIG, 40)
     return out
 
 
@@ -122,6 +128,9 @@ def test_the_manifest_is_last_and_whole(repository, engine_dir):
     assert set(manifest["models"]) == {path.parent.name for path in repository.glob("*/config.pbtxt")}
     assert manifest["tools"]["onnx"]
     assert manifest["run"] == "built, not run"
+    for name in SERVED:
+        parity = manifest["graphs"][name]["parity"]
+        assert parity["users"] == 40 and parity["max_error"] < 1e-5 and parity["same_top"] == 1
     copy = repository / "score" / "1" / "model.onnx"
     content = copy.read_bytes()
     copy.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -389,7 +398,7 @@ def test_a_repository_of_plans(engine_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(triton_server, "PlanBuilder", FakeBuilder)
     monkeypatch.setattr("speeder_engine.export.tools.version", lambda _: "1.2.3")
     settings = TritonConfig("tensorrt", "float32", ("score",), batch=(2, 4), candidates=(20, 40), excluded=(16, 64))
-    export_triton(engine_dir, tmp_path / "out", settings)
+    export_triton(engine_dir, tmp_path / "out", settings, 20)
     config = read_config(tmp_path / "out" / "score" / "config.pbtxt")
     assert config.backend == "tensorrt" and config.default_model_filename == "model.plan"
     assert [path.name for path in (tmp_path / "out" / "score" / "1").iterdir()] == ["model.plan"]
@@ -398,6 +407,35 @@ def test_a_repository_of_plans(engine_dir, tmp_path, monkeypatch):
     assert engine.profile["history"] == [[1, 1], [2, 12], [4, 12]]
     assert {each.name for each in config.input} == set(engine.inputs)
     assert read_artifact(tmp_path / "out", TRITON).manifest["tools"]["tensorrt"] == "1.2.3"
+
+
+def test_graphs_that_answer_otherwise_are_not_published(tmp_path):
+    """Weights that half precision doesn't hold: without a comparison such a repository was written."""
+    parts = small_parts(num_layers=1, followers=False)
+    parts.model.decoder.layers[0].gate_up.weight.data.mul_(1e7)
+    parts.save(tmp_path / "engine")
+    settings = TritonConfig(dtype="float16", graphs=("recommend",))
+    with pytest.raises(ExportError, match=r"graph recommend: scores are off by .*, at most 5e-03 is allowed"):
+        export_triton(tmp_path / "engine", tmp_path / "out", settings, 20)
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+@pytest.mark.parametrize("stale", ["present_rows", "present.0.value"])
+def test_a_state_that_is_wrong_is_found(repository, engine_dir, tmp_path, stale):
+    """An output that hands on what came in: the second request of a sequence is off."""
+    parts = EngineParts.load(engine_dir)
+    [spec] = served_specs(parts, StaticModel(parts, OnnxConfig()), ("session",), CONFIG.k)
+    folder = shutil.copytree(repository / "session" / "1", tmp_path / "session")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    past = {"present_rows": "past_rows", "present.0.value": "past_key_values.0.value"}[stale]
+    for node in model.graph.node:
+        node.output[:] = ["replaced" if name == stale else name for name in node.output]
+    model.graph.node.append(onnx.helper.make_node("Identity", [past], [stale]))
+    onnx.save(model, folder / "model.onnx")
+    config = OnnxConfig(graphs=("extend",))
+    files = OnnxFiles(folder, config, parts.config, parts.catalogue.table(), parts.revision)
+    with pytest.raises(ExportError, match="graph session: scores are off"):
+        compare(parts, ServedEngine(files, {folder / "model.onnx": spec}), 20, {"extend": "session"})
 
 
 def test_plans_need_a_gpu_and_the_package(engine_dir, tmp_path):
