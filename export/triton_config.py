@@ -119,7 +119,7 @@ def graph_config(spec: GraphSpec, config: TritonConfig) -> dict[str, Any]:
         "max_batch_size": config.batch[1],
         "input": inputs,
         "output": outputs,
-        **(_sequences(spec, config) if states else queueing(config)),
+        **(_sequences(spec, config) if states else queueing(config, config.batch_wait_us)),
     }
 
 
@@ -133,15 +133,16 @@ def state_names(spec: GraphSpec) -> dict[str, str]:
     return {"past_lengths": "total_lengths", "past_rows": "present_rows", **names} if names else {}
 
 
-def queueing(config: TritonConfig) -> dict[str, Any]:
-    """Dynamic batching with a bounded queue: what waits too long, or comes to a full one, is rejected."""
+def queueing(config: TritonConfig, wait_us: int) -> dict[str, Any]:
+    """Dynamic batching with a bounded queue: what waits too long, or comes to a full one, is rejected. wait_us: how
+    long a request waits for company."""
     policy = {
         "timeout_action": Word("REJECT"),
         "default_timeout_microseconds": 1000 * config.queue_ms,
         "allow_timeout_override": True,
         "max_queue_size": config.queue_size,
     }
-    batching = {"max_queue_delay_microseconds": config.batch_wait_us, "default_queue_policy": policy}
+    batching = {"max_queue_delay_microseconds": wait_us, "default_queue_policy": policy}
     return {"dynamic_batching": batching}
 
 

@@ -183,8 +183,8 @@ def _encode(spec: GraphSpec, prompt: PromptConfig, config: TritonConfig) -> dict
         **_python(f"{spec.name}_encode", config),
         "input": ids_inputs(spec),
         "output": outputs,
-        # the front door: what is not taken here has cost nothing
-        **queueing(config),
+        # the front door: what is not taken here has cost nothing; it takes requests one by one, so that none waits
+        **queueing(config, 0),
         "parameters": _settings(spec, "encode", prompt, config),
     }
 

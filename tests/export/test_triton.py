@@ -86,13 +86,27 @@ def test_configs_say_what_the_graphs_are(repository, name):
 
 @pytest.mark.parametrize("name", ["recommend", "score"])
 def test_queues_are_bounded_and_reject(repository, name):
-    for model in (name, f"{name}_encode"):
+    # one request after the other is encoded: it waits for company once
+    for model, wait_us in ((name, CONFIG.batch_wait_us), (f"{name}_encode", 0)):
         batching = read_config(repository / model / "config.pbtxt").dynamic_batching
-        assert batching.max_queue_delay_microseconds == CONFIG.batch_wait_us
+        assert batching.max_queue_delay_microseconds == wait_us
         policy = batching.default_queue_policy
         assert policy.timeout_action == schema.ModelQueuePolicy.REJECT
         assert policy.max_queue_size == CONFIG.queue_size
         assert policy.default_timeout_microseconds == 1000 * CONFIG.queue_ms
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_request_waits_for_company_once(repository, name):
+    """Along all steps of its ensemble."""
+    configs = {path.parent.name: read_config(path) for path in repository.glob("*/config.pbtxt")}
+    steps = [configs[step.model_name] for step in configs[f"{name}_items"].ensemble_scheduling.step]
+    waits = [
+        config.dynamic_batching.max_queue_delay_microseconds
+        + config.sequence_batching.oldest.max_queue_delay_microseconds
+        for config in steps
+    ]
+    assert sum(waits) == CONFIG.batch_wait_us
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -349,7 +363,7 @@ def test_the_largest_settings_are_ones_that_triton_reads():
     most = 2**31 - 1
     names = ("queue_size", "queue_ms", "batch_wait_us", "max_sessions", "session_idle_s")
     config = TritonConfig(batch=(8, most), **dict.fromkeys(names, most))
-    parsed = text_format.Parse(render({"max_batch_size": most, **queueing(config)}), schema.ModelConfig())
+    parsed = text_format.Parse(render({"max_batch_size": most, **queueing(config, most)}), schema.ModelConfig())
     assert parsed.max_batch_size == most
     assert parsed.dynamic_batching.default_queue_policy.default_timeout_microseconds == 1000 * most
 
