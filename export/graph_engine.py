@@ -135,9 +135,14 @@ class GraphEngine(Recommends):
         Raises DataError for what is no features of this model.
         """
         inputs, present = read_features(features, self.files.model.compressor.modalities)
+        arrays: dict[str, Array] = {"present": present, **inputs}
+        tokens = [np.zeros((0, self.files.model.compressor.hidden_size), np.float32)]
         with self._lock:
-            found, _ = self._session("compress").run({"present": present, **inputs}, ["tokens"])
-        return found["tokens"]
+            session = self._session("compress")
+            for start in range(0, len(present), self.max_batch):
+                part = {name: array[start : start + self.max_batch] for name, array in arrays.items()}
+                tokens.append(session.run(part, ["tokens"])[0]["tokens"])
+        return np.concatenate(tokens)
 
     def _resolve(self, request: Request) -> Query:
         query = resolve(request, self.catalogue, self.layout, self.files.model)
@@ -188,7 +193,7 @@ class GraphEngine(Recommends):
         assert user_id is not None
         keys = self.catalogue.keys(query.window, query.buckets)
         state, cached = self._known(self._users.take(user_id), keys)
-        inputs = self._histories([query], "rows", cached) | self._search_inputs([query], self._closed_rows(query)[None])
+        inputs = self._histories([query], "rows", cached) | self._search_of(query)
         inputs |= {"past_lengths": np.array([cached]), "candidates": _candidates(query)[None]}
         inputs |= dict(zip(self._past, state.values, strict=True)) | self._last_rows(query)
         kept = dict(zip(self._present, state.values if self._in_place else [None] * len(self._present), strict=True))
@@ -256,6 +261,12 @@ class GraphEngine(Recommends):
     def _search_inputs(self, queries: Sequence[Query], excluded: Array) -> dict[str, Array]:
         depth = max(self._depth(query.request) for query in queries)
         return {"excluded": excluded, "k": np.array([depth]), **self._changes()}
+
+    def _search_of(self, query: Query) -> dict[str, Array]:
+        """Of one user; the least there is where candidates are named: what is found then is not read."""
+        if query.candidates is not None:
+            return {"excluded": NOTHING[None], "k": np.ones(1, np.int64), **self._changes()}
+        return self._search_inputs([query], self._closed_rows(query)[None])
 
     def _depth(self, request: Request) -> int:
         """How many items to look for: k may be any whole number, the graph's is an int64."""

@@ -101,11 +101,10 @@ class TensorRTEngine(GraphEngine):
     def _resolve(self, request: Request) -> Query:
         """Refuses what no profile takes before anything is computed."""
         query = super()._resolve(request)
-        counts = {
-            "k": self._depth(request),
-            "excluded": len(self._closed_rows(query)),
-            "candidates": len(request.candidates or ()),
-        }
+        counts = {"k": self._depth(request), "excluded": len(self._closed_rows(query))}
+        if query.candidates is not None:
+            # masked and cut here: no plan is told of a k, or of what is excluded
+            counts = {"candidates": len(query.candidates)}
         for name, count in counts.items():
             typical, most = getattr(self.files.plans, name)
             if count > most:

@@ -20,7 +20,7 @@ from speeder_engine import Engine
 from speeder_engine.artifact import read_artifact
 from speeder_engine.errors import ArtifactError, ConfigError, ExportError, InvalidRequest, MissingDependency
 from speeder_engine.export import parity, tensorrt_package, to_tensorrt
-from speeder_engine.export.parity import Parity
+from speeder_engine.export.parity import Parity, _compressed
 from speeder_engine.export.plan_config import PLANS, PlanConfig
 from speeder_engine.export.plan_session import PlanSession
 from speeder_engine.export.tensorrt_engine import PlanFiles, TensorRTEngine
@@ -29,7 +29,7 @@ from speeder_engine.export.to_tensorrt import export_tensorrt
 RUN = PlanConfig(
     dtype="float32",
     chips=(CHIP,),
-    graphs=("score", "recommend", "extend"),
+    graphs=("score", "recommend", "extend", "compress"),
     batch=(2, 4),
     excluded=(8, 40),
     k=(10, 50),
@@ -196,6 +196,28 @@ def test_large_batches_are_cut_to_the_profile(plans, engine):
     assert [ranking.items for ranking in plans.recommend_many(requests)] == [
         ranking.items for ranking in engine.recommend_many(requests)
     ]
+
+
+@pytest.mark.parametrize("user_id", [None, "ada"])
+@pytest.mark.parametrize("options", [{"allow": slice(20, 22)}, {"deny": slice(21, 90)}, {"k": 10**30}])
+def test_candidates_have_no_limits_of_a_search(plans, engine, options, user_id):
+    """What may not be answered and k are no input of what scores them: here of more items than plans take."""
+    ids = list(engine.catalogue.item_ids)
+    options = {name: ids[part] if isinstance(part, slice) else part for name, part in options.items()}
+    for length in (5, 6):
+        expected = engine.recommend(ids[:length], candidates=ids[20:23], **options)
+        found = plans.recommend(ids[:length], candidates=ids[20:23], user_id=user_id, **options)
+        assert found.items == expected.items
+        assert found.scores == pytest.approx(expected.scores, abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 11])
+def test_lists_of_new_items_are_cut_to_the_profile(plans, engine, count):
+    rng = np.random.default_rng(0)
+    widths = engine.parts.config.compressor.modalities
+    features = {name: rng.standard_normal((count, width)).astype(np.float32) for name, width in widths.items()}
+    expected = _compressed(engine.parts.config.compressor, engine.parts.compressor, features)
+    np.testing.assert_allclose(plans.compress(features), expected, atol=1e-5)
 
 
 def test_changes_at_run_time_reach_the_plan(plans, engine):
