@@ -3,11 +3,12 @@
 Networks are strongly typed: a plan computes in the types of the graph, nothing is rounded further behind our back.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from speeder_engine.errors import ExportError
+from speeder_engine.errors import ExportError, SpeederWarning
 from speeder_engine.export.onnx_check import read_graph
 
 Shapes = Mapping[str, tuple[int | str, ...]]  # input -> its dimensions, numbers or names of `limits`
@@ -33,19 +34,32 @@ class PlanBuilder:
         if chip is not None:
             config.num_compute_capabilities = 1
             config.set_compute_capability(getattr(self.trt.ComputeCapability, f"SM{chip}"), 0)
-        if self.timing_cache is not None:
-            config.set_timing_cache(config.create_timing_cache(self.timing_cache), False)
+        cache = None if self.timing_cache is None else self._attach_cache(config)
         plan = self.builder.build_serialized_network(network, config)
-        # the network reads its weights from what the parser holds
-        del parser
+        # the network reads its weights from what the parser holds, the builder what it measures from the cache
+        del parser, cache
         if self.monitor.interrupted:
             raise KeyboardInterrupt
         if plan is None:
             where = f"SM {chip}" if chip is not None else "this GPU"
             raise ExportError(f"{graph.stem}: TensorRT can't build it for {where}: {self.logger.last_error}")
-        if self.timing_cache is not None:
-            self.timing_cache = bytes(config.get_timing_cache().serialize())
+        measured = config.get_timing_cache() if self.timing_cache is not None else None
+        if measured is not None:
+            self.timing_cache = bytes(measured.serialize())
         return plan
+
+    def _attach_cache(self, config: Any) -> Any:
+        """The measurements that are known, or a new cache where they are another GPU's or another version's; it must
+        live until the plan is built."""
+        cache = config.create_timing_cache(self.timing_cache)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return cache
+        other = "timing cache: it is another GPU's or another TensorRT's and is not read"
+        warnings.warn(f"{other}; what is measured here replaces it", SpeederWarning, stacklevel=2)
+        cache = config.create_timing_cache(b"")
+        if cache is not None:
+            config.set_timing_cache(cache, False)
+        return cache
 
     def _parse(self, graph: Path) -> tuple[Any, Any]:
         network = self.builder.create_network(1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

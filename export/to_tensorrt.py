@@ -93,7 +93,7 @@ def export_tensorrt(
         }
 
     manifest = write_artifact(out, fill, PLANS).manifest
-    if timing_cache is not None and known is not None:
+    if timing_cache is not None and known:
         write_atomic(timing_cache, known)
     return manifest
 

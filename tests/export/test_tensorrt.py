@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -18,9 +20,17 @@ from fake_tensorrt import CHIP, FakeBuilder, FakeEngine, fake_runtime, small_par
 
 from speeder_engine import Engine
 from speeder_engine.artifact import read_artifact
-from speeder_engine.errors import ArtifactError, ConfigError, ExportError, InvalidRequest, MissingDependency
+from speeder_engine.errors import (
+    ArtifactError,
+    ConfigError,
+    ExportError,
+    InvalidRequest,
+    MissingDependency,
+    SpeederWarning,
+)
 from speeder_engine.export import parity, tensorrt_package, to_tensorrt
 from speeder_engine.export.parity import Parity, _compressed
+from speeder_engine.export.plan_builder import PlanBuilder
 from speeder_engine.export.plan_config import PLANS, PlanConfig
 from speeder_engine.export.plan_session import PlanSession
 from speeder_engine.export.tensorrt_engine import PlanFiles, TensorRTEngine
@@ -426,6 +436,64 @@ def test_without_onnxruntime_plans_are_built_and_the_manifest_says_so(stand_in, 
     manifest = export_tensorrt(plain_dir, tmp_path / "out", FEW)
     wanted = "not run: provider 'cpu' needs the package onnxruntime: pip install 'speeder-engine[ort]'"
     assert manifest["graphs"]["compress"]["parity"] == wanted
+
+
+class CacheConfig:
+    """A builder's config on the GPU "here"; `has_cache`: whether it takes one at all."""
+
+    def __init__(self, has_cache=True):
+        self.has_cache, self.cache = has_cache, None
+
+    def add_optimization_profile(self, profile):
+        pass
+
+    def create_timing_cache(self, content):
+        return None if content == b"noise" else SimpleNamespace(serialize=lambda: (content or b"here:") + b" more")
+
+    def set_timing_cache(self, cache, ignore_mismatch):
+        assert not ignore_mismatch
+        taken = self.has_cache and bytes(cache.serialize()).startswith(b"here:")
+        self.cache = cache if taken else self.cache
+        return taken
+
+    def get_timing_cache(self):
+        return self.cache
+
+
+class BareBuilder(PlanBuilder):
+    """Without a network."""
+
+    def __init__(self, config, timing_cache):
+        self.timing_cache, self.monitor = timing_cache, SimpleNamespace(interrupted=False)
+        self.builder = SimpleNamespace(
+            create_builder_config=lambda: config, build_serialized_network=lambda network, config: b"plan"
+        )
+
+    def _parse(self, graph):
+        return None, None
+
+    def _profile(self, network, shapes, limits):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("known", "has_cache", "kept", "warned"),
+    [
+        (None, True, None, False),
+        (b"", True, b"here: more", False),
+        (b"here: some", True, b"here: some more", False),
+        (b"there: some", True, b"here: more", True),
+        (b"noise", True, b"here: more", True),
+        (b"there: some", False, b"there: some", True),
+    ],
+)
+def test_a_timing_cache_of_another_gpu_is_replaced(known, has_cache, kept, warned):
+    builder = BareBuilder(CacheConfig(has_cache), known)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert builder.build(Path("score.onnx"), {}, {}, None) == b"plan"
+    assert [each.category for each in caught] == [SpeederWarning] * warned
+    assert builder.timing_cache == kept
 
 
 def test_a_profile_beyond_the_model_is_refused(engine_dir, tmp_path):
