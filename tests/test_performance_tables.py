@@ -12,6 +12,7 @@ RESULTS = {
     "avx2": "zen3-2-cores/latency-0.5b.json",
     "avx2 onnx": "zen3-2-cores/latency-0.5b-onnxruntime.json",
     "avx2 catalogue": "zen3-2-cores/catalogue-0.5b.json",
+    "avx2 host": "zen3-2-cores/host.json",
 }
 NUMBER = r"(\d[\d,]*(?:\.\d+)?|\.\d+)"
 RUNS_OF_INT8 = 12  # its file has no key for them, the table beside it has
@@ -184,7 +185,10 @@ def test_figures_between_the_tables(document, found):
         ("searched in {} ms for one user, {} x", [catalogue["catalogue_ms"], catalogue["catalogue_over_read"]]),
         ("and in {} s for 64", [catalogue["catalogue_ms_64"] / 1e3]),
         ("torch takes {} and {} times", [catalogue["catalogue_vs_torch"], catalogue["catalogue_vs_torch_64"]]),
-        ("as long, faiss {} and", [catalogue["catalogue_vs_faiss"]]),
+        ("as long, faiss {} and {}, so", [catalogue["catalogue_vs_faiss"], catalogue["catalogue_vs_faiss_64"]]),
+        ("in fp32, it takes {} of ours", [catalogue["catalogue_vs_faiss_64"]]),
+        ("do nothing, it is {} ms on a Zen 3", [found["avx2 host"]["host_step_us_1"] / 1e3]),
+        ("core, and {} us a user in steps of 64", [found["avx2 host"]["host_step_us_64"] / 64]),
         ("Zipf's law, {} % of the requests", [100 * keys["stream_returning"]]),
         ("64 at a time reaches {} users/s", [keys["closed_users_s"]]),
         ("p50 is {} ms, p95 {}, p99 {}.", [keys[f"poisson_p{percent}_ms"] for percent in (50, 95, 99)]),
