@@ -26,6 +26,7 @@ from speeder_engine.query import Query
 from speeder_engine.recommends import Recommends
 from speeder_engine.request import (
     Generation,
+    OnUnknown,
     Ranking,
     Request,
     all_of,
@@ -253,16 +254,17 @@ class Engine(Recommends):
         *,
         times: Sequence[float] | None = None,
         history_offset: int = 0,
+        on_unknown: OnUnknown = "error",
         pin: bool = False,
     ) -> int:
         """Computes a user's session ahead of the request, without an answer; returns the rows that took.
 
-        pin: evict this session only when there are none but pinned ones; see `pin_session`. CacheExhausted where that
-        is refused; the session is computed all the same.
+        history, times, history_offset, on_unknown: as a request's. pin: evict this session only when there are none but
+        pinned ones; see `pin_session`. CacheExhausted where that is refused; the session is computed all the same.
         """
         check_user(user_id)
         pin = true_or_false("pin", pin)
-        request = Request(history, user_id=user_id, times=times, history_offset=history_offset)
+        request = Request(history, user_id=user_id, times=times, history_offset=history_offset, on_unknown=on_unknown)
         serving = self._now()
         query = serving.resolve(request, "retrieve")
         with serving.lock:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from speeder_engine.errors import InvalidRequest
-from speeder_engine.request import Ranking, Request, finite_times, item_ids
+from speeder_engine.request import OnUnknown, Ranking, Request, finite_times, item_ids
 
 
 class Serves(Protocol):
@@ -13,7 +13,14 @@ class Serves(Protocol):
 
     def recommend_many(self, requests: Iterable[Request]) -> list[Ranking]: ...
 
-    def warm(self, user_id: str, history: Sequence[str], *, times: Sequence[float] | None = None) -> int: ...
+    def warm(
+        self,
+        user_id: str,
+        history: Sequence[str],
+        *,
+        times: Sequence[float] | None = None,
+        on_unknown: OnUnknown = "error",
+    ) -> int: ...
 
     def check_items(self, ids: Sequence[str], where: str, timed: bool = False) -> None: ...
 
@@ -96,10 +103,13 @@ class Session:
         history, times = self._read()
         return self._engine.recommend_many([Request(history, k, user_id=self.user_id, times=times, **options)])[0]
 
-    def warm(self) -> int:
-        """Computes what is not cached yet, ahead of the next request; returns the rows that took."""
+    def warm(self, on_unknown: OnUnknown = "error") -> int:
+        """Computes what is not cached yet, ahead of the next request; returns the rows that took.
+
+        on_unknown: as a request's; "skip" for items that a model from before a reload knew.
+        """
         history, times = self._read()
-        return self._engine.warm(self.user_id, history, times=times)
+        return self._engine.warm(self.user_id, history, times=times, on_unknown=on_unknown)
 
     def _read(self) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
         """History and times of one moment."""

@@ -86,6 +86,18 @@ def test_what_was_set_at_run_time_ends_with_what_it_was_set_on(old, directories)
     assert "x" not in engine.catalogue
 
 
+def test_a_session_with_an_item_that_is_gone_can_be_warmed_and_asked(old, directories):
+    engine = loaded(directories / "old")
+    engine.upsert([Item("x", vectors={"text": np.ones(8)})])
+    session = engine.session("ada").append("0001", "x", "0002")
+    engine.reload(directories / "old")
+    with pytest.raises(UnknownItem, match="unknown item 'x'"):
+        session.warm()
+    assert session.warm(on_unknown="skip") == 2
+    assert session.recommend(on_unknown="skip").items == engine.recommend(["0001", "0002"]).items
+    assert engine.warm("bob", ["0001", "x"], on_unknown="skip") == 1
+
+
 def test_who_is_pinned_stays_pinned(old, directories):
     engine, ids = loaded(directories / "old"), old.ids(range(8))
     for user in ("ada", "bob", "carl", "dan", "eve"):
