@@ -167,6 +167,7 @@ class Catalogue:
         self._titles = list(table.titles)
         self._row_of = {item_id: row for row, item_id in enumerate(self._ids)}
         self._removed: set[str] = set()
+        self.placed: tuple[torch.device, torch.dtype] | None = None  # where an engine serves it, and in which type
         self.changes = 0  # of which items there are and what is known of them; availability and priors aside
         self._listed = 0, table.item_ids  # after how many changes
 

@@ -361,8 +361,10 @@ def recommend(
     ranked = _ids(candidates)
     if candidates and not ranked:
         raise InvalidRequest("recommend: --candidates names no item; leave it out to search the whole catalogue")
-    # one-off answers need no session cache
-    loaded = Engine.load(engine, device=device, dtype=dtype, kv_budget="0", weights=weights)
+    from speeder_engine.config import MOST_INT32
+
+    # one-off answers need no session cache, and nobody waits behind a long list
+    loaded = Engine.load(engine, device=device, dtype=dtype, kv_budget="0", weights=weights, max_candidates=MOST_INT32)
     on_unknown = "skip" if skip_unknown else "error"
     if source is not None and target is not None:
         from speeder_engine.bulk import recommend_file

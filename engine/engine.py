@@ -57,6 +57,7 @@ class Engine(Recommends):
         self._dtype = pick_dtype(self.config.dtype, self.device)
         self._serving: Serving | None = self._make_serving(parts)
         self._is_warm = False
+        self._pinning = threading.Lock()  # a reload takes all pins along, and nobody is pinned meanwhile
         self._histories: dict[str, History] = {}  # of sessions, until they are closed
         self._scheduler = Scheduler(self.config)
         self._worker = Worker(self._scheduler, _serving_of(weakref.ref(self)))
@@ -131,6 +132,7 @@ class Engine(Recommends):
 
     @property
     def parts(self) -> EngineParts:
+        """What is served; its catalogue is the engine's own, in its dtype and as it stands now. `save` writes it."""
         return self._now().parts
 
     @property
@@ -242,10 +244,12 @@ class Engine(Recommends):
         check_user(user_id)
         return Session(self, user_id)
 
-    def held_history(self, user_id: str) -> History:
-        """What the user's sessions hold."""
+    def held_history(self, user_id: str, keep: bool) -> History:
+        """What the user's sessions hold. keep: for who writes to it; a history that is only read, of a user who has
+        none, is forgotten at once."""
+        self._now()
         # one atomic call and no lock: a reload takes seconds
-        return self._histories.setdefault(user_id, History())
+        return self._histories.setdefault(user_id, History()) if keep else self._histories.get(user_id, History())
 
     def warm(
         self,
@@ -267,12 +271,15 @@ class Engine(Recommends):
         request = Request(history, user_id=user_id, times=times, history_offset=history_offset, on_unknown=on_unknown)
         serving = self._now()
         query = serving.resolve(request, "retrieve")
+        pin, pinned = pin and bool(query.window.size), False
         with serving.lock:
             before = serving.runner.rows_computed
             with serving.forward([query]):
                 pass
             rows = serving.runner.rows_computed - before
-        if pin and query.window.size and not self.pin_session(user_id):
+            if pin:  # before a step of somebody else's may evict it
+                pinned = self._pin(serving, user_id)
+        if pin and not pinned:
             raise CacheExhausted(
                 f"warm: pin: {shown(user_id)} is computed and not pinned: pinned sessions would exceed kv_budget, "
                 f"{self.config.kv_budget!r}; raise it, or take others back with pin_session(user_id, False)"
@@ -285,11 +292,19 @@ class Engine(Recommends):
         pinned when it is computed again."""
         check_user(user_id)
         serving, pinned = self._now(), true_or_false("pinned", pinned)
-        found = bool(serving.cache.manager.pin(user_id, pinned))
-        if pinned or user_id not in serving.to_pin:
-            return found
-        serving.to_pin.discard(user_id)
-        return True
+        if pinned:
+            return self._pin(serving, user_id)
+        with self._pinning:
+            found = bool(serving.cache.manager.pin(user_id, False)) or user_id in serving.to_pin
+            serving.to_pin.discard(user_id)
+        return found
+
+    def _pin(self, serving: Serving, user_id: str) -> bool:
+        with self._pinning:
+            pinned = bool(serving.cache.manager.pin(user_id))
+            if pinned and self._serving is not None and self._serving is not serving:
+                self._serving.to_pin.add(user_id)  # a reload has taken the others along already
+        return pinned
 
     def close_session(self, user_id: str) -> bool:
         """Forgets a user's history, keys and values; true if there were any."""
@@ -355,8 +370,9 @@ class Engine(Recommends):
             if self._is_warm:
                 with serving.lock:
                     serving.warm_up()
-            serving.to_pin = old.to_pin.union(old.cache.manager.pinned())
-            self._serving = serving
+            with self._pinning:
+                serving.to_pin = old.to_pin.union(old.cache.manager.pinned())
+                self._serving = serving
         if self._is_warm:
             self._freeze()
         return parts.revision

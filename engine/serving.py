@@ -94,7 +94,7 @@ class Serving:
         self.kernels = pick_kernels(config, device, dtype)
         kv_dtype = pick_kv_dtype(config.kv, device, dtype)
         check_weights(parts.model, config.weights, self.kernels)
-        check_placed(parts.model, device, dtype)
+        check_placed(parts, device, dtype)
         native = None
         if self.kernels is not None:
             # packed from the weights as they are: those of a directory stay where the file is mapped
@@ -107,6 +107,7 @@ class Serving:
             self.model = place(self.model, config, device, dtype)
         room, two_stage = config.capacity_for(len(parts.catalogue)), config.search == "two_stage"
         self.catalogue = parts.catalogue.to(device, dtype, room, coarse=two_stage)
+        self.catalogue.placed = device, dtype
         self.parts = replace(parts, catalogue=self.catalogue)  # or the tokens would be held twice
         self.cache = KVCache(config, parts.config.decoder, self.layout, device, dtype, kv_dtype)
         self.row_constants = RowConstants.of(self.cache, self.layout)
@@ -331,12 +332,15 @@ def check_weights(model: ServingModel, weights: str, kernels: str | None) -> Non
     check(same, f"EngineParts: an engine with weights={held!r} has quantized this model; read its directory again")
 
 
-def check_placed(model: ServingModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ConfigError for a model that is another engine's own, on another device or rounded to another type."""
-    held = model.placed
-    same = held is None or held == (device, dtype)
-    where = "" if held is None else f"an engine on {held[0]} in {held[1]}".replace("torch.", "")
-    check(same, f"EngineParts: {where} has taken this model; read its directory again")
+def check_placed(parts: EngineParts, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ConfigError for a model or a catalogue that is another engine's own, on another device or rounded to
+    another type."""
+    for what, held in (("model", parts.model.placed), ("catalogue", parts.catalogue.placed)):
+        where = "" if held is None else f"an engine on {held[0]} in {held[1]}".replace("torch.", "")
+        check(
+            held is None or held == (device, dtype),
+            f"EngineParts: {where} has taken this {what}; read its directory again",
+        )
 
 
 def unmapped(model: ServingModel, device: torch.device) -> ServingModel:

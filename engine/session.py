@@ -24,7 +24,7 @@ class Serves(Protocol):
 
     def check_items(self, ids: Sequence[str], where: str, timed: bool = False) -> None: ...
 
-    def held_history(self, user_id: str) -> "History": ...
+    def held_history(self, user_id: str, keep: bool) -> "History": ...
 
     def close_session(self, user_id: str) -> bool: ...
 
@@ -50,24 +50,17 @@ class Session:
         self._engine = engine
 
     @property
-    def _held(self) -> History:
-        """Asked for at every use: a session that was closed must not go on with what was to be forgotten."""
-        return self._engine.held_history(self.user_id)
-
-    @property
     def history(self) -> tuple[str, ...]:
         """Item ids, oldest first."""
-        with (held := self._held).lock:
-            return tuple(held.ids)
+        return self._read()[0]
 
     @property
     def times(self) -> tuple[float, ...]:
         """Unix seconds of each; none where they were not given."""
-        with (held := self._held).lock:
-            return tuple(held.times)
+        return self._read()[1] or ()
 
     def __len__(self) -> int:
-        return len(self._held.ids)
+        return len(self._read()[0])
 
     def append(self, *ids: str, times: Sequence[float] | None = None) -> "Session":
         """Adds interactions, oldest first; returns the session. Raises UnknownItem or InvalidRequest, nothing added.
@@ -75,7 +68,7 @@ class Session:
         times: Unix seconds of each, for models that were trained with them: then with every append, or never.
         """
         items, seconds = self._checked(ids, times, "append")
-        with (held := self._held).lock:
+        with (held := self._held(keep=True)).lock:
             if items and held.ids and bool(seconds) != bool(held.times):
                 raise InvalidRequest("append: give times with every append of a session, or with none")
             held.ids.extend(items)
@@ -85,7 +78,7 @@ class Session:
     def replace(self, history: Sequence[str], times: Sequence[float] | None = None) -> "Session":
         """Puts another history in place: a correction, a deletion. Raises as `append`, the old one kept."""
         items, seconds = self._checked(item_ids(history, "history"), times, "replace")
-        with (held := self._held).lock:
+        with (held := self._held(keep=True)).lock:
             held.ids, held.times = list(items), list(seconds)
         return self
 
@@ -113,8 +106,12 @@ class Session:
 
     def _read(self) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
         """History and times of one moment."""
-        with (held := self._held).lock:
+        with (held := self._held(keep=False)).lock:
             return tuple(held.ids), tuple(held.times) or None
+
+    def _held(self, keep: bool) -> History:
+        """Asked for at every use: a session that was closed must not go on with what was to be forgotten."""
+        return self._engine.held_history(self.user_id, keep)
 
     def close(self) -> bool:
         """As `Engine.close_session` of this user."""

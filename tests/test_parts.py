@@ -95,6 +95,10 @@ def test_an_engine_takes_nothing_from_another_that_serves(tmp_path):
     ):
         Engine(parts, EngineConfig(dtype="bfloat16", **settings))
     assert serving.recommend_many(asked) == answer
+    # what an engine serves is rounded to its type: no other one is made of it
+    rounded = Engine(random_parts(num_items=50), EngineConfig(dtype="bfloat16", kv_budget="1MiB"))
+    with pytest.raises(ConfigError, match="an engine on cpu in bfloat16 has taken this catalogue; read its dir"):
+        Engine(rounded.parts, EngineConfig(dtype="float32"))
 
 
 def test_item_tokens_are_held_once():

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -212,3 +213,32 @@ def test_settings_are_taken_by_load(directories):
         Engine.load(directories / "old", catalogue_capacity=7)
     with pytest.raises(ConfigError, match="host_budget: 'much' is no size"):
         Engine(engine.parts, EngineConfig(host_budget="much"))
+
+
+def test_a_pin_is_set_before_anybody_else_gets_in(old, directories, monkeypatch):
+    """What would evict the session that is being warmed, or reload the engine, waits until it is pinned."""
+    engine, ids = Engine.load(directories / "old", max_sessions=1), ["0001", "0002"]
+    manager, pinned = engine._now().cache.manager, []
+    others = [
+        threading.Thread(target=lambda: engine.recommend(["0003"], user_id="bob")),
+        threading.Thread(target=lambda: engine.reload(directories / "old")),
+    ]
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(manager, name)
+
+        def pin(self, user, *given):
+            for other in others:
+                other.start()
+            time.sleep(0.2)
+            pinned.append(manager.pin(user, *given))
+            return pinned[-1]
+
+    monkeypatch.setattr(engine._now().cache, "manager", Watched())
+    assert engine.warm("ada", ids, pin=True) == 2
+    for other in others:
+        other.join()
+    assert pinned == [True]
+    engine.recommend(ids, user_id="ada")
+    assert engine.stats().num_pinned == 1

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from reference import make_tiny
 
-from speeder_engine import CacheExhausted, Engine, EngineConfig, InvalidRequest, Request, UnknownItem, memory
+from speeder_engine import (
+    CacheExhausted,
+    Engine,
+    EngineClosed,
+    EngineConfig,
+    InvalidRequest,
+    Request,
+    UnknownItem,
+    memory,
+)
 from speeder_engine.config import ConfigError
 
 
@@ -62,8 +71,14 @@ def test_a_closed_session_starts_anew(tiny, engine):
     session.append("0003")
     assert engine.session("ada").history == session.history == ("0003",)
     assert session.recommend() == engine.recommend(["0003"])
+    session.close()
+    assert (session.history, session.times, len(session)) == ((), (), 0)
+    assert not engine._histories  # of who is only looked at nothing is kept
     engine.session("bob").append("0001")
     assert engine.close_session("bob")
+    engine.close()
+    with pytest.raises(EngineClosed):
+        session.history  # noqa: B018
 
 
 def test_bad_appends_add_nothing(engine):

@@ -93,7 +93,8 @@ def make_scorer(system: str, split: Split, part: Part, head: str | None = None) 
     if system in BASELINES:
         return BASELINES[system](split, part)
     if (path / ENGINE_MANIFEST).is_file():
-        engine = Engine.load(path, kv_budget="0")
+        # lists are as long as they are asked for: there is nobody else whom one could keep waiting
+        engine = Engine.load(path, kv_budget="0", max_candidates=dataset.num_items)
         if head == GENERATE:
             return GenerationScorer(engine, dataset.item_ids, name=system)
         return EngineScorer(engine, dataset.item_ids, name=system, head=head)  # type: ignore[arg-type]

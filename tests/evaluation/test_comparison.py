@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,10 +8,11 @@ from typer.testing import CliRunner
 from speeder_engine.cli import app
 from speeder_engine.errors import ConfigError, DataError
 from speeder_engine.evaluation.bootstrap import paired_difference
-from speeder_engine.evaluation.compare import compare
+from speeder_engine.evaluation.compare import compare, make_scorer
 from speeder_engine.evaluation.comparison import Comparison
 from speeder_engine.evaluation.groups import by_length, grouped
 from speeder_engine.evaluation.report import CandidateOutcome, Report
+from speeder_engine.random_engine import random_parts
 from speeder_engine.synthetic import write_synthetic_dataset
 
 
@@ -75,3 +77,16 @@ def test_the_command_evaluates_what_others_are_paired_with(tmp_path):
         compare(["markov"], folder, by=["age"])
     with pytest.raises(ConfigError, match="gossip: neither"):
         compare(["markov"], folder, against="gossip")
+
+
+def test_an_engine_answers_lists_as_long_as_the_catalogue(make_split, tmp_path):
+    """The bound on a request's candidates is there for others who wait, and nobody does."""
+    parts = random_parts(num_items=30)
+    parts.save(tmp_path / "engine")
+    split = make_split([[0, 1, 2, 3]] * 3, [[0, 1, 2, 3]] * 3, 30)
+    items = replace(split.dataset.items, item_ids=parts.catalogue.item_ids)
+    split = replace(split, dataset=replace(split.dataset, items=items))
+    scorer = make_scorer(str(tmp_path / "engine"), split, "test")
+    assert scorer.engine.config.max_candidates == 30
+    lists = np.tile(np.arange(30, dtype=np.int32), (3, 1))
+    assert np.isfinite(scorer.candidate_scores(split.queries("test"), lists)).all()
