@@ -3,6 +3,7 @@
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -163,8 +164,8 @@ class FollowingTold(CatalogueScorer):
     name = "speeder (altered for the decoder alone)"
 
     def __init__(self, scorer: ModelScorer, truth: Queries) -> None:
-        self.scorer, self.truth, self.followers = scorer, truth, scorer.followers
-        scorer.followers = None
+        self.scorer, self.decoder, self.truth = scorer, copy(scorer), truth
+        self.decoder.followers = None
 
     @property
     def uses_time(self) -> bool:
@@ -173,15 +174,7 @@ class FollowingTold(CatalogueScorer):
     def scores(self, queries: Queries) -> NDArray[np.float32]:
         """Of consecutive ones of the true queries, altered."""
         start = int(np.flatnonzero(self.truth.users == queries.users[0])[0])
-        truth = self.truth.slice(start, start + len(queries))
-        scores = self.scorer.scores(queries)
-        if self.followers is not None:
-            layout = self.scorer.layout
-            for q, line in enumerate(scores):
-                history = truth.history(q)
-                following = self.followers.of("retrieve", history[layout.start(len(history)) :])
-                line += 0 if following is None else following.of(np.arange(len(line)))
-        return scores
+        return self.scorer.with_following(self.decoder.scores(queries), self.truth.slice(start, start + len(queries)))
 
 
 def _keep(run: Run, scorer: Scorer, split: Split, work: Path, queries: Queries | None = None) -> dict[str, float]:

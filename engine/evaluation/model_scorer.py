@@ -55,9 +55,7 @@ class ModelScorer:
             return np.full((len(queries), len(self.tokens)), -np.inf, np.float32)
         vectors, _ = self._forward(_histories(queries), _times(queries), None)
         scores = _to_numpy(vectors @ self.tokens.T + self.model.retrieve.beta * self._prior(queries))
-        return self._with_following(
-            scores, queries, "retrieve", np.broadcast_to(np.arange(len(self.tokens)), scores.shape)
-        )
+        return self.with_following(scores, queries)
 
     @torch.inference_mode()
     def candidate_scores(self, queries: Queries, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -73,7 +71,7 @@ class ModelScorer:
         else:
             vectors, hidden = self._forward(_histories(queries), _times(queries), rows)
             scores = _to_numpy(self.model.rank(hidden, self._products(vectors, rows)) + self.model.rank.beta * prior)
-        return self._with_following(scores, queries, self.head, candidates)
+        return self.with_following(scores, queries, self.head, candidates)
 
     def user_vectors(self, histories: Sequence[Rows], times: Sequence[Seconds] | None = None) -> Tensor:
         """[B, d]: their product with the item tokens is the retrieve score, prior aside."""
@@ -83,11 +81,16 @@ class ModelScorer:
         times = queries.query_times if queries.query_times is not None else np.zeros(len(queries), np.int64)
         return self.prior.at(torch.from_numpy(times).to(self.tokens.device))
 
-    def _with_following(
-        self, scores: NDArray[np.float32], queries: Queries, head: str, rows: NDArray[np.integer[Any]]
+    def with_following(
+        self,
+        scores: NDArray[np.float32],
+        queries: Queries,
+        head: str = "retrieve",
+        rows: NDArray[np.integer[Any]] | None = None,
     ) -> NDArray[np.float32]:
-        """scores [Q, n] of `rows` [Q, n] with what followed each query's history, in place."""
+        """scores [Q, n] of `rows` [Q, n], none: of all items, with what followed each query's history, in place."""
         if self.followers is not None:
+            rows = np.broadcast_to(np.arange(len(self.tokens)), scores.shape) if rows is None else rows
             for line, history, asked in zip(scores, _histories(queries), rows, strict=True):
                 following = self.followers.of(head, history[self.layout.start(len(history)) :])
                 line += 0 if following is None else following.of(asked)

@@ -5,7 +5,7 @@ ones, `sasrec_weeks` and `sasrec_time` need the interactions' times, of these al
 `sasrec_weeks` the query's, too.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -64,27 +64,24 @@ def fit_ensemble(name: str, split: Split, part: Part = "test", fitted: Mapping[s
     Weights, and the days that live popularity looks back, are those with the best NDCG@10 on the validation queries,
     where it has not seen the test's events.
     """
-    known = dict(fitted or {})
-    others = [each for each in name.split("+") if each != "live_popularity"]
-    known |= {each: SINGLE[each](split, part) for each in others if each not in known}
+    known, names = dict(fitted or {}), name.split("+")
+    known |= {each: SINGLE[each](split, part) for each in names if each not in (*known, "live_popularity")}
     validation = split.queries("validation")
-    tried = [
-        (Ensemble.fit(name, [*members], validation), days)
-        for days, members in _with_live(name, split, "validation", known)
-    ]
-    best, chosen = max(tried, key=lambda each: each[0].validated)
-    return replace(best, members=dict(_with_live(name, split, part, known))[chosen])
+    choices = LIVE_DAYS if "live_popularity" in names else (None,)
+    tried = {
+        days: Ensemble.fit(name, _members(names, known, split, "validation", days), validation) for days in choices
+    }
+    chosen = max(tried, key=lambda days: tried[days].validated)
+    return replace(tried[chosen], members=_members(names, known, split, part, chosen))
 
 
-def _with_live(
-    name: str, split: Split, part: Part, known: Mapping[str, Scorer]
-) -> Iterator[tuple[float, list[Member]]]:
-    """The members with live popularity of so many days each, or once where there is none."""
-    names = name.split("+")
-    for days in LIVE_DAYS if "live_popularity" in names else (0,):
-        live = {"live_popularity": _live(days, "live_popularity")(split, part)} if days else {}
-        scorers = {**known, **live}
-        yield days, [Member(scorers[each], each not in TRAINED) for each in names]
+def _members(
+    names: Sequence[str], known: Mapping[str, Scorer], split: Split, part: Part, days: float | None
+) -> list[Member]:
+    """`days`: how far live popularity looks back, where it is among them."""
+    live = {} if days is None else {"live_popularity": _live(days, "live_popularity")(split, part)}
+    scorers = {**known, **live}
+    return [Member(scorers[each], each not in TRAINED) for each in names]
 
 
 ENSEMBLES: dict[str, Factory] = {
