@@ -40,8 +40,9 @@ class Variant:
         return TrainingConfig.from_json(merged(base.to_json(), {**self.overrides, "seed": seed}))
 
     def changes(self, recipe: str) -> bool:
-        """Whether this is another run than the declared one: a recipe may have a change already."""
-        return self.alter is not None or self.config(recipe, 0) != VARIANTS[DECLARED].config(recipe, 0)
+        """Whether this is another run than the declared one of its class: a recipe may have a change already."""
+        declared = VARIANTS[WITH_TIME if self.with_time else DECLARED]
+        return self.alter is not None or self.config(recipe, 0) != declared.config(recipe, 0)
 
 
 def only(*modalities: str) -> Callable[[Stages], Stages]:
@@ -139,6 +140,9 @@ VARIANTS: dict[str, Variant] = {
     "followers both ways": Variant(overrides={"followers": {"forward": False}}),
     "neither neighbours nor followers": Variant(overrides={"followers": None, "collaborative": {"neighbours": 0}}),
     "tuned item vectors": Variant(overrides={"collaborative": {"tune": True}}),
+    # what is weighed last
+    "calibrated": Variant(overrides={"calibrate": True}),
+    "not calibrated, with time": Variant(with_time=True, overrides={"calibrate": False}),
     # heads
     "with the rank head": Variant(overrides={"rank_weight": 0.3, "heads": {"rank": True}}),
     "no prior": Variant(overrides={"heads": {"prior": False}}),

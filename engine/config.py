@@ -219,6 +219,8 @@ class LivePriorConfig(Config):
     def check_values(self) -> None:
         positive = bool(self.half_lives_days) and all(days > 0 for days in self.half_lives_days)
         check(positive, f"live_prior.half_lives_days: at least one, all positive; are {list(self.half_lives_days)}")
+        once = f"live_prior.half_lives_days: each once; are {list(self.half_lives_days)}"
+        check(len({*self.half_lives_days}) == len(self.half_lives_days), once)
         count = f"live_prior.weights: {len(self.weights)} for {len(self.half_lives_days)} half-lives"
         check(len(self.weights) in (0, len(self.half_lives_days)), count)
 

@@ -48,6 +48,8 @@ def test_the_prior_weighs_features_and_needs_learned_weights(events):
 def test_bad_settings_and_data_are_named():
     with pytest.raises(ConfigError, match="half_lives_days: at least one, all positive"):
         LivePriorConfig((0.0,))
+    with pytest.raises(ConfigError, match=r"half_lives_days: each once; are \[2.0, 2.0\]"):
+        LivePriorConfig((2.0, 2.0))
     with pytest.raises(ConfigError, match="1 for 2 half-lives"):
         LivePriorConfig((1.0, 2.0), (1.0,))
     with pytest.raises(DataError, match="no times; give a time column"):

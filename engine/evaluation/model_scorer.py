@@ -54,8 +54,13 @@ class ModelScorer:
         if not self.model.config.heads.retrieve:
             return np.full((len(queries), len(self.tokens)), -np.inf, np.float32)
         vectors, _ = self._forward(_histories(queries), _times(queries), None)
-        scores = _to_numpy(vectors @ self.tokens.T + self.model.retrieve.beta * self._prior(queries))
+        scores = _to_numpy(vectors @ self.tokens.T + self.model.retrieve.beta * self.prior_at(queries))
         return self.with_following(scores, queries)
+
+    @torch.inference_mode()
+    def products(self, queries: Queries) -> NDArray[np.float32]:
+        """[Q, I]: the retrieve scores without the prior and without what followed."""
+        return _to_numpy(self.user_vectors(_histories(queries), _times(queries)) @ self.tokens.T)
 
     @torch.inference_mode()
     def candidate_scores(self, queries: Queries, candidates: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -64,7 +69,7 @@ class ModelScorer:
                 f"{self.name}: was trained for titles alone; export an engine, which scores candidates by them"
             )
         rows = torch.from_numpy(candidates.astype(np.int64)).to(self.tokens.device)
-        prior = of_candidates(self._prior(queries), rows)
+        prior = of_candidates(self.prior_at(queries), rows)
         if self.head == "retrieve":
             vectors, _ = self._forward(_histories(queries), _times(queries), None)
             scores = _to_numpy(self._products(vectors, rows) + self.model.retrieve.beta * prior)
@@ -77,9 +82,14 @@ class ModelScorer:
         """[B, d]: their product with the item tokens is the retrieve score, prior aside."""
         return self._forward(histories, times, None)[0]
 
-    def _prior(self, queries: Queries) -> Tensor:
+    def prior_at(self, queries: Queries) -> Tensor:
+        """Of the queries' times: [Q, I], or [I] where it is the same for all."""
+        return self.prior.at(self.times(queries))
+
+    def times(self, queries: Queries) -> Tensor:
+        """int64 [Q], zeros where the data has no times."""
         times = queries.query_times if queries.query_times is not None else np.zeros(len(queries), np.int64)
-        return self.prior.at(torch.from_numpy(times).to(self.tokens.device))
+        return torch.from_numpy(times).to(self.tokens.device)
 
     def with_following(
         self,

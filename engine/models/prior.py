@@ -56,8 +56,12 @@ class ExactPrior:
         self.popularity, self.weights = popularity, weights
 
     def at(self, times: Tensor, items: Tensor | None = None) -> Tensor:
-        features = torch.from_numpy(self.popularity.features(times.cpu().numpy())).to(self.weights.device)
+        features = self.features(times)
         return (features if items is None else features[:, items]) @ self.weights.detach()
+
+    def features(self, times: Tensor) -> Tensor:
+        """What is weighed, [n, I, S]."""
+        return torch.from_numpy(self.popularity.features(times.cpu().numpy())).to(self.weights.device)
 
 
 def of_candidates(prior: Tensor, candidates: Tensor) -> Tensor:

@@ -146,6 +146,7 @@ class TrainingConfig(Config):
     order_weight: float = 0.1
     title_weight: float = 0.0
     title_targets: int = 1  # titles asked for in each segment, each behind another part of its history
+    calibrate: bool = False  # last, weigh prior and followers in retrieve scores by NDCG@10 on the validation users
     judge: str | None = None  # of epochs: "ndcg@10" or "title_probability"; none: the first where retrieve is trained
     patience: int = 3
     validation_users: int = 2000
@@ -197,6 +198,8 @@ class TrainingConfig(Config):
             weighed = getattr(self, f"{name}_weight") > 0
             check(getattr(self.heads, name) == weighed, f"heads.{name} and {name}_weight: {both}")
         check(not self.heads.title or bool(self.question), "question: heads.title needs one; it can't be empty")
+        calibrated = "calibrate and heads.retrieve: false contradict each other; it weighs that head's scores"
+        check(self.heads.retrieve or not self.calibrate, calibrated)
         judges = {"ndcg@10": self.heads.retrieve, "title_probability": self.heads.title}
         choice = "'ndcg@10' with heads.retrieve or 'title_probability' with heads.title"
         check(self.judge is None or judges.get(self.judge, False), f"judge: {self.judge!r}; choose {choice}")

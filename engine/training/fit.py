@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from speeder_engine.catalogue import ItemTable
 from speeder_engine.checkpoint import Checkpoint, TrainingState, check_replaceable
 from speeder_engine.config import CompressorConfig, ModelConfig
-from speeder_engine.data.splits import Histories, Split
+from speeder_engine.data.splits import Histories, Queries, Split
 from speeder_engine.errors import ConfigError, DataError, SpeederWarning
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
@@ -28,6 +28,7 @@ from speeder_engine.models.recommender import Recommender
 from speeder_engine.title_text import TitleText, answer_text
 from speeder_engine.training.backbone import checkpoint_layers, drop_residuals, embedding_scale
 from speeder_engine.training.batches import TrainingBatches
+from speeder_engine.training.calibration import calibrate, scale
 from speeder_engine.training.census import warn_of_gaps
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.features import ItemFeatures, make_features
@@ -121,7 +122,20 @@ def _train(
         trainer.validate_untrained(state)
     with drop_residuals(trained.model.backbone, config.backbone.residual_dropout):
         trainer.run(state, save)
+    if config.calibrate:
+        _calibrate(trained, trainer, state, split)
     save(None)
+
+
+def _calibrate(checkpoint: Checkpoint, trainer: Trainer, state: TrainingState, split: Split) -> None:
+    """Weighs the terms of the model that is kept anew, and keeps what it is validated with then."""
+    config, processes = trainer.config, trainer.processes
+    tokens = trainer.tokens(trainer.share(config.stages[-1], 1.0)).detach()
+    checkpoint.model.eval()
+    scorer = ModelScorer(checkpoint.model, tokens, query_prior(checkpoint, split, "validation"))
+    factors = processes.agreed(calibrate(scorer, validation_queries(split, config)), trainer.device)
+    scale(checkpoint.model, factors)
+    trainer.validate_calibrated(state, tokens, factors)
 
 
 def _refuse_early(split: Split, config: TrainingConfig) -> None:
@@ -257,10 +271,14 @@ def training_prior(checkpoint: Checkpoint, split: Split) -> Prior:
     return LivePrior(popularity, model.prior_weights, DEVICE)
 
 
-def _validation(checkpoint: Checkpoint, split: Split, config: TrainingConfig, titles: TitleTargets | None) -> Validate:
+def validation_queries(split: Split, config: TrainingConfig) -> Queries:
+    """Of the users that a run is validated on."""
     rng = np.random.default_rng(config.seed)
-    users = np.sort(rng.permutation(split.users)[: config.validation_users])
-    queries = split.queries("validation", users)
+    return split.queries("validation", np.sort(rng.permutation(split.users)[: config.validation_users]))
+
+
+def _validation(checkpoint: Checkpoint, split: Split, config: TrainingConfig, titles: TitleTargets | None) -> Validate:
+    queries = validation_queries(split, config)
     prior = query_prior(checkpoint, split, "validation")
 
     def validate(tokens: Tensor) -> dict[str, float]:

@@ -76,6 +76,15 @@ class Trainer:
         self._write({"stage": stage.name, "epoch": 0, "step": 0, **metrics, "seconds": seconds}, state)
         self.kept = self.history[-1]
 
+    def validate_calibrated(self, state: TrainingState, tokens: Tensor, factors: dict[str, float]) -> None:
+        """A record behind the last epoch's: of the model that is kept, its terms weighed anew by these factors."""
+        started = time.perf_counter()
+        metrics = self.processes.agreed(self.validate(tokens), self.device)
+        seconds = round(time.perf_counter() - started, 3)
+        record = {"stage": "calibration", "epoch": state.epochs_done, "step": 0, **metrics, "factors": factors}
+        self._write(record | {"seconds": seconds}, state)
+        self.kept = self.history[-1]
+
     def _run_stage(
         self, stage: Stage, state: TrainingState, save: Callable[[TrainingState], None], progress: Progress
     ) -> None:

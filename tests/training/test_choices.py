@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from speeder_engine import Engine, Item, Request
 from speeder_engine.checkpoint import Checkpoint
-from speeder_engine.config import CalendarConfig, FollowersConfig, LivePriorConfig, PromptConfig
+from speeder_engine.config import CalendarConfig, FollowersConfig, HeadsConfig, LivePriorConfig, PromptConfig
 from speeder_engine.data.candidates import draw_candidates
 from speeder_engine.encoders.features import Features
 from speeder_engine.errors import ConfigError, DataError
@@ -42,6 +42,7 @@ CHOICES = {
     "position tokens": {"positions": "token"},
     "calendar": {"calendar_days": DAYS},
     "live prior": {"live_prior": LivePriorConfig((DAYS, 10 * DAYS))},
+    "live prior, calibrated": {"live_prior": LivePriorConfig((DAYS, 10 * DAYS)), "calibrate": True},
     "followers": {"followers": FollowersConfig(window=2, keep=5)},
     "followers, sampled softmax": {"followers": FollowersConfig(window=2), "sampled_items": 12},
     "tuned": {"collaborative": CollaborativeConfig(tune=True)},
@@ -69,7 +70,7 @@ def test_it_trains_resumes_and_is_served(split, tmp_path, choice):
         assert torch.equal(resumed.model.state_dict()[name], value), name
     assert all(np.array_equal(whole.features[n].values, resumed.features[n].values) for n in whole.features)
     found = report(Checkpoint.load(tmp_path / "whole"), split)
-    assert found.uses_time is (choice == "live prior")
+    assert found.uses_time is choice.startswith("live prior")
     assert found.metrics["hr@10"] > 0.55  # by chance 10 in 24
     if choice == "position tokens":
         with pytest.raises(ConfigError, match="not a 'token' of their own; train with another setting"):
@@ -85,7 +86,7 @@ def test_it_trains_resumes_and_is_served(split, tmp_path, choice):
     given = times if config.calendar_days else [None] * 9
     requests = [Request([split.dataset.item_ids[row] for row in queries.history(q)], times=given[q]) for q in range(9)]
     np.testing.assert_allclose(engine.user_vectors(requests), expected.detach().numpy(), rtol=1e-4, atol=1e-5)
-    if choice != "live prior":  # its engine has the prior as it stood at the end of training
+    if not choice.startswith("live prior"):  # its engine has the prior as it stood at the end of training
         served = evaluate(EngineScorer(engine, split.dataset.item_ids), queries, None)
         np.testing.assert_array_equal(served.ranks, found.ranks)
 
@@ -238,6 +239,9 @@ def test_what_cannot_be_is_refused(split):
         replace(BASE, mixing="sum")
     with pytest.raises(ConfigError, match="positions: 'late'; choose one of"):
         PromptConfig("x", (1,), positions="late")
+    with pytest.raises(ConfigError, match=r"calibrate and heads\.retrieve: false contradict"):
+        titles = HeadsConfig(retrieve=False, rank=False, title=True)
+        replace(BASE, calibrate=True, heads=titles, retrieve_weight=0, rank_weight=0, title_weight=1)
     with pytest.raises(ConfigError, match="live_prior and heads"):
         replace(BASE, live_prior=LivePriorConfig(), heads=replace(BASE.heads, prior=False))
     of_text, both = (Stage("S", names, 1, 1e-3) for names in (("text",), ("text", "collaborative")))
