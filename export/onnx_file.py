@@ -71,7 +71,7 @@ def _trace(spec: GraphSpec, opset: int) -> Any:
 
 
 def _export(spec: GraphSpec, opset: int, optimize: bool = True) -> Any:
-    with _quiet():
+    with _quiet(), _without_cache():
         try:
             return torch.onnx.export(
                 spec.module,
@@ -150,3 +150,13 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             noisy.setLevel(level)
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Without torch's cache of what operators make of shapes: with dimensions that vary it costs more than it saves, a
+    fifth of an export."""
+    from torch._dynamo import config
+
+    with config.patch(fake_tensor_cache_enabled=False):
+        yield
