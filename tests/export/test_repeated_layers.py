@@ -1,15 +1,17 @@
-"""Graphs put together out of four layers, against the exporter's own of all layers."""
+"""Graphs put together out of four layers, against the exporter's own of all layers; and traces that tests share."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 from torch import nn
+from traces import Traces, digest
 
 from speeder_engine.export import onnx_file
 from speeder_engine.export.graph_spec import GraphSpec, cache_names
+from speeder_engine.export.onnx_config import WEIGHTS_FILE
 from speeder_engine.export.onnx_file import WeightsFile, write_graph
 from speeder_engine.export.static_graph import StaticModel, mark_layer
 
@@ -159,3 +161,18 @@ def test_layers_that_are_not_alike_are_all_traced(tmp_path, monkeypatch, changes
     with counted_layers(monkeypatch, most=1) as seen, pytest.raises(InterruptedError):
         answers(make_spec(layers), tmp_path / "graph")
     assert seen == [4, 6]
+
+
+def test_a_trace_that_tests_share_is_the_trace(tmp_path):
+    """Kept and read again it is written as it would have been at once, and other weights are another's."""
+    traces, written = Traces(tmp_path / "traces"), []
+    for place, used in (("made", nullcontext()), ("kept", traces.used()), ("read", traces.used())):
+        (tmp_path / place).mkdir()
+        with used, WeightsFile(tmp_path / place) as weights:
+            path = write_graph(make_spec(layers_of(5)), 18, weights)
+        written.append((path.read_bytes(), path.with_name(WEIGHTS_FILE).read_bytes()))
+    assert written[0] == written[1] == written[2]
+    assert len(list(traces.folder.glob("*.onnx"))) == 1
+    other = layers_of(5)
+    other[4].norm.data[0] = 2
+    assert digest(make_spec(other)) != digest(make_spec(layers_of(5)))

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,10 +72,10 @@ def plain_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def exported(engine_dir):
+def exported(engine_dir, traces):
     """An export whose plans run on the stand-in."""
     out = engine_dir.parent / "exported"
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, traces.used():
         patch.setattr(to_tensorrt, "PlanBuilder", FakeBuilder)
         patch.setattr(to_tensorrt, "load_tensorrt", lambda *_: None)
         export_tensorrt(engine_dir, out, RUN, None, 20)
@@ -115,10 +116,12 @@ def test_plans_are_built_for_four_chips_without_any(thin_dir, tmp_path):
 
 
 @needs_rtx
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float8"])
-def test_plans_of_other_types(thin_dir, tmp_path, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "source"), [("bfloat16", "thin_dir"), ("float32", "engine_dir"), ("float8", "thin_dir")]
+)
+def test_plans_of_other_types(request, shared_traces, tmp_path, dtype, source):
     config = PlanConfig(dtype=dtype, chips=(89,), graphs=("recommend",))
-    manifest = export_tensorrt(thin_dir, tmp_path / "plans", config, None, 20)
+    manifest = export_tensorrt(request.getfixturevalue(source), tmp_path / "plans", config, None, 20)
     assert manifest["files"]["sm89/recommend.plan"]["size"] > 10_000
     found = manifest["graphs"]["recommend"]["parity"]
     if dtype == "float32":
@@ -372,7 +375,7 @@ def test_settings_that_cannot_be(settings, message):
         PlanConfig(**settings)
 
 
-def test_tensorrt_builds_for_the_gpu_that_is_there(engine_dir, tmp_path, monkeypatch):
+def test_tensorrt_builds_for_the_gpu_that_is_there(engine_dir, shared_traces, tmp_path, monkeypatch):
     """With a stand-in for builder and GPU: folders are named after the chip, the timing cache is read and written."""
 
     class Builder(FakeBuilder):
@@ -401,7 +404,7 @@ def test_tensorrt_builds_for_the_gpu_that_is_there(engine_dir, tmp_path, monkeyp
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
+def stand_in(monkeypatch, shared_traces):
     """The builder's."""
     monkeypatch.setattr(to_tensorrt, "PlanBuilder", FakeBuilder)
     monkeypatch.setattr(to_tensorrt, "check_installed", lambda *_: None)
@@ -532,8 +535,12 @@ def test_every_failure_is_one_line_and_leaves_nothing(engine_dir, tmp_path, argu
     ("kind", "options"),
     [("tensorrt", ["--graphs", "compress", "--chips", "80"]), ("triton", ["--graphs", "recommend"])],
 )
-def test_a_full_disk_leaves_nothing(plain_dir, tmp_path, full_disk, kind, options):
-    done = speeder("export", kind, plain_dir, tmp_path / "out", *options)
+def test_a_full_disk_leaves_nothing(plain_dir, shared_traces, tmp_path, full_disk, kind, options):
+    arguments = ["export", kind, plain_dir, tmp_path / "out", *options, "--parity-users", 20]
+    assert speeder(*arguments).returncode == 0
+    shutil.rmtree(tmp_path / "out")
+    with full_disk():
+        done = speeder(*arguments)
     assert "File too large" in done.error and "choose another disk" in done.error
     assert list(tmp_path.iterdir()) == []
 
@@ -547,32 +554,37 @@ def test_a_full_disk_leaves_nothing(plain_dir, tmp_path, full_disk, kind, option
         ("triton", ["--graphs", "recommend,score"], "recommend/1/model.onnx"),
     ],
 )
-def test_a_killed_export_leaves_nothing_that_loads(plain_dir, tmp_path, kind, options, sign):
+def test_a_killed_export_leaves_nothing_that_loads(plain_dir, shared_traces, in_child, tmp_path, kind, options, sign):
     """kill -9 in the middle: nothing stands in OUT's place, and the next export cleans up behind it."""
     out = tmp_path / "out"
-    command = [sys.executable, "-c", "from speeder_engine.cli import main; main()"]
-    process = subprocess.Popen(
-        [*command, "export", kind, str(plain_dir), str(out), *options], stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 240
+    arguments = ["export", kind, str(plain_dir), str(out), *options]
+
+    def export():
+        if kind == "tensorrt":  # whose library is not made to be copied with a process
+            command = [sys.executable, "-c", "from speeder_engine.cli import main; main()"]
+            os.execv(sys.executable, [*command, *arguments])
+        speeder(*arguments)
+
+    child, deadline = in_child(export), time.monotonic() + 240
     while not list(tmp_path.glob(f".out.*.tmp/{sign}")):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
     assert not out.exists()
     [left] = tmp_path.iterdir()
     assert not (left / "export.json").exists()
     with pytest.raises(ArtifactError, match=r"has no export\.json"):
         read_artifact(left, PLANS)
-    done = speeder("export", kind, plain_dir, out, *options[:1], options[1].split(",")[0], *options[2:])
+    few = [*options[:1], options[1].split(",")[0], *options[2:], "--parity-users", "20"]
+    done = speeder("export", kind, plain_dir, out, *few)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert json.loads((out / "export.json").read_text())["format"] == f"speeder-{kind}"
 
 
 @needs_rtx
-def test_the_command_tells_what_it_built(thin_dir, tmp_path):
+def test_the_command_tells_what_it_built(thin_dir, shared_traces, tmp_path):
     out = tmp_path / "plans"
     options = ["--graphs", "compress", "--chips", "86,120", "--parity-users", "20"]
     done = speeder("export", "tensorrt", thin_dir, out, *options, "--json")

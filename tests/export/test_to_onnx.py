@@ -1,8 +1,9 @@
 """`speeder export onnx`: what it writes, what it refuses, what remains of one that was killed."""
 
 import json
+import os
 import shutil
-import subprocess
+import signal
 import sys
 
 import onnx
@@ -12,7 +13,7 @@ from command import speeder
 from reference import make_tiny
 
 from speeder_engine import ArtifactError, ConfigError, ExportError, MissingDependency, Ranking
-from speeder_engine.export import OnnxConfig, OnnxEngine, export_onnx, parity
+from speeder_engine.export import OnnxConfig, OnnxEngine, export_onnx, onnx_file, parity, to_onnx
 from speeder_engine.export.graph_spec import GraphSpec
 from speeder_engine.export.onnx_file import WeightsFile, write_graph
 from speeder_engine.export.parity import Parity, measure, ranking_error
@@ -137,8 +138,9 @@ def test_what_the_exporter_cannot_translate_is_one_line(tmp_path):
     assert not (tmp_path / "strange.onnx").exists()
 
 
-def test_a_full_disk_leaves_nothing(compress, tmp_path, full_disk):
-    with pytest.raises(ArtifactError, match="can't be written: File too large; raise the file size limit"):
+def test_a_full_disk_leaves_nothing(compress, shared_traces, tmp_path, full_disk):
+    refused = pytest.raises(ArtifactError, match="can't be written: File too large; raise the file size limit")
+    with full_disk(), refused:
         export_onnx(compress.engine_dir, tmp_path / "out", FEW)
     assert list(tmp_path.iterdir()) == []
 
@@ -156,7 +158,7 @@ def test_a_folder_of_something_else_is_not_replaced(compress, tmp_path):
         export_onnx(compress.engine_dir, compress.engine_dir, FEW)
 
 
-def test_answers_that_differ_are_not_published(compress, tmp_path, monkeypatch):
+def test_answers_that_differ_are_not_published(compress, shared_traces, tmp_path, monkeypatch):
     wrong = {"compress": Parity(40, 1e-4, 2e-3, 2e-3, 1.0)}
     monkeypatch.setattr(parity, "run_parity", lambda *_, **__: wrong)
     with pytest.raises(ExportError, match=r"graph compress: scores are off by 0\.002, at most 1e-04 is allowed"):
@@ -180,26 +182,20 @@ def test_what_counts_as_an_error():
     assert off.max_absolute_error == pytest.approx(0.03) and off.max_error == pytest.approx(0.01)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from speeder_engine.export import OnnxConfig, export_onnx, {module}
-{module}.{function} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-export_onnx(Path(sys.argv[1]), Path(sys.argv[2]), OnnxConfig(graphs=("compress",)), 40)
-"""
-
-
 @pytest.mark.parametrize(
-    ("module", "function", "existed"), [("onnx_file", "_plain", False), ("to_onnx", "_manifest", True)]
+    ("module", "function", "existed"), [(onnx_file, "_plain", False), (to_onnx, "_manifest", True)]
 )
-def test_a_killed_export_leaves_what_was_there(compress, tmp_path, module, function, existed):
+def test_a_killed_export_leaves_what_was_there(
+    compress, shared_traces, in_child, tmp_path, monkeypatch, module, function, existed
+):
     """Killed with its weights half written, and with everything but the manifest."""
     out = tmp_path / "out"
     if existed:
         shutil.copytree(compress.path, out)
-    code = KILLED.format(module=module, function=function)
-    done = subprocess.run([sys.executable, "-c", code, compress.engine_dir, out], timeout=120, check=False)
-    assert done.returncode == -9
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        child = in_child(lambda: export_onnx(compress.engine_dir, out, FEW, 40))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     [leftover] = [path for path in tmp_path.iterdir() if path != out]
     with pytest.raises(ArtifactError, match=r"has no export\.json"):
         OnnxEngine.load(leftover)
@@ -208,7 +204,7 @@ def test_a_killed_export_leaves_what_was_there(compress, tmp_path, module, funct
     assert out.exists() == existed
 
 
-def test_the_command(compress, tmp_path):
+def test_the_command(compress, shared_traces, tmp_path):
     out = tmp_path / "onnx"
     done = speeder("export", "onnx", compress.engine_dir, out, "--graphs", "compress", "--parity-users", 20, "--json")
     assert done.returncode == 0, done.stderr

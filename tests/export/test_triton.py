@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -44,9 +45,10 @@ def engine_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def repository(engine_dir):
+def repository(engine_dir, traces):
     out = engine_dir.parent / "repository"
-    export_triton(engine_dir, out, CONFIG, 40)
+    with traces.used():
+        export_triton(engine_dir, out, CONFIG, 40)
     return out
 
 
@@ -405,13 +407,13 @@ def test_settings_that_cannot_be(settings, message):
         TritonConfig(**settings)
 
 
-def test_a_repository_of_plans(engine_dir, tmp_path, monkeypatch):
+def test_a_repository_of_plans(engine_dir, shared_traces, tmp_path, monkeypatch):
     """Built by a stand-in: plans of tensorrt in the place of graphs, with the profile of the config."""
     for name in ("find_chip", "check_installed", "load_tensorrt"):
         monkeypatch.setattr(triton_server, name, lambda *_: SimpleNamespace())
     monkeypatch.setattr(triton_server, "PlanBuilder", FakeBuilder)
     monkeypatch.setattr("speeder_engine.export.tools.version", lambda _: "1.2.3")
-    settings = TritonConfig("tensorrt", "float32", ("score",), batch=(2, 4), candidates=(20, 40), excluded=(16, 64))
+    settings = replace(CONFIG, backend="tensorrt", graphs=("score",))
     export_triton(engine_dir, tmp_path / "out", settings, 20)
     config = read_config(tmp_path / "out" / "score" / "config.pbtxt")
     assert config.backend == "tensorrt" and config.default_model_filename == "model.plan"
