@@ -1,8 +1,9 @@
-"""What is allocated and not written shows: torch.empty gives NaN here."""
+"""What is allocated and not written shows: torch.empty gives NaN here; and the interpreter does nothing in vain."""
 
 import numpy as np
 import pytest
 import torch
+from interpreter import spare
 
 EMPTY, EMPTY_LIKE = torch.empty, torch.empty_like
 
@@ -16,6 +17,13 @@ def nothing_is_empty():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", lambda *args, **kwargs: spoiled(EMPTY(*args, **kwargs)))
         patch.setattr(torch, "empty_like", lambda *args, **kwargs: spoiled(EMPTY_LIKE(*args, **kwargs)))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter_is_spared():
+    with pytest.MonkeyPatch.context() as patch:
+        spare(patch)
         yield
 
 
