@@ -25,7 +25,7 @@ setup: $(INSTALLED)  ## make .venv with everything in it (PYTHON=python3.12, TOR
 demo: setup  ## train, export and recommend on a made catalogue, or on a real one with DATA=folder
 	$(BIN)/speeder demo $(if $(DATA),--data "$(DATA)")
 
-test: setup lint types  ## lint, types and tests
+test: setup lint types  ## lint, types and tests (FULL=1: ten times as many random steps of the cache manager)
 	$(BIN)/pytest tests -n $(WORKERS) --dist loadfile
 
 lint: setup  ## ruff: rules and format

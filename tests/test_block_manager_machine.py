@@ -6,6 +6,7 @@ and each plan must read back exactly its own history. So a leak between users, a
 shows, whichever rule let it through. Failed steps write too, as a failing forward pass may.
 """
 
+import os
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from speeder_engine import _C
 WINDOW = 12
 JUNK = -1
 USERS = ("ann", "bob", "cid", "dan", "eve")
+ANYONE = (*USERS, None)
+TIMES = 10 if os.environ.get("FULL") else 1  # as for the sanitizers
 History = tuple[int, ...]
 Batch = Sequence[tuple[str | None, History]]
 
@@ -204,21 +207,22 @@ appended = st.lists(st.integers(0, 2), max_size=5)
 edits = st.tuples(st.sampled_from(["same", "append", "cut", "change"]), st.integers(0, WINDOW), appended)
 max_offloads = st.sampled_from([40, 40, 40, 2, 0, -1])
 users = st.sampled_from(USERS)
-anyone = st.sampled_from([*USERS, None])
+anyone = st.sampled_from(ANYONE)
+SIZES = {
+    "block_size": [1, 2, 4, 5],
+    "budget": [6, 4, 3, 10, 2, 0],
+    "spare": [40, 20, 6, 0],
+    "num_slots": [20, 20, 20, 2],
+    "max_sessions": [8, 8, 3, 2, 1],
+    "quota": [0, 0, 0, 3, 1],
+    "num_host_blocks": [20, 10, 6, 3, 0],
+}
 
 
 class Machine(RuleBasedStateMachine):
     """Batches, ends of steps in any order, pins, closes; the integrity and the model compared after each."""
 
-    @initialize(
-        block_size=st.sampled_from([1, 2, 4, 5]),
-        budget=st.sampled_from([6, 4, 3, 10, 2, 0]),
-        spare=st.sampled_from([40, 20, 6, 0]),
-        num_slots=st.sampled_from([20, 20, 20, 2]),
-        max_sessions=st.sampled_from([8, 8, 3, 2, 1]),
-        quota=st.sampled_from([0, 0, 0, 3, 1]),
-        num_host_blocks=st.sampled_from([20, 10, 6, 3, 0]),
-    )
+    @initialize(**{name: st.sampled_from(values) for name, values in SIZES.items()})
     def make(
         self, block_size: int, budget: int, spare: int, num_slots: int, max_sessions: int, quota: int, **host: int
     ) -> None:
@@ -416,9 +420,48 @@ def step_of(step: int) -> Step:
 
 
 Machine.TestCase.settings = settings(
-    max_examples=800, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=100 * TIMES, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestMachine = Machine.TestCase
+
+
+def drawn_edit(draw: random.Random) -> tuple[str, int, list[int]]:
+    return draw.choice(["same", "append", "cut", "change"]), draw.randint(0, WINDOW), drawn_items(draw, 5)
+
+
+def drawn_items(draw: random.Random, most: int) -> list[int]:
+    return draw.choices(range(3), k=draw.randint(0, most))
+
+
+def random_act(machine: Machine, draw: random.Random) -> None:
+    """One of the machine's rules, as Hypothesis would draw it."""
+    rows = draw.choice([40, 40, 40, 2, 0, -1])
+    kind = draw.choice(["come_back", "come_back_from_host", "follow_up", "unrelated", "end", "act_on"])
+    if kind == "come_back":
+        machine.come_back([(draw.choice(USERS), drawn_items(draw, 5)) for _ in range(draw.randint(1, 3))], rows)
+    elif kind == "come_back_from_host" and machine.hosted():
+        machine.come_back_from_host(draw.randint(0, 9), drawn_edit(draw), rows)
+    elif kind == "follow_up":
+        machine.follow_up([(draw.choice(ANYONE), drawn_edit(draw)) for _ in range(draw.randint(0, 4))], rows)
+    elif kind == "unrelated":
+        machine.unrelated(
+            [(draw.choice(ANYONE), tuple(drawn_items(draw, WINDOW))) for _ in range(draw.randint(0, 3))], rows
+        )
+    elif kind == "end" and (machine.open or machine.half_open):
+        machine.end(draw.randint(0, 9), draw.random() < 1 / 3, draw.choice([40, 40, 2, 0]))
+    elif kind == "act_on":
+        machine.act_on(draw.choice(USERS), draw.choice(["pin", "pin", "unpin", "close", "clear"]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_machine_driven_at_random(seed: int) -> None:
+    """Hypothesis finds the shortest way to a failure, and takes most of the time: most steps are drawn without it."""
+    for example in range(300 * TIMES):
+        draw, machine = random.Random(f"{seed} {example}"), Machine()
+        machine.make(**{name: draw.choice(values) for name, values in SIZES.items()})
+        for _ in range(50):
+            random_act(machine, draw)
+            machine.agrees()
 
 
 @pytest.mark.parametrize("max_sessions", [3, 32])
