@@ -4,6 +4,7 @@ A script, since Triton must not have been told to interpret when it is imported.
 kernel is compiled in the warm-up, and which are later.
 """
 
+import gc
 import json
 import os
 from collections import Counter
@@ -50,25 +51,49 @@ class AbsentGpu:
         return 0
 
 
+class AbsentKernel:
+    """What Triton keeps of a key in the place of a compiled kernel: launched, it notes that it was met."""
+
+    function = packed_metadata = None
+
+    def __init__(self, met, name, key):
+        self.met, self.name, self.key = met, name, key
+
+    def launch_metadata(self, *_):
+        return None
+
+    def run(self, *_):
+        self.met.add((self.name, self.key))
+
+
 def note_compilations():
-    """A set that every key joins for which Triton would compile; nothing is."""
+    """A set that every key joins that is launched, and that Triton would have compiled before; nothing is."""
     met = set()
     driver.set_active(AbsentGpu())
 
-    def note(self, key, *_):
-        met.add((self.fn.__name__, key))
+    def stand_in(self, key, signature, device, *_):
+        kernels = self.device_caches[device][0]
+        kernels[key] = AbsentKernel(met, self.fn.__name__, key)
+        return kernels[key]
 
-    JITFunction._do_compile = note
+    JITFunction._do_compile = stand_in
     return met
 
 
 def launch_and_refer():
-    """Every operation launches its kernels, as on a GPU, and computes as its reference does."""
+    """Every operation launches its kernels, as on a GPU, and computes as its reference does; but for attention, which
+    took half of the time: what it gives decides over no launch, so that it gives its queries back."""
     found = list(launchers())
     for module in deciding_modules():
         module.runs_triton = lambda *tensors: True
     for each in found:
-        setattr(each.module, each.name, _both(each.launch, each.reference))
+        reference = _queries if each.operation == "compressed_attention" else each.reference
+        setattr(each.module, each.name, _both(each.launch, reference))
+
+
+def _queries(q, *others):
+    *_, out = others
+    return out.copy_(q)
 
 
 def _both(launch, reference):
@@ -131,4 +156,5 @@ def some(ids, rng, count):
 if __name__ == "__main__":
     met = note_compilations()
     launch_and_refer()
+    gc.freeze()  # an engine collects garbage when it warms up: what was imported is none
     print(json.dumps({variant: met_by(met, variant) for variant in VARIANTS}))
