@@ -27,15 +27,10 @@ FAMILIES = {
     "llama with biases": replace(SMALL, out_bias=True, mlp_bias=True),
     "qwen3": replace(SMALL, qkv_bias=False, qk_norm=True, head_dim=16),
 }
-ONE_TOKEN = (
-    "transformers",
-    "transformers_static",
-    "separate_prompts",
-    "transformers_compiled",
-    "onnxruntime",
-    "openvino",
-    "llama_cpp",
-)
+# a compiler takes its time for each layer, and a second one is all the same to it: of several layers there is the
+# eager model's test, whose forward this one compiles, and those of exports, in tests/export
+COMPILED = ("transformers_compiled", "onnxruntime", "openvino")
+ONE_TOKEN = ("transformers", "transformers_static", "separate_prompts", *COMPILED, "llama_cpp")
 PACKAGES = {"onnxruntime": ["onnxruntime"], "openvino": ["openvino"], "llama_cpp": ["llama_cpp", "gguf"]}
 
 
@@ -49,12 +44,26 @@ def subject():
 
 
 @pytest.fixture(scope="module")
+def one_layer():
+    return small(replace(SMALL, num_layers=1))
+
+
+@pytest.fixture(scope="module")
 def users(subject):
     return make_users(3, subject.num_items, subject.workload, 5)
 
 
 @pytest.fixture(scope="module")
 def engine_answers(subject, users):
+    return answers_of_an_engine(subject, users)
+
+
+@pytest.fixture(scope="module")
+def one_layers_answers(one_layer, users):
+    return answers_of_an_engine(one_layer, users)
+
+
+def answers_of_an_engine(subject, users):
     """(cold, warm) of each user."""
     engine, found = Speeder(subject, kv_budget="8MiB"), []
     for user in users:
@@ -78,9 +87,11 @@ def test_the_engine_computes_the_rows_of_the_workload(subject, users):
 
 
 @pytest.mark.parametrize("key", ONE_TOKEN)
-def test_one_token_an_item_scores_as_the_engine_does(subject, users, engine_answers, key):
+def test_one_token_an_item_scores_as_the_engine_does(request, users, key):
     for package in PACKAGES.get(key, ()):
         pytest.importorskip(package)
+    names = ("one_layer", "one_layers_answers") if key in COMPILED else ("subject", "engine_answers")
+    subject, engine_answers = map(request.getfixturevalue, names)
     # by itself OpenVINO takes half precision where the CPU has it
     contender = make(key, subject) if key != "openvino" else OpenVino(subject, "f32")
     for _ in range(2):  # a request leaves nothing behind
@@ -94,10 +105,10 @@ def test_one_token_an_item_scores_as_the_engine_does(subject, users, engine_answ
 
 
 @pytest.mark.parametrize("spins", ["0", "1"])
-def test_onnx_runtimes_threads_spin_where_they_are_asked_to(subject, monkeypatch, spins):
+def test_onnx_runtimes_threads_spin_where_they_are_asked_to(one_layer, monkeypatch, spins):
     pytest.importorskip("onnxruntime")
     monkeypatch.setenv("GOMP_SPINCOUNT", spins)
-    contender = make("onnxruntime", subject)
+    contender = make("onnxruntime", one_layer)
     options = contender.engine._session("extend")._session.get_session_options()
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == spins
     contender.close()
