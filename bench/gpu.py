@@ -414,6 +414,8 @@ def main() -> int:
         return 0
     only = listed(options.only)
     report = Report(out, smoke, go_on=bool(only or options.begin))
+    gc.collect()
+    gc.freeze()  # most of what is collected before each measurement has only been imported
     clock = Clock.of(min(options.seconds, options.until - time.time()))
     ceilings = measure_ceilings(device, smoke)
     report.found["machine"] = {**machine(device), "ceilings": asdict(ceilings)}

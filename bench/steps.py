@@ -17,6 +17,7 @@ from measure import (
     quiet,
     replay_seconds,
     synchronize,
+    unquiet_seconds,
     wall_seconds,
 )
 from workload import BenchUser
@@ -131,7 +132,7 @@ def single_cases(load: Load, count: int) -> dict[str, tuple[list[Callable[[], ob
 def latency(load: Load, ceilings: Ceilings, clock: Clock, count: int, found: dict[str, Any]) -> None:
     for name, (calls, rows, reads) in single_cases(load, count + 5).items():
         load.warm()
-        wall_seconds(calls[:5], clock)
+        unquiet_seconds(calls[:5], clock)
         row = replayed(load, rows, reads, ceilings) if load.engine._now().graphs._graphs else {}
         found[name] = row | quantiles(wall_seconds(calls[5 : 5 + count], clock))
         clock.check()
@@ -165,7 +166,7 @@ def saturated(load: Load, ceilings: Ceilings, clock: Clock, batches: tuple[int, 
             load.warm()
             synchronize(load.device)
             calls = load.warm_calls(batch, ranked)
-            wall_seconds(calls[:UNTIMED], clock)
+            unquiet_seconds(calls[:UNTIMED], clock)
             clock.check()
             seconds = wall_seconds(calls[UNTIMED:], Clock.of(min(1.0, clock.left)))
             name = f"batch {batch}, {'1 + 20 ranked' if ranked else '1, catalogue'}"

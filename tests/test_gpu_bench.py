@@ -1,5 +1,6 @@
 """`make gpu` where there is no GPU: what it says, and that its benchmarks run, on tiny shapes."""
 
+import gc
 import json
 import os
 import subprocess
@@ -24,13 +25,16 @@ from speeder_engine.random_engine import SHAPES
 KERNEL = {"us": 1.5, "gb_s": 1, "tflop_s": 1, "of_ceiling": 1}
 
 
-def run(root, script, *options, **environment):
-    command = [sys.executable, str(root / "bench" / script), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+@pytest.fixture
+def smoke(root, tmp_path):
+    """bench/gpu.py with tiny shapes, in this process."""
+    yield partial(script, root / "bench" / "gpu.py", "--cpu-smoke", "--out", tmp_path)
+    gc.unfreeze()  # what the script froze, as if its process had ended
 
 
 def test_the_benchmarks_run_on_tiny_shapes(root, tmp_path):
-    done = run(root, "gpu.py", "--cpu-smoke", "--out", tmp_path, "--seconds", 900)
+    command = [sys.executable, str(root / "bench" / "gpu.py"), "--cpu-smoke", "--out", str(tmp_path), "--seconds"]
+    done = subprocess.run([*command, "900"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["schema"] == 1
@@ -71,7 +75,7 @@ def test_every_part_of_the_plan_is_compiled_before_it_is_timed():
     assert set(compile_commands(False)) == {f"compile {part}" for part in range(len(plan(CPU, False)) + 2)}
 
 
-def test_some_sections_go_into_the_file_that_is_there(root, tmp_path):
+def test_some_sections_go_into_the_file_that_is_there(smoke, tmp_path):
     before = {
         "schema": 1,
         "is_smoke": True,
@@ -81,12 +85,12 @@ def test_some_sections_go_into_the_file_that_is_there(root, tmp_path):
     }
     before |= {"failed": {"searches": "of yesterday", "kernels": "too"}}
     (tmp_path / "gpu.json").write_text(json.dumps(before))
-    done = run(root, "gpu.py", "--cpu-smoke", "--out", tmp_path, "--only", "searches")
+    done = smoke("--only", "searches")
     assert done.returncode == 1, done.stdout + done.stderr  # what had failed before has still
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert len(found["searches"]) == 4 and found["kernels"] == {"a": KERNEL} and found["steps"] == {}
     assert (found["skipped"], found["failed"]) == (["searches of more", "steps 7b"], {"kernels": "too"})
-    done = run(root, "gpu.py", "--cpu-smoke", "--out", tmp_path, "--only", "steps; kernels")
+    done = smoke("--only", "steps; kernels")
     assert (
         done.returncode == 1 and "bench/gpu.py: steps: no such section; there are steps tiny; searches;" in done.stdout
     )
@@ -183,11 +187,11 @@ def test_what_is_left_is_measured_in_another_process(tmp_path, monkeypatch):
     assert 45 < float(command[command.index("--seconds") + 1]) <= 50
 
 
-def test_a_run_that_goes_on_keeps_what_was_found(root, tmp_path):
+def test_a_run_that_goes_on_keeps_what_was_found(smoke, tmp_path):
     found = {"schema": 1, "is_smoke": True, **EMPTY, "skipped": [], "failed": {"searches": "lost the device"}}
     (tmp_path / "gpu.json").write_text(json.dumps(found))
     only = ("--only", "searches; kernels", "--begin", "kernels", "--case", "12")
-    done = run(root, "gpu.py", "--cpu-smoke", "--out", tmp_path, *only)
+    done = smoke(*only)
     assert done.returncode == 1, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["searches"] == {} and found["failed"] == {"searches": "lost the device"}
