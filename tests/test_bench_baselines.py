@@ -173,17 +173,17 @@ def test_generation_writes_what_transformers_would(subject, users, kind):
         assert contender.write_warm(user) == contender.write(replace(user, history=user.grown))
 
 
-def test_missing_packages_are_one_line(subject, monkeypatch):
+def test_missing_packages_are_one_line(one_layer, monkeypatch):
     for package in ("openvino", "faiss", "llama_cpp", "onnxruntime"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(Unavailable, match=r"^openvino is not installed: pip install 'speeder-engine\[bench\]'$"):
-        make("openvino", subject)
+        make("openvino", one_layer)
     with pytest.raises(Unavailable, match=r"^faiss is not installed: pip install 'speeder-engine\[bench\]'$"):
-        FaissFlat(subject.catalogue.tokens)
+        FaissFlat(one_layer.catalogue.tokens)
     with pytest.raises(Unavailable, match=r"needs the package onnxruntime: pip install 'speeder-engine\[ort\]'$"):
-        make("onnxruntime", subject)
+        make("onnxruntime", one_layer)
     with pytest.raises(Unavailable, match=r"^[a-z_]+ is not installed: pip install llama-cpp-python gguf "):
-        make("llama_cpp", subject)
+        make("llama_cpp", one_layer)
 
 
 def test_an_export_that_does_not_fit_is_one_line(monkeypatch):
