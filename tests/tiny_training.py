@@ -60,7 +60,7 @@ def pretrained(family, folder, **more):
 def together() -> TrainingConfig:
     """What several processes train as one would."""
     stages = (Stage("S1", ("text",), 1, 3e-4), Stage("S2", ("text", "collaborative"), 2, 3e-4))
-    config = replace(without_dropout(CONFIG), stages=stages, validation_users=30, averaging=0.9, calibrate=True)
+    config = replace(without_dropout(CONFIG), stages=stages, validation_users=120, averaging=0.9, calibrate=True)
     return replace(config, collaborative=replace(config.collaborative, tune=True))
 
 

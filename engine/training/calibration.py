@@ -10,12 +10,14 @@ One factor after the other goes through FACTORS, until none gains anything.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from warnings import warn
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from speeder_engine.data.splits import Queries
+from speeder_engine.errors import SpeederWarning
 from speeder_engine.evaluation.metrics import mask_history, ndcg
 from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.models.prior import ExactPrior
@@ -26,15 +28,23 @@ FACTORS = (0.0, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0, 2.5, 3.0)
 ROUNDS = 5
 TOP = 10
 IN_REACH = 100  # items of a list from which a factor may lift one into the first ten
-AT_ONCE = 1 << 20  # scores
+FEWEST_USERS = 100  # fewer would tell chance from gain too badly
+AT_ONCE = 1 << 25  # scores
+USERS_AT_ONCE = 512
+SAME = 1e-9  # gains nearer than that differ by rounding
 Floats = NDArray[np.float32]
 
 
 def calibrate(scorer: ModelScorer, queries: Queries) -> dict[str, float]:
-    """The factors by name that are best for these queries; none where the scorer's model adds no terms."""
+    """The factors by name that are best for these queries; none where the scorer's model adds no terms. All are 1, with
+    a warning, where users are fewer than FEWEST_USERS."""
     names = list(weights_of(scorer.model))
     if not names:
         return {}
+    if len(queries) < FEWEST_USERS:
+        few = f"calibrate: {len(queries)} validation users are too few to choose weights by, {FEWEST_USERS} are needed"
+        warn(f"{few}; left as they were learned", SpeederWarning, stacklevel=2)
+        return dict.fromkeys(names, 1.0)
     return dict(zip(names, best_factors(Contenders.of(scorer, queries)), strict=True))
 
 
@@ -52,7 +62,7 @@ def weights_of(model: Recommender) -> dict[str, Tensor]:
     live = model.config.live_prior
     if live is not None and model.prior_weights is not None and not model.config.heads.rank:
         days = live.half_lives_days
-        weights = {f"prior of {day:g} days": model.prior_weights.data[place] for place, day in enumerate(days)}
+        weights = {f"prior of {day} days": model.prior_weights.data[place] for place, day in enumerate(days)}
     elif model.config.heads.prior:
         weights = {"prior": model.retrieve.beta.data}
     return weights if model.followers is None else weights | {"followers": model.followers.weights.data[0]}
@@ -60,7 +70,7 @@ def weights_of(model: Recommender) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Contenders:
-    """The items of each query that some choice of factors may rank among the first ten, the target among them.
+    """The items of each query that one factor may lift among the first ten, and the target.
 
     values float32 [N, 1 + T]: v T' and the terms; query int64 [N] ascending; behind [N]: whether the target would come
     first at equal scores; target int64 [Q]: its place among the N.
@@ -73,7 +83,7 @@ class Contenders:
 
     @classmethod
     def of(cls, scorer: ModelScorer, queries: Queries) -> "Contenders":
-        users = max(1, AT_ONCE // len(scorer.tokens))
+        users = max(1, min(USERS_AT_ONCE, AT_ONCE // len(scorer.tokens)))
         starts = track(range(0, len(queries), users), "calibrating")
         parts = [_of_some(scorer, queries.slice(at, at + users), at) for at in starts]
         values, query, behind, is_target = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -89,7 +99,7 @@ class Contenders:
 
 
 def best_factors(contenders: Contenders) -> tuple[float, ...]:
-    """Of equally good ones those nearest to 1."""
+    """One after the other, of equally good ones the nearest to 1."""
     factors = [1.0] * (contenders.values.shape[1] - 1)
     best = contenders.gains(factors).mean()
     nearest = sorted(FACTORS, key=lambda factor: abs(factor - 1))
@@ -99,7 +109,7 @@ def best_factors(contenders: Contenders) -> tuple[float, ...]:
             for factor in nearest:
                 tried = [*factors[:place], factor, *factors[place + 1 :]]
                 found = contenders.gains(tried).mean()
-                if found > best:
+                if found > best + SAME:
                     best, factors = found, tried
         if best == before:
             break

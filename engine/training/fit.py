@@ -130,7 +130,7 @@ def _train(
 def _calibrate(checkpoint: Checkpoint, trainer: Trainer, state: TrainingState, split: Split) -> None:
     """Weighs the terms of the model that is kept anew, and keeps what it is validated with then."""
     config, processes = trainer.config, trainer.processes
-    tokens = trainer.tokens(trainer.share(config.stages[-1], 1.0)).detach()
+    tokens = trainer.tokens(trainer.share(config.trained_stages[-1], 1.0)).detach()
     checkpoint.model.eval()
     scorer = ModelScorer(checkpoint.model, tokens, query_prior(checkpoint, split, "validation"))
     factors = processes.agreed(calibrate(scorer, validation_queries(split, config)), trainer.device)

@@ -52,8 +52,10 @@ class RunLog:
                 file.write(line)
         if self.board is not None:
             for name, value in record.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(name, value, epochs_done)
+                parts = {f"{name}/{part}": each for part, each in value.items()} if isinstance(value, dict) else {}
+                for each, scalar in (parts or {name: value}).items():
+                    if isinstance(scalar, int | float):
+                        self.board.add_scalar(each, scalar, epochs_done)
             self.board.flush()
 
 

@@ -82,7 +82,7 @@ class Trainer:
         metrics = self.processes.agreed(self.validate(tokens), self.device)
         seconds = round(time.perf_counter() - started, 3)
         record = {"stage": "calibration", "epoch": state.epochs_done, "step": 0, **metrics, "factors": factors}
-        self._write(record | {"seconds": seconds}, state)
+        self._write(record | {"seconds": seconds}, state, behind=1)
         self.kept = self.history[-1]
 
     def _run_stage(
@@ -208,6 +208,6 @@ class Trainer:
         record["targets_per_second"] = round(tally.num_targets / seconds)
         self._write(record, state)
 
-    def _write(self, record: dict[str, Any], state: TrainingState) -> None:
+    def _write(self, record: dict[str, Any], state: TrainingState, behind: int = 0) -> None:
         self.history.append(record)
-        self.log.write(record, state.epochs_done)
+        self.log.write(record, state.epochs_done + behind)

@@ -9,6 +9,7 @@ from tiny_training import CONFIG, log_of
 
 from speeder_engine.checkpoint import Checkpoint
 from speeder_engine.config import FollowersConfig
+from speeder_engine.errors import SpeederWarning
 from speeder_engine.evaluation.metrics import ndcg
 from speeder_engine.evaluation.model_scorer import ModelScorer, query_prior
 from speeder_engine.evaluation.protocols import evaluate
@@ -101,3 +102,19 @@ def test_a_model_that_adds_nothing_is_left_as_it_is(split, tmp_path):
     train(split, config, tmp_path / "c")
     last = log_of(tmp_path / "c")[-1]
     assert last["factors"] == {} and last["ndcg@10"] == max(record["ndcg@10"] for record in log_of(tmp_path / "c"))
+
+
+def test_few_users_choose_nothing(split, trained):
+    scorer = scorer_of(trained, split)
+    few = split.queries("validation").slice(0, calibration.FEWEST_USERS - 1)
+    with pytest.warns(SpeederWarning, match="99 validation users are too few to choose weights by, 100 are needed"):
+        assert calibrate(scorer, few) == {"prior": 1.0, "followers": 1.0}
+
+
+def test_it_is_calibrated_on_the_items_as_they_are_served(split, tmp_path):
+    """Not as a stage without epochs would have them."""
+    both = replace(SETTINGS.stages[0], modalities=("text", "collaborative"))
+    stages = (both, replace(SETTINGS.stages[0], name="S2", epochs=0))
+    train(split, replace(SETTINGS, stages=stages, calibrate=True), tmp_path / "c")
+    found = gains(scorer_of(tmp_path / "c", split), validation_queries(split, SETTINGS)).mean()
+    assert found == pytest.approx(log_of(tmp_path / "c")[-1]["ndcg@10"])
