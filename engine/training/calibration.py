@@ -56,16 +56,20 @@ def scale(model: Recommender, factors: Mapping[str, float]) -> None:
 
 
 def weights_of(model: Recommender) -> dict[str, Tensor]:
-    """The learned weight of every term that a retrieve score adds, a view into the model. Half-lives are terms of their
-    own, but where a rank head shares their weights: there it is beta, which each head has."""
+    """The learned weight of every term that a retrieve score adds, a view into the model."""
     weights = {}
-    live = model.config.live_prior
-    if live is not None and model.prior_weights is not None and not model.config.heads.rank:
-        days = live.half_lives_days
+    if (days := _half_lives(model)) and model.prior_weights is not None:
         weights = {f"prior of {day} days": model.prior_weights.data[place] for place, day in enumerate(days)}
     elif model.config.heads.prior:
         weights = {"prior": model.retrieve.beta.data}
     return weights if model.followers is None else weights | {"followers": model.followers.weights.data[0]}
+
+
+def _half_lives(model: Recommender) -> tuple[float, ...]:
+    """Those that are terms of their own: of a live prior, but where a rank head shares their weights; there the term is
+    beta, which each head has."""
+    live = model.config.live_prior
+    return () if live is None or model.config.heads.rank else live.half_lives_days
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +144,7 @@ def _terms(scorer: ModelScorer, queries: Queries) -> list[Floats]:
     """Those of `weights_of`, each [Q, I]."""
     shape, model = (len(queries), len(scorer.tokens)), scorer.model
     terms: list[Tensor] = []
-    if isinstance(scorer.prior, ExactPrior) and not model.config.heads.rank:
+    if _half_lives(model) and isinstance(scorer.prior, ExactPrior):
         weighed = scorer.prior.features(scorer.times(queries)) * scorer.prior.weights.detach()
         terms = list((model.retrieve.beta.detach() * weighed).unbind(2))
     elif model.config.heads.prior:

@@ -69,21 +69,22 @@ class Trainer:
 
     def validate_untrained(self, state: TrainingState) -> None:
         """A record of epoch 0, for a model that has learned before: what the first stage must beat."""
-        stage, started = self.config.stages[0], time.perf_counter()
-        metrics = self.processes.agreed(self.validate(self.tokens(self.share(stage, 1.0))), self.device)
-        state.best = metrics[self.config.metric]
-        seconds = round(time.perf_counter() - started, 3)
-        self._write({"stage": stage.name, "epoch": 0, "step": 0, **metrics, "seconds": seconds}, state)
-        self.kept = self.history[-1]
+        stage = self.config.stages[0]
+        record = {"stage": stage.name, "epoch": 0, "step": 0}
+        state.best = self._keep(record, state, self.tokens(self.share(stage, 1.0)))[self.config.metric]
 
     def validate_calibrated(self, state: TrainingState, tokens: Tensor, factors: dict[str, float]) -> None:
         """A record behind the last epoch's: of the model that is kept, its terms weighed anew by these factors."""
+        record = {"stage": "calibration", "epoch": state.epochs_done, "step": 0, "factors": factors}
+        self._keep(record, state, tokens, behind=1)
+
+    def _keep(self, record: dict[str, Any], state: TrainingState, tokens: Tensor, behind: int = 0) -> dict[str, float]:
+        """Validates the model as it is, between epochs, and keeps it with that record."""
         started = time.perf_counter()
         metrics = self.processes.agreed(self.validate(tokens), self.device)
-        seconds = round(time.perf_counter() - started, 3)
-        record = {"stage": "calibration", "epoch": state.epochs_done, "step": 0, **metrics, "factors": factors}
-        self._write(record | {"seconds": seconds}, state, behind=1)
+        self._write(record | metrics | {"seconds": round(time.perf_counter() - started, 3)}, state, behind)
         self.kept = self.history[-1]
+        return metrics
 
     def _run_stage(
         self, stage: Stage, state: TrainingState, save: Callable[[TrainingState], None], progress: Progress
