@@ -1,8 +1,12 @@
 """How the scripts here are told what to do, and how they end."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable
+from multiprocessing import parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 
 from speeder_engine.errors import ConfigError, SpeederError
 
@@ -25,3 +29,14 @@ def refuse_unknown(option: str, given: Iterable[str], known: Iterable[str]) -> N
     known = list(dict.fromkeys(known))
     if strange := [name for name in given if name not in known]:
         raise ConfigError(f"{option}: no {', '.join(strange)}; there are {', '.join(known)}")
+
+
+def end_with_parent() -> None:
+    """What a spawned worker begins with: it would go on for nobody, once the process it works for is killed."""
+
+    def wait(parent: BaseProcess) -> None:
+        parent.join()
+        os._exit(1)
+
+    if (parent := parent_process()) is not None:
+        Thread(target=wait, args=(parent,), name="end with parent", daemon=True).start()

@@ -26,7 +26,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from baseline_settings import read_settings
-from commands import listed, refuse_unknown, run_command
+from commands import end_with_parent, listed, refuse_unknown, run_command
 from study_report import write_report
 from study_runs import Run, do, prepare
 from study_variants import COLD_ITEMS, DECLARED, VARIANTS, WITH_TIME
@@ -72,7 +72,8 @@ def study(data: Path, work: Path, plan: Plan, recipe: str, workers: int, baselin
         read_settings(baselines, split.dataset)  # what is wrong with it is said before anything is trained
     waiting = [run for run in plan.wanted(recipe) if not run.path(work).exists()]
     print(f"{plan.table}: {len(waiting)} runs to do", flush=True)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+    spawned = get_context("spawn")
+    with ProcessPoolExecutor(workers, spawned, initializer=end_with_parent, max_tasks_per_child=1) as pool:
         started = {pool.submit(do, run, data, work, recipe, baselines): (run, time.perf_counter()) for run in waiting}
         for done in as_completed(started):
             run, since = started[done]
