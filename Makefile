@@ -12,6 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 INSTALLED := .venv/.installed
 LAYOUT := build/layout/speeder_engine
+RARELY := site-packages/(pip|transformers/models|.*/tests?)/
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .DELETE_ON_ERROR:
@@ -85,12 +86,13 @@ $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "speeder-engine needs Python 3.11 or newer: make PYTHON=python3.11")'
 	@$(PYTHON) -m venv .venv
 
-# the first torch stays: the constraint keeps what follows from replacing it; bytecode on all cores, pip would take one
+# the first torch stays: the constraint keeps what follows from replacing it; bytecode on all cores, pip would take one,
+# and without what is next to never imported
 $(INSTALLED): $(SOURCES) | $(BIN)/pip
 	@echo "installing $(TORCH)"
 	@$(PIP) install --no-compile $(TORCH)
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv/constraints.txt
 	@echo "installing speeder-engine with its tools, building its C++ extension"
 	@$(PIP) install --no-compile --constraint .venv/constraints.txt --editable ".[dev]"
-	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # some packages ship files of other Pythons
+	@$(BIN)/python -m compileall -qq -j 0 -x '$(RARELY)' .venv/lib || true  # some packages ship files of other Pythons
 	@touch $@
