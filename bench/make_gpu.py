@@ -29,6 +29,8 @@ PLACE = ROOT / "build" / "gpu"
 NUM_ENGINE_PARTS = 6  # of tests/gpu: together they compile for longer than there is time for all tests
 SAYS_WHY = 10  # seconds in which what is interrupted may still say what has failed
 NUM_PARTS = 10  # of bench/gpu.py's plan, kernels and what is compiled of transformers included
+EXTENSIONS = {"_C": "csrc", "_cpu": "csrc/cpu"}
+LATER = ("nice", "-n", "5")  # the tests: what is timed behind them is to be compiled by then
 CUDA = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
 
 
@@ -120,21 +122,23 @@ def make_layout() -> None:
     for path in sources:
         if path.name != "__pycache__" and path.suffix != ".so":
             (package / path.name).symlink_to(path)
-    for name, folder in (("_C", "csrc"), ("_cpu", "csrc/cpu")):
-        build_extension(package / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}", ROOT / folder)
+    build_extensions(package)
 
 
-def build_extension(target: Path, folder: Path) -> None:
-    """With the compiler alone; what another Python has built lies elsewhere and stays."""
+def build_extensions(package: Path) -> None:
+    """Both at once, with the compiler alone; what another Python has built lies elsewhere and stays."""
     includes = [f"-I{path}" for path in (sysconfig.get_path("include"), pybind11_headers())]
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *includes]
-    objects = {path: PLACE / f"{folder.name}-{path.stem}.o" for path in sorted(folder.glob("*.cpp"))}
-    building = [subprocess.Popen([*compiler, *flags, "-c", path, "-o", made]) for path, made in objects.items()]
+    objects = {name: sorted((ROOT / folder).glob("*.cpp")) for name, folder in EXTENSIONS.items()}
+    made = {path: PLACE / f"{name}-{path.stem}.o" for name, paths in objects.items() for path in paths}
+    building = [subprocess.Popen([*compiler, *flags, "-c", path, "-o", out]) for path, out in made.items()]
     codes = [process.wait() for process in building]
     if any(codes):
-        raise SystemExit("make gpu: the extension does not compile")
-    subprocess.run([*compiler, "-shared", *objects.values(), "-o", target], check=True)
+        raise SystemExit("make gpu: the extensions do not compile")
+    for name, paths in objects.items():
+        target = package / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        subprocess.run([*compiler, "-shared", *(made[path] for path in paths), "-o", target], check=True)
 
 
 def pybind11_headers() -> str:
@@ -166,7 +170,7 @@ def environment(smoke: bool) -> dict[str, str]:
 def test_commands(smoke: bool) -> dict[str, list[str]]:
     """A process a file of kernels, and several of the engine's tests: what takes them time is the compiler, and it uses
     one core."""
-    pytest = [sys.executable, "-m", "pytest", "-c", "tests/gpu/pytest.ini", "--rootdir", str(ROOT), "-q"]
+    pytest = [*LATER, sys.executable, "-m", "pytest", "-c", "tests/gpu/pytest.ini", "--rootdir", str(ROOT), "-q"]
     engine = ROOT / "tests" / "gpu" / "test_engine.py"
     names = re.findall(r"^def (test_\w+)", engine.read_text(), re.MULTILINE)
     parts = [names[part::NUM_ENGINE_PARTS] for part in range(1 if smoke else NUM_ENGINE_PARTS)]
@@ -203,7 +207,7 @@ def main() -> int:
     print(f"{name}: built in {run.seconds - run.left:.0f} s", flush=True)
     out = options.out / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     settings = environment(smoke)
-    run.step(test_commands(smoke) | compile_commands(smoke), settings, 230, out / "tests.log")
+    run.step(compile_commands(smoke) | test_commands(smoke), settings, 230, out / "tests.log")
     # alone: they are timed. By the clock on the wall: a process takes its time to start
     until = ["--seconds", str(run.seconds), "--until", str(time.time() + run.left - 15)]
     run.step({"benchmarks": [*benchmarks(smoke), "--out", str(out), *until]}, settings, run.left - 5, out / "bench.log")

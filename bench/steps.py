@@ -180,17 +180,20 @@ def saturated(load: Load, ceilings: Ceilings, clock: Clock, batches: tuple[int, 
 def contender_latency(
     contender: Baseline, users: Sequence[BenchUser], clock: Clock, device: torch.device, found: dict[str, Any]
 ) -> None:
-    """What a user would run instead, over the same rows: strangers, and users who return with one new item."""
+    """What a user would run instead, over the same rows: strangers, and users who return with one new item. What was
+    timed when the time is up stays."""
     for name, before, call in (
         (COLD, None, contender.answer),
         (WARM, contender.warm_up, contender.answer_warm),
     ):
-        timed = []
-        with quiet():
-            for user in users:
-                if before is not None:
-                    before(user)
-                synchronize(device)
-                timed.append(clocked(partial(call, user)))
-                clock.check()
-        found[f"{contender.label.removeprefix(TRANSFORMERS)}, {name}"] = quantiles(timed[UNTIMED:])
+        timed: list[float] = []
+        try:
+            with quiet(), clock.interrupting():
+                for user in users:
+                    if before is not None:
+                        before(user)
+                    synchronize(device)
+                    timed.append(clocked(partial(call, user)))
+        finally:
+            if counted := timed[UNTIMED:]:
+                found[f"{contender.label.removeprefix(TRANSFORMERS)}, {name}"] = quantiles(counted)

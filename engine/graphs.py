@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -45,12 +46,17 @@ class CudaCapture:
     What runs before a capture does so on another stream: cuBLAS keeps a workspace by stream, and the graphs' own is to
     come from their pool. From outside, it would be freed under them by whoever clears these workspaces, as
     torch.compile does for graphs of its own.
+
+    No graph of a device is replayed while one is captured there: the generator of random numbers belongs to all of
+    them, and torch refuses to replay (until 2.12 or so, graphs without random numbers, too) while it is being captured.
+    It is asked outside of inference mode, so that its state can be written in any.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._warming, self._stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._busy = _busy.setdefault(device, threading.Lock())
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.device(self.device):
@@ -61,12 +67,18 @@ class CudaCapture:
             torch.cuda.current_stream().wait_stream(self._warming)
             graph = torch.cuda.CUDAGraph()
             # an engine that reloads captures while its worker serves: what other threads do must not end a capture
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            captured = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
+            with self._busy, torch.inference_mode(False), captured:
                 run()
-            graph.replay()  # sends it to the device, which the first step would wait for
-        return graph.replay
+            self._replay(graph)  # sends it to the device, which the first step would wait for
+        return partial(self._replay, graph)
+
+    def _replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        with self._busy:
+            graph.replay()
 
 
+_busy: dict[torch.device, threading.Lock] = {}  # by device: held for a capture and for a replay
 _capturing = threading.Lock()  # the collector is the process's: one engine at a time
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 DEVICE = os.environ.get("SPEEDER_TEST_DEVICE", "cuda")
-# the compiler's affair, not a device's; or kernels that are handed CPU tensors by other ways
-ELSEWHERE = ("test_registry", "test_engine_through_kernels", "test_graphs_through_kernels")
+# the compiler's or the interpreter's affair, not a device's; or kernels that are handed CPU tensors by other ways
+ELSEWHERE = ("test_registry", "test_interpreter", "test_engine_through_kernels", "test_graphs_through_kernels")
 HUGE = "beyond"  # tests whose tensors are gigabytes that nobody touches, which a device would have to hold
 
 

@@ -1,16 +1,20 @@
 """`make gpu` where there is no GPU: what it says, and that its benchmarks run, on tiny shapes."""
 
+import ast
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from functools import partial
 from types import SimpleNamespace
 
 import gpu
 import make_gpu
+import on_cuda
 import pytest
 import torch
 from command import script
@@ -19,6 +23,7 @@ from gpu import EMPTY, Report, compile_part, plan
 from kernel_cases import Case, Maker, maker_name
 from make_gpu import compile_commands
 from measure import CPU, Clock, OutOfTime, measure_ceilings, num_copies, quantiles
+from steps import contender_latency
 
 from speeder_engine.random_engine import SHAPES
 
@@ -232,7 +237,46 @@ def test_every_test_of_the_engine_is_run_on_a_gpu_once(root):
     assert commands.keys() - files == {"training", *(f"engine {part}" for part in range(make_gpu.NUM_ENGINE_PARTS))}
 
 
+def test_what_is_launched_by_hand_is_not_tried_on_a_device(root):
+    """on_cuda moves the tensors of `launch_...` alone: a kernel that is called itself would get CPU tensors there."""
+    by_hand = set()
+    for path in (root / "tests" / "kernels").glob("test_*.py"):
+        for function in ast.parse(path.read_text()).body:
+            if isinstance(function, ast.FunctionDef) and on_cuda.HUGE not in function.name:
+                calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+                by_hand |= {path.stem for call in calls if isinstance(call.func, ast.Subscript)}
+    assert by_hand == {"test_interpreter"} <= {*on_cuda.ELSEWHERE}
+
+
+class Asked:
+    """A contender that notes whom it is asked for; with the last of so many it takes more time than there is."""
+
+    label = "transformers, asked"
+
+    def __init__(self, most=math.inf):
+        self.users, self.most = [], most
+
+    def answer(self, user):
+        self.users.append(user)
+        if len(self.users) == self.most:
+            time.sleep(30)
+
+    warm_up = answer_warm = answer
+
+
+def test_a_contenders_calls_stand_when_its_time_is_up_and_one_user_is_enough_to_compile():
+    asked, found = Asked(), {}
+    contender_latency(asked, ["ada"], Clock.of(math.inf), CPU, found)
+    assert asked.users == ["ada"] * 3 and found == {}
+    with pytest.raises(OutOfTime):
+        contender_latency(Asked(5), range(9), Clock.of(3), CPU, found)
+    assert found.keys() == {f"asked, {COLD}"} and found[f"asked, {COLD}"]["count"] == 1
+    contender_latency(Asked(), range(4), Clock.of(60), CPU, found)
+    assert [row["count"] for row in found.values()] == [1, 1] and found.keys() == {f"asked, {COLD}", f"asked, {WARM}"}
+
+
 def test_a_quantile_needs_samples():
+    assert quantiles([]) == {"count": 0}
     assert quantiles([0.001]).keys() == {"p50_ms", "count"}
     assert quantiles([0.001] * 20).keys() == {"p50_ms", "p95_ms", "count"}
     assert quantiles([0.001] * 100).keys() == {"p50_ms", "p95_ms", "p99_ms", "count"}

@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import threading
 import tracemalloc
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -277,6 +278,7 @@ class FakeGraph:
         @contextmanager
         def graph(graph, pool, stream, capture_error_mode="global"):
             self.calls.append(f"begin {capture_error_mode}")
+            assert not torch.is_inference_mode_enabled()  # what it keeps of random numbers is written by others later
             yield
             self.calls.append("end")
 
@@ -295,6 +297,27 @@ def test_a_capture_minds_its_own_thread_alone_and_is_replayed_once(monkeypatch):
     assert cuda.calls == ["run", "run", "begin thread_local", "run", "end", "replay"]
     replay()
     assert cuda.calls[-2:] == ["replay", "replay"]
+
+
+@torch.inference_mode()
+def test_no_graph_is_replayed_while_another_is_captured(monkeypatch):
+    """As of an engine that serves beside one that is loaded."""
+    cuda = FakeGraph()
+    cuda.patch(monkeypatch)
+    device, waits = torch.device("cuda", 1), threading.Event()
+    replay = CudaCapture(device)(lambda: None)
+    serving = threading.Thread(target=lambda: (waits.set(), replay(), cuda.calls.append("served")))
+
+    def run():
+        if cuda.calls[-1].startswith("begin"):
+            serving.start()
+            waits.wait()
+            serving.join(0.2)
+            assert serving.is_alive() and cuda.calls[-1].startswith("begin")
+
+    CudaCapture(device)(run)
+    serving.join(10)
+    assert "served" in cuda.calls and cuda.calls.count("replay") == 3
 
 
 @pytest.mark.parametrize("was_enabled", [True, False])

@@ -1,7 +1,9 @@
 """Changes of the catalogue under a running engine: applied between steps, never half, never read stale."""
 
+import asyncio
 import io
 import threading
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -441,3 +443,34 @@ def test_a_directory_that_was_replaced_is_not_saved_from(tiny, tmp_path):
     built.upsert([Item("x", vectors={"text": [0.5] * 8})])
     built.save(tmp_path / "out")
     assert "x" in Engine.load(tmp_path / "out").catalogue
+
+
+@pytest.mark.parametrize("settings", [{}, {"graphs": "on", "row_buckets": (16,)}, {"cpu_path": "torch", "kv": "int8"}])
+def test_an_engine_made_in_inference_mode_serves_and_changes_outside_of_it(tiny, tmp_path, settings):
+    """A start that is decorated so leaves tensors that torch lets nobody else write to."""
+    tiny.parts().save(tmp_path / "engine")
+    rng = np.random.default_rng(0)
+    grown = [Item(f"grown{n}", vectors=vectors(rng)) for n in range(60)]
+    settings = {"dtype": "float32", "kv_budget": "20KiB", "host_budget": "1MiB", "freeze_gc": False} | settings
+
+    def answers(start):
+        with start():
+            engine = Engine.load(tmp_path / "engine", **settings)
+            engine.warm_up()
+            engine.upsert(grown)
+        engine.upsert([Item("0003", vectors=grown[0].vectors), Item("behind", vectors=grown[1].vectors)])
+        engine.remove(["0005"])
+        engine.set_prior({"0007": 0.5})
+        with start():
+            engine.reload(tmp_path / "engine")
+        engine.upsert(grown[:1])
+        histories = [
+            [f"{item:04d}" for item in rng.integers(0, 100, 9)] for rng in map(np.random.default_rng, range(9))
+        ]
+        found = [engine.recommend(items[:length], user_id=items[0]) for length in (6, 9) for items in histories]
+        found.append(asyncio.run(engine.submit(Request(histories[0], user_id="later"))))
+        assert engine.stats().blocks_restored > 0
+        engine.close()
+        return found
+
+    assert answers(torch.inference_mode) == answers(nullcontext)

@@ -23,13 +23,13 @@ def catalogue_loss(scores: Tensor, targets: Tensor, smoothing: float = 0.0) -> T
     As `F.cross_entropy(scores, targets, label_smoothing=smoothing)`, NaN for N = 0 too. A score may be -inf (an item
     that stands for nobody) where nothing is smoothed. Gradients of the first order only.
     """
-    loss: Tensor = _CrossEntropy.apply(scores, targets, smoothing)  # type: ignore[no-untyped-call]
+    loss: Tensor = _CrossEntropy.apply(scores, targets, smoothing)  # type: ignore[no-untyped-call, unused-ignore]
     return loss
 
 
 def add_scaled(scores: Tensor, factor: Tensor, values: Tensor) -> Tensor:
     """`scores` [N, I] += `factor` (a scalar that learns) times `values` [N, I] (which don't), in place."""
-    added: Tensor = _AddScaled.apply(scores, factor, values)  # type: ignore[no-untyped-call]
+    added: Tensor = _AddScaled.apply(scores, factor, values)  # type: ignore[no-untyped-call, unused-ignore]
     return added
 
 
