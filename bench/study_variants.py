@@ -142,6 +142,7 @@ VARIANTS: dict[str, Variant] = {
     "tuned item vectors": Variant(overrides={"collaborative": {"tune": True}}),
     # what is weighed last
     "calibrated": Variant(overrides={"calibrate": True}),
+    "calibrated, with time": Variant(with_time=True, overrides={"calibrate": True}),
     "not calibrated, with time": Variant(with_time=True, overrides={"calibrate": False}),
     # heads
     "with the rank head": Variant(overrides={"rank_weight": 0.3, "heads": {"rank": True}}),

@@ -99,7 +99,7 @@ def test_what_a_recipe_has_already_is_not_run_again():
     assert {"no followers", "no positions", "all at once", "text alone", "window of 200"} <= both
     of_study = {"no times", "followers both ways", "tuned item vectors", "not calibrated, with time"}
     assert planned["study"] - both == of_study
-    assert planned["study-long"] - both == {"times in weeks", "followers one way"}
+    assert planned["study-long"] - both == {"times in weeks", "followers one way", "calibrated, with time"}
 
 
 def test_stages_are_made_of_the_recipes_own():
