@@ -47,9 +47,9 @@ class CudaCapture:
     come from their pool. From outside, it would be freed under them by whoever clears these workspaces, as
     torch.compile does for graphs of its own.
 
-    No graph of a device is replayed while one is captured there: the generator of random numbers belongs to all of
-    them, and torch refuses to replay (until 2.12 or so, graphs without random numbers, too) while it is being captured.
-    It is asked outside of inference mode, so that its state can be written in any.
+    No graph of a device is replayed while one is captured there: its generator of random numbers takes part in all of
+    them, used or not, and releases of torch refuse to replay while a capture has it. Captured outside of inference
+    mode, so that the generator's state can be written in any.
     """
 
     def __init__(self, device: torch.device) -> None:
