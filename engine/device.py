@@ -1,7 +1,8 @@
 """Where an engine computes, and in which precision."""
 
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -42,34 +43,35 @@ def in_one_order(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.stream(torch.cuda.default_stream(device)) if device.type == "cuda" else nullcontext()
 
 
+@contextmanager
+def _at_work(device: torch.device) -> Iterator[None]:
+    """In one order, and in inference mode: what was made in a caller's own can be written nowhere else."""
+    with in_one_order(device), torch.inference_mode():
+        yield
+
+
 class DeviceLock:
     """A lock whose holders' work on the device is in the order in which they hold it. Who waits is let in before who
-    has just left: a worker that takes it step after step keeps nobody out for longer than one.
-
-    Its holders are in inference mode: what was made in a caller's own can be written nowhere else.
-    """
+    has just left: a worker that takes it step after step keeps nobody out for longer than one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._lock = device, threading.Lock()
         self._door = threading.Lock()  # held by the one that is next
-        self._order: AbstractContextManager[Any] = nullcontext()  # the holder's
-        self._mode: AbstractContextManager[Any] = nullcontext()
+        self._work: AbstractContextManager[None] = nullcontext()  # the holder's
 
     def acquire(self) -> None:
         with self._door:
             self._lock.acquire()
         try:
-            self._order, self._mode = in_one_order(self._device), torch.inference_mode()
-            self._order.__enter__()
+            self._work = _at_work(self._device)
+            self._work.__enter__()
         except BaseException:  # a device that is lost
             self._lock.release()
             raise
-        self._mode.__enter__()
 
     def release(self) -> None:
         try:
-            self._mode.__exit__(None, None, None)
-            self._order.__exit__(None, None, None)
+            self._work.__exit__(None, None, None)
         finally:
             self._lock.release()
 

@@ -53,7 +53,7 @@ def quick(root, tmp_path_factory):
     """What a quick run of everything says, as the last line and as a file; and how long it took."""
     path = tmp_path_factory.mktemp("bench") / "found.json"
     started = time.monotonic()
-    done = run(root, "all", "--quick", "--json", path, "--seconds", 150)
+    done = run(root, "all", "--quick", "--json", path, "--seconds", 90)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1]), json.loads(path.read_text()), time.monotonic() - started
 

@@ -55,9 +55,14 @@ def candidate_ranks(scores: Floats, candidates: Rows, target_slot: Rows) -> Rows
     return _count_before(scores, reached, earlier_row)
 
 
+def stands_before(scores: Floats, reached: Floats, earlier_row: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Whether an item of this score stands before a target that reached that one: the rule for ties."""
+    before: NDArray[np.bool_] = (scores > reached) | ((scores == reached) & earlier_row)
+    return before
+
+
 def _count_before(scores: Floats, reached: Floats, earlier_row: NDArray[np.bool_]) -> Rows:
-    before = (scores > reached) | ((scores == reached) & earlier_row)
-    ranks = np.count_nonzero(before, axis=1).astype(np.int32)
+    ranks = np.count_nonzero(stands_before(scores, reached, earlier_row), axis=1).astype(np.int32)
     return np.where(np.isneginf(reached[:, 0]), np.int32(UNRANKED), ranks)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from speeder_engine.data.splits import Queries
 from speeder_engine.errors import SpeederWarning
-from speeder_engine.evaluation.metrics import mask_history, ndcg
+from speeder_engine.evaluation.metrics import mask_history, ndcg, stands_before
 from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.models.prior import ExactPrior
 from speeder_engine.models.recommender import Recommender
@@ -76,13 +76,13 @@ def _half_lives(model: Recommender) -> tuple[float, ...]:
 class Contenders:
     """The items of each query that one factor may lift among the first ten, and the target.
 
-    values float32 [N, 1 + T]: v T' and the terms; query int64 [N] ascending; behind [N]: whether the target would come
-    first at equal scores; target int64 [Q]: its place among the N.
+    values float32 [N, 1 + T]: v T' and the terms; query int64 [N] ascending; earlier_row [N]: whether it comes before
+    the target at equal scores; target int64 [Q]: its place among the N.
     """
 
     values: Floats
     query: NDArray[np.int64]
-    behind: NDArray[np.bool_]
+    earlier_row: NDArray[np.bool_]
     target: NDArray[np.int64]
 
     @classmethod
@@ -90,15 +90,15 @@ class Contenders:
         users = max(1, min(USERS_AT_ONCE, AT_ONCE // len(scorer.tokens)))
         starts = track(range(0, len(queries), users), "calibrating")
         parts = [_of_some(scorer, queries.slice(at, at + users), at) for at in starts]
-        values, query, behind, is_target = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return cls(values, query, behind, np.flatnonzero(is_target))
+        values, query, earlier_row, is_target = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return cls(values, query, earlier_row, np.flatnonzero(is_target))
 
     def gains(self, factors: Sequence[float]) -> NDArray[np.float64]:
         """NDCG@10 of each query [Q]."""
         scores = self.values @ np.array([1.0, *factors], np.float32)
         reached = scores[self.target][self.query]
-        before = (scores > reached) | ((scores == reached) & ~self.behind)
-        ranks = np.bincount(self.query[before], minlength=len(self.target))
+        before = self.query[stands_before(scores, reached, self.earlier_row)]
+        ranks = np.bincount(before, minlength=len(self.target))
         return ndcg(ranks.astype(np.int32), TOP)
 
 
@@ -123,7 +123,7 @@ def best_factors(contenders: Contenders) -> tuple[float, ...]:
 def _of_some(
     scorer: ModelScorer, queries: Queries, first: int
 ) -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Values, queries counted from `first`, behind and whether it is the target, of each contender."""
+    """Values, queries counted from `first`, earlier_row and whether it is the target, of each contender."""
     terms = _terms(scorer, queries)
     base = mask_history(scorer.products(queries), queries.offsets, queries.rows, queries.targets)
     whole = base + sum(terms)
@@ -137,7 +137,7 @@ def _of_some(
     query, row = np.nonzero(in_reach)
     values = np.stack([part[query, row] for part in (base, *terms)], axis=1)
     target = queries.targets[query]
-    return values, query + first, row >= target, row == target
+    return values, query + first, row < target, row == target
 
 
 def _terms(scorer: ModelScorer, queries: Queries) -> list[Floats]:

@@ -69,7 +69,7 @@ def test_the_best_of_all_factors_is_found_and_of_equal_ones_the_nearest_to_one()
     """Two queries of three items: the first term must count double for one of them, the second is nothing."""
     values = np.array([[1, 0, 0], [0, 0.6, 0], [0.5, 0, 0], [1, 0, 0], [0, 0.4, 0], [0, 0, 0]], np.float32)
     query, target = np.repeat([0, 1], 3), np.array([1, 3])
-    contenders = Contenders(values, query, np.ones(6, np.bool_), target)
+    contenders = Contenders(values, query, np.zeros(6, np.bool_), target)
     assert best_factors(contenders) == (1.7, 1.0)  # of 1.7 to 2.0
     np.testing.assert_allclose(contenders.gains((1.7, 1.0)), [1, 1])
     np.testing.assert_allclose(contenders.gains((1.0, 1.0)), [1 / np.log2(3), 1])
