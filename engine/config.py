@@ -52,7 +52,7 @@ class Config:
     def from_json(cls, value: Any) -> Self:
         check(isinstance(value, dict), f"{cls.__name__}: expected an object, got {type(value).__name__}")
         known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(value) - known)
+        unknown = sorted(set(value) - known, key=str)  # in YAML a key may be a number
         check(not unknown, f"{cls.__name__}: unknown keys {unknown}; known are {sorted(known)}")
         try:
             return cls(**value)

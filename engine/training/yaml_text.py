@@ -5,7 +5,8 @@ from typing import Any
 
 from speeder_engine.errors import ConfigError, MissingDependency, shown
 
-EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
+# of YAML 1.2: what pyyaml knows wants a point and a sign
+EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 
 
 def read_yaml(text: str, where: str, needed_for: str) -> Any:
@@ -31,16 +32,8 @@ def read_yaml(text: str, where: str, needed_for: str) -> Any:
                 seen.add(key.value)
             return node
 
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
     try:
-        return _numbered(yaml.load(text, Loader))
+        return yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError) as error:  # the latter: no such number or date
         raise ConfigError(f"{where}: no valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _numbered(value: Any) -> Any:
-    """What YAML has read, where 1e-3 is a word, with such words as numbers."""
-    if isinstance(value, dict):
-        return {key: _numbered(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_numbered(each) for each in value]
-    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value

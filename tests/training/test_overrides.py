@@ -13,6 +13,8 @@ def test_values_are_yaml_and_reach_every_depth():
     assert changed.collaborative.epochs == 3 and changed.stages[1].learning_rate == 1e-3
     assert not changed.heads.rank and changed.text_encoder == "fitted" and changed.seed == 7
     assert changed.stages[0] == TrainingConfig().stages[0]
+    for text, value in (("1e-1", 0.1), ("+.5E1", 5.0), ("2.e0", 2.0), ("1.5e+1", 15.0)):
+        assert override(TrainingConfig(), [f"rank_weight={text}"]).rank_weight == value
     assert override(TrainingConfig(), []) == TrainingConfig()
 
 
@@ -46,6 +48,8 @@ def test_a_section_that_is_off_is_switched_on_by_a_key_of_it():
         ("followers.windo=3", r"FollowersConfig: unknown keys \['windo'\]"),
         ("seed=[", r"--set seed=\[: no valid YAML"),
         ("seed=many", r"TrainingConfig.seed: expected int, got 'many'"),
+        ("followers={5: 1, windo: 3}", r"FollowersConfig: unknown keys \[5, 'windo'\]"),
+        ("rank_weight='1e-1'", r"TrainingConfig.rank_weight: expected float, got '1e-1'"),
         ("batch_size=0", r"batch_size must be positive, is 0"),
     ],
 )
