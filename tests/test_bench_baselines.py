@@ -176,6 +176,7 @@ def test_generation_writes_what_transformers_would(subject, users, kind):
 def test_missing_packages_are_one_line(one_layer, monkeypatch):
     for package in ("openvino", "faiss", "llama_cpp", "onnxruntime"):
         monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr("baselines.exported.export_of", lambda subject: pytest.fail("exported in vain"))
     with pytest.raises(Unavailable, match=r"^openvino is not installed: pip install 'speeder-engine\[bench\]'$"):
         make("openvino", one_layer)
     with pytest.raises(Unavailable, match=r"^faiss is not installed: pip install 'speeder-engine\[bench\]'$"):

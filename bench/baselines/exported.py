@@ -19,6 +19,7 @@ from speeder_engine.errors import SpeederError
 from speeder_engine.export import OnnxEngine
 from speeder_engine.export.graph_engine import GraphEngine
 from speeder_engine.export.onnx_engine import OnnxFiles
+from speeder_engine.export.onnx_session import load_runtime
 
 Array = NDArray[Any]
 KV_BUDGET = "1GiB"
@@ -67,6 +68,7 @@ class OnnxRuntime(ExportedGraphs):
     key, label = "onnxruntime", "ONNX Runtime, our export, fp32"
 
     def _engine(self, subject: Subject) -> GraphEngine:
+        load_runtime("cpu")  # whoever lacks it is told before a model was exported for it
         export = export_of(subject)
         with sessions_that_spin():
             return OnnxEngine.load(export, "cpu", KV_BUDGET, torch.get_num_threads())
