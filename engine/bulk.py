@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from speeder_engine.checks import given_path
 from speeder_engine.engine import Engine
 from speeder_engine.errors import DataError, InvalidRequest, SpeederWarning, UnknownItem
 from speeder_engine.files import replace_file
@@ -24,12 +25,16 @@ COLUMNS = ("user_id", "history", "times")
 SUFFIXES = (".parquet", ".pq", "")  # of the output, lest anybody takes it for another format
 
 
-def recommend_file(engine: Engine, source: Path, target: Path, k: int, on_unknown: OnUnknown = "error") -> int:
+def recommend_file(
+    engine: Engine, source: str | Path, target: str | Path, k: int, on_unknown: OnUnknown = "error"
+) -> int:
     """Writes `target` beside itself and renames it when whole; returns the number of users.
 
-    Raises DataError where the file or a column is not as it should be, UnknownItem as `recommend` does, ArtifactError
-    where `target` can't be written.
+    Raises DataError where the file or a column is not as it should be, InvalidRequest (with the row, where it is one's)
+    and UnknownItem as `recommend` does, ArtifactError where `target` can't be written.
     """
+    source, target = given_path(source, "input", "a Parquet file"), given_path(target, "output", "a Parquet file")
+    Request((), k, on_unknown=on_unknown)  # what is wrong for all is no row's fault
     file = _open(source)
     _check_target(target, source)
     with_users = "user_id" in file.schema_arrow.names

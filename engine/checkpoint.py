@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from speeder_engine.artifact import Kind, check_seal, seal
 from speeder_engine.catalogue import ITEMS_FILE, ItemTable
+from speeder_engine.checks import given_path
 from speeder_engine.config import ModelConfig
 from speeder_engine.encoders.base import Encoder, load_encoder
 from speeder_engine.encoders.features import Features
@@ -102,10 +103,11 @@ class Checkpoint:
             encoder.save(folder / "encoders" / name)
 
     @classmethod
-    def load(cls, folder: Path) -> "Checkpoint":
+    def load(cls, folder: str | Path) -> "Checkpoint":
         """Raises ArtifactError, naming the file, for anything but a whole checkpoint of this format."""
         from transformers import AutoTokenizer
 
+        folder = given_path(folder, "checkpoint", "a checkpoint")
         manifest = read_manifest(folder)
         with _reading(folder / MANIFEST):
             config = ModelConfig.from_json(manifest["model"])
@@ -155,11 +157,15 @@ class Checkpoint:
 def check_replaceable(folder: Path) -> None:
     """ArtifactError unless `folder` is absent, empty, or a checkpoint with nothing of anyone else's in it."""
     refuse_unless_folder(folder)
-    if holds_nothing(folder):
-        return
-    if not (folder / MANIFEST).is_file():
+    try:
+        if holds_nothing(folder):
+            return
+        is_checkpoint = (folder / MANIFEST).is_file()
+        foreign = sorted(path.name for path in folder.iterdir() if path.name not in OWN)
+    except OSError as error:
+        raise ArtifactError(f"{folder}: can't be read: {error.strerror}; choose another folder") from error
+    if not is_checkpoint:
         raise ArtifactError(f"{folder}: is not empty and no checkpoint; choose another folder")
-    foreign = sorted(path.name for path in folder.iterdir() if path.name not in OWN)
     if foreign:
         raise ArtifactError(f"{folder}: also holds {name_some(foreign)}; move it out or choose another folder")
 

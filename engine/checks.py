@@ -25,8 +25,17 @@ def is_unicode(text: str) -> bool:
 
 
 def given_path(path: object, where: str, of: str) -> Path:
-    """ConfigError for what is no path. `where` names who asks in the message, `of` what the path should lead to."""
+    """ConfigError for what is no path, or none that can be looked up. `where` names who asks in the message, `of` what
+    the path should lead to; that it leads there is not asked."""
     try:
-        return Path(path)  # type: ignore[arg-type]
+        found = Path(path)  # type: ignore[arg-type]
     except TypeError:
         raise ConfigError(f"{where}: expected the path of {of}, got {shown(path)}") from None
+    try:
+        found.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # whoever reads or writes there has more to say
+    except (OSError, ValueError) as error:  # too long, within a folder that is somebody else's, a zero byte in it
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{where}: {shown(str(path))}: {reason}; give the path of {of}") from None
+    return found

@@ -248,7 +248,7 @@ class FollowersConfig(Config):
             value = getattr(self, name)
             check(0 < value <= MOST_INT32, f"followers.{name} must be within 1..{MOST_INT32}, is {value}")
         check(0 < self.decay <= 1, f"followers.decay must be within 0..1 and not 0, is {self.decay}")
-        check(0 <= self.dropout < 1, f"followers.dropout must be within 0..1, is {self.dropout}")
+        check(0 <= self.dropout < 1, f"followers.dropout must be at least 0 and below 1, is {self.dropout}")
         two = len(self.discounts) == 2 and min(self.discounts) >= 0
         check(two, f"followers.discounts: two exponents, none negative; are {list(self.discounts)}")
         for name in ("num_items", "num_pairs"):

@@ -57,7 +57,7 @@ class Engine(Recommends):
         self._dtype = pick_dtype(self.config.dtype, self.device)
         self._serving: Serving | None = self._make_serving(parts)
         self._is_warm = False
-        self._pinning = threading.Lock()  # a reload takes all pins along, and nobody is pinned meanwhile
+        self._pinning = threading.Lock()  # a reload takes all pins along, and nobody's changes meanwhile
         self._histories: dict[str, History] = {}  # of sessions, until they are closed
         self._scheduler = Scheduler(self.config)
         self._worker = Worker(self._scheduler, _serving_of(weakref.ref(self)))
@@ -291,10 +291,10 @@ class Engine(Recommends):
         session, or if pinned ones would exceed the KV budget. A pin outlives a reload: there the user's session is
         pinned when it is computed again."""
         check_user(user_id)
-        serving, pinned = self._now(), true_or_false("pinned", pinned)
-        if pinned:
-            return self._pin(serving, user_id)
+        if true_or_false("pinned", pinned):
+            return self._pin(self._now(), user_id)
         with self._pinning:
+            serving = self._now()  # the one of before a reload, which takes its pins along later, or the new one
             found = bool(serving.cache.manager.pin(user_id, False)) or user_id in serving.to_pin
             serving.to_pin.discard(user_id)
         return found
@@ -309,18 +309,21 @@ class Engine(Recommends):
     def close_session(self, user_id: str) -> bool:
         """Forgets a user's history, keys and values; true if there were any."""
         check_user(user_id)
-        serving = self._now()
-        held = self._histories.pop(user_id, None)
-        serving.to_pin.discard(user_id)
-        return bool(serving.cache.manager.close(user_id)) or bool(held and held.ids)
+        with self._pinning:
+            serving = self._now()
+            held = self._histories.pop(user_id, None)
+            serving.to_pin.discard(user_id)
+            closed = bool(serving.cache.manager.close(user_id))
+        return closed or bool(held and held.ids)
 
-    def check_items(self, ids: Sequence[str], where: str, timed: bool = False) -> None:
-        """Raises UnknownItem, `where` in its message, for ids that are not in the catalogue; InvalidRequest for times
-        that the model does not read."""
-        serving = self._now()
-        if timed and serving.layout.config.calendar is None:
-            raise InvalidRequest(f"{where}: times: this model was trained without; leave them out")
-        serving.catalogue.rows(ids, where)
+    def check_items(self, ids: Sequence[str], where: str) -> None:
+        """Raises UnknownItem, `where` in its message, for ids that are not in the catalogue."""
+        self.catalogue.rows(ids, where)
+
+    @property
+    def reads_times(self) -> bool:
+        """Whether the model reads when the history's items were taken."""
+        return self._now().layout.config.calendar is not None
 
     def upsert(self, items: Iterable[Item]) -> int:
         """Adds new items and replaces known ones; returns how many were new. Removed ones come back.

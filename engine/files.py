@@ -127,7 +127,8 @@ def ensure_writable(folder: Path) -> None:
 def refuse_unless_folder(target: Path) -> None:
     """ArtifactError for something else in the place of a folder, which `replace_folder` would meet only after all that
     is to be written has been made."""
-    _refuse_unless(stat.S_ISDIR, target, "something else stands where a folder must go")
+    with _explained(target):
+        _refuse_unless(stat.S_ISDIR, target, "something else stands where a folder must go")
 
 
 def holds_nothing(folder: Path) -> bool:

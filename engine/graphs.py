@@ -152,8 +152,11 @@ class StepGraphs:
         self._buckets = make_buckets(config.row_buckets, config.max_batch_rows)
         self._row_sizes = [bucket.rows for bucket in self._buckets]
         self._graphs: dict[Bucket, StepGraph] = {}
-        self.captured = 0
         self.replays = 0
+
+    @property
+    def captured(self) -> int:
+        return len(self._graphs)
 
     def warm_up(self) -> None:
         """Captures every bucket, the largest first: the smaller ones then fit into its memory."""
@@ -164,7 +167,6 @@ class StepGraphs:
             for bucket in track(self._buckets[::-1], "capturing CUDA graphs"):
                 buffers = StepBuffers(bucket, self._model.cache, self._layout, self._transfer)
                 graphs[bucket] = StepGraph(buffers, self._model, self._capture)
-                self.captured += 1
         self._graphs = graphs
 
     def meet_passes(self) -> None:

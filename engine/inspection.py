@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from speeder_engine.artifact import read_artifact
+from speeder_engine.checks import given_path
 from speeder_engine.config import EngineConfig, parse_bytes
 from speeder_engine.device import DTYPES
 from speeder_engine.kv_blocks import KVBlocks
@@ -47,9 +48,9 @@ class EngineSummary:
         return asdict(self)
 
 
-def inspect_engine(path: Path) -> EngineSummary:
+def inspect_engine(path: str | Path) -> EngineSummary:
     """Raises ArtifactError for anything but a whole engine directory."""
-    artifact = read_artifact(path)
+    artifact = read_artifact(given_path(path, "inspect", "an engine directory"))
     config = model_config(artifact)
     decoder, prompt = config.decoder, config.prompt
     num_items = int(artifact.manifest["limits"]["num_items"])

@@ -41,8 +41,9 @@ class Item:
             self._check_text(name, getattr(self, name))
         if not isinstance(self.image, bytes | str | Path | None):
             raise DataError(f"item {self.item_id!r}: image must be bytes or a path, got {type(self.image).__name__}")
-        if not isinstance(self.available, bool | None):
+        if not isinstance(self.available, bool | np.bool_ | None):
             raise DataError(f"item {self.item_id!r}: available must be true or false, got {shown(self.available)}")
+        object.__setattr__(self, "available", None if self.available is None else bool(self.available))
         if not isinstance(self.vectors, Mapping):
             raise DataError(f"item {self.item_id!r}: vectors maps modalities to vectors, got {shown(self.vectors)}")
         object.__setattr__(self, "vectors", {name: self._vector(name) for name in self.vectors})

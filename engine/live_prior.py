@@ -61,10 +61,11 @@ class LivePopularity:
         order = np.argsort(moments, kind="stable")
         return cls(config, num_items, moments[order], items[order].astype(np.int32))
 
-    def features(self, moments: Ints) -> Floats:
-        """float32 [n, num_items, S] at the moments int64 [n], in any order: only events strictly before count."""
+    def features(self, moments: Ints, dtype: type[np.floating[Any]] = np.float32) -> NDArray[np.floating[Any]]:
+        """dtype [n, num_items, S], rounded to float32 first, at the moments int64 [n], in any order: only events
+        strictly before count."""
         half_lives = np.asarray(self.config.half_lives_days) * SECONDS_A_DAY
-        found = np.empty((len(moments), self.num_items, len(half_lives)), np.float32)
+        found = np.empty((len(moments), self.num_items, len(half_lives)), dtype)
         counts = np.zeros((self.num_items, len(half_lives)))
         now, done = int(self.times[0]) if len(self.times) else 0, 0
         ends = np.searchsorted(self.times, moments)
@@ -73,14 +74,16 @@ class LivePopularity:
             counts *= np.exp2(-(moment - now) / half_lives)
             weights = np.exp2(-(moment - self.times[done:end, None]) / half_lives)  # [events, S]
             np.add.at(counts, self.rows[done:end], weights)
-            found[at] = np.log1p(counts)
+            found[at] = np.log1p(counts).astype(np.float32)
             now, done = moment, end
         return found
 
     def prior(self, moment: int) -> Floats:
         """float32 [num_items] at Unix second `moment`, by row: with item ids as keys, what `Engine.set_prior` takes."""
-        if not abs(moment) <= LATEST_SECOND:
-            raise DataError(f"live prior: {moment} is no Unix second of these millennia; divide milliseconds by 1000")
+        number = isinstance(moment, int | float | np.integer | np.floating) and not isinstance(moment, bool)
+        if not (number and abs(moment) <= LATEST_SECOND):
+            found = shown(moment)
+            raise DataError(f"live prior: {found} is no Unix second of these millennia; divide milliseconds by 1000")
         if not self.config.weights:
             raise ConfigError("live prior: its weights are learned in training; take the config of an engine directory")
         weighed: Floats = self.features(np.array([moment]))[0] @ np.asarray(self.config.weights, np.float32)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from speeder_engine.artifact import Artifact, read_artifact, write_artifact
 from speeder_engine.catalogue import ITEMS_FILE, TOKENS_FILE, Catalogue, ItemTable
+from speeder_engine.checks import given_path
 from speeder_engine.config import ModelConfig
 from speeder_engine.encoders.base import Encoder, load_encoder
 from speeder_engine.errors import ArtifactError, ConfigError, DataError
@@ -58,9 +59,9 @@ class EngineParts:
         folder = self.artifact.folder(f"encoders/{modality}") if self.artifact else None
         return load_encoder(folder) if folder else self.encoders.get(modality)
 
-    def save(self, out: Path) -> Artifact:
+    def save(self, out: str | Path) -> Artifact:
         """Writes the engine directory beside `out` and renames it there; raises ArtifactError if `out` is another's."""
-        return write_artifact(out, self._fill)
+        return write_artifact(given_path(out, "save", "an engine directory"), self._fill)
 
     def with_catalogue(self, table: ItemTable, tokens: Tensor) -> "EngineParts":
         """The same model, as it was read from its directory, over items as they are served now, tokens [n, d] on the
@@ -125,8 +126,9 @@ class EngineParts:
         return TitleText(load_tokenizer(self.artifact), vocab_size)
 
     @classmethod
-    def load(cls, path: Path) -> "EngineParts":
+    def load(cls, path: str | Path) -> "EngineParts":
         """Raises ArtifactError, naming the file, for anything but a whole engine directory of this format."""
+        path = given_path(path, "engine", "an engine directory")
         # encoders and tokenizer are read when they are first asked for: wherever the process has moved to by then, and
         # whatever a link has been turned to
         artifact = read_artifact(Path(os.path.realpath(path)) if path.exists() else path)

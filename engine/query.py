@@ -70,14 +70,7 @@ def resolve(
     """
     rows, unknown = _look_up(request, catalogue)
     history, candidates = rows["history"], rows.get("candidates")
-    length = request.history_offset + len(history)
-    start = layout.start(length) - request.history_offset
-    if start < 0:
-        needed = length - layout.start(length)
-        raise InvalidRequest(
-            f"history_offset: with {request.history_offset} older interactions left out the window still needs the "
-            f"last {needed}, got {len(history)}; send more of the history"
-        )
+    start = _window_start(request, len(history), layout)
     if candidates is not None:
         candidates.sort()
     excluded = [rows["deny"]] if "deny" in rows else []
@@ -93,6 +86,19 @@ def resolve(
         allowed=np.unique(rows["allow"]) if "allow" in rows else None,
         unknown=tuple(unknown),
     )
+
+
+def _window_start(request: Request, num_known: int, layout: PromptLayout) -> int:
+    """Where the window begins in the known part of the history that was sent."""
+    left_out, sent = request.history_offset, len(request.history)
+    needed = left_out + sent - layout.start(left_out + sent)
+    if sent < needed:
+        raise InvalidRequest(
+            f"history_offset: with {left_out} older interactions left out the window still needs the last {needed}, "
+            f"got {sent}; send more of the history"
+        )
+    # skipped ids shift the window towards what was left out: then it is what is there
+    return max(layout.start(left_out + num_known) - left_out, 0)
 
 
 def _buckets(request: Request, unknown: Sequence[str], layout: PromptLayout, window_len: int) -> Rows | None:

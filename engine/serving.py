@@ -244,8 +244,8 @@ class Serving:
     def forward(self, queries: Sequence[Query]) -> Iterator[Pass]:
         """Plans and runs a step.
 
-        The step is a transaction: sessions take it over when the body ends well, and are as they were if it raises;
-        so are the counters.
+        The step is a transaction: sessions take it over when the body ends well, and are as they were if it raises; so
+        are the counters. If moving others to host memory fails behind it, those are forgotten, and this step's stay.
         """
         plan = self.cache.plan([query.request.user_id for query in queries], self._keys(queries))
         try:
@@ -254,7 +254,11 @@ class Serving:
             self._uncount()
             self.cache.release(plan)
             raise
-        self.cache.commit(plan)
+        try:
+            self.cache.commit(plan)
+        except BaseException:
+            self._uncount()
+            raise
         self._pin_again(queries)
         self.num_steps += 1
         self._counted = self.runner.rows_computed, self.graphs.replays, self.eager_steps, self.scorer.searched_again

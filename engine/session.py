@@ -2,10 +2,10 @@
 
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from speeder_engine.errors import InvalidRequest
-from speeder_engine.request import OnUnknown, Ranking, Request, finite_times, item_ids
+from speeder_engine.request import Head, OnUnknown, Ranking, Request, finite_times, item_ids
 
 
 class Serves(Protocol):
@@ -22,7 +22,10 @@ class Serves(Protocol):
         on_unknown: OnUnknown = "error",
     ) -> int: ...
 
-    def check_items(self, ids: Sequence[str], where: str, timed: bool = False) -> None: ...
+    def check_items(self, ids: Sequence[str], where: str) -> None: ...
+
+    @property
+    def reads_times(self) -> bool: ...
 
     def held_history(self, user_id: str, keep: bool) -> "History": ...
 
@@ -69,6 +72,8 @@ class Session:
         """
         items, seconds = self._checked(ids, times, "append")
         with (held := self._held(keep=True)).lock:
+            if items and held.times and not seconds and not self._engine.reads_times:
+                held.times.clear()  # of a model from before a reload: nobody reads them any more
             if items and held.ids and bool(seconds) != bool(held.times):
                 raise InvalidRequest("append: give times with every append of a session, or with none")
             held.ids.extend(items)
@@ -88,21 +93,50 @@ class Session:
         """Item ids and their times, none where none are given."""
         checked = item_ids(ids, where)
         seconds = () if times is None else finite_times(times, len(checked), f"{where}: times")
-        self._engine.check_items(checked, where, bool(seconds))
+        if seconds and not self._engine.reads_times and not self._held(keep=False).times:
+            raise InvalidRequest(f"{where}: times: this model was trained without; leave them out")
+        self._engine.check_items(checked, where)
         return checked, seconds
 
-    def recommend(self, k: int = 10, **options: Any) -> Ranking:
-        """As `Engine.recommend` of this history; `options` are `Request`'s but `user_id` and `times`."""
-        history, times = self._read()
-        return self._engine.recommend_many([Request(history, k, user_id=self.user_id, times=times, **options)])[0]
+    def recommend(
+        self,
+        k: int = 10,
+        *,
+        candidates: Sequence[str] | None = None,
+        head: Head | None = None,
+        exclude_seen: bool = True,
+        allow: Sequence[str] | None = None,
+        deny: Sequence[str] | None = None,
+        on_unknown: OnUnknown = "error",
+    ) -> Ranking:
+        """As `Engine.recommend` of this history, of this user."""
+        history, times = self._to_send()
+        request = Request(
+            history,
+            k,
+            user_id=self.user_id,
+            candidates=candidates,
+            head=head,
+            exclude_seen=exclude_seen,
+            allow=allow,
+            deny=deny,
+            times=times,
+            on_unknown=on_unknown,
+        )
+        return self._engine.recommend_many([request])[0]
 
     def warm(self, on_unknown: OnUnknown = "error") -> int:
         """Computes what is not cached yet, ahead of the next request; returns the rows that took.
 
         on_unknown: as a request's; "skip" for items that a model from before a reload knew.
         """
-        history, times = self._read()
+        history, times = self._to_send()
         return self._engine.warm(self.user_id, history, times=times, on_unknown=on_unknown)
+
+    def _to_send(self) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
+        """History and times, these where the model reads any: what it held of one from before a reload stays held."""
+        history, times = self._read()
+        return history, times if self._engine.reads_times else None
 
     def _read(self) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
         """History and times of one moment."""

@@ -5,13 +5,15 @@ from pathlib import Path
 
 from speeder_engine.catalogue import Catalogue
 from speeder_engine.checkpoint import Checkpoint
+from speeder_engine.checks import given_path
 from speeder_engine.models.families import decoder_config
 from speeder_engine.models.recommender import ServingModel
 from speeder_engine.parts import EngineParts
 
 
-def export_engine(checkpoint: Path, out: Path) -> EngineParts:
+def export_engine(checkpoint: str | Path, out: str | Path) -> EngineParts:
     """Writes `out` in one step; a killed export leaves nothing that loads. Raises ArtifactError."""
+    out = given_path(out, "export", "an engine directory")
     parts = engine_parts(Checkpoint.load(checkpoint))
     parts.save(out)
     return EngineParts.load(out)

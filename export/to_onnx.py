@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from speeder_engine.artifact import write_artifact
+from speeder_engine.checks import given_path
 from speeder_engine.errors import MissingDependency
 from speeder_engine.export.graph_spec import GraphSpec, cache_names, dtype_name, graph_specs
 from speeder_engine.export.onnx_check import check_graph, check_model, load_onnx
@@ -29,12 +30,15 @@ class WrittenGraph:
     size: int  # of the .onnx file, weights aside
 
 
-def export_onnx(engine: Path, out: Path, config: OnnxConfig, parity_users: int = PARITY_USERS) -> dict[str, Any]:
+def export_onnx(
+    engine: str | Path, out: str | Path, config: OnnxConfig, parity_users: int = PARITY_USERS
+) -> dict[str, Any]:
     """Writes `out` in one step and returns its manifest; whatever fails or is killed leaves nothing that loads.
 
     parity_users: random users for whom export and engine must agree (ExportError); 0 leaves that out, and so does
     bfloat16, which ONNX Runtime can't run on a CPU. Raises MissingDependency, ArtifactError, ConfigError.
     """
+    out = given_path(out, "export", "an ONNX export")
     compared = parity_users > 0 and config.dtype in BOUNDS
     _check_tools(compared)
     parts = EngineParts.load(engine)

@@ -2,6 +2,7 @@
 graphs it is built from are checked and compared with the engine, where ONNX Runtime can run them."""
 
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from speeder_engine.artifact import write_artifact
+from speeder_engine.checks import given_path
 from speeder_engine.config import check
-from speeder_engine.errors import ArtifactError
+from speeder_engine.errors import ArtifactError, SpeederWarning
 from speeder_engine.export.float8 import use_float8
 from speeder_engine.export.graph_spec import GraphSpec, dtype_name, graph_specs
 from speeder_engine.export.onnx_check import check_graph, check_model
@@ -52,7 +54,11 @@ class BuiltGraph:
 
 
 def export_tensorrt(
-    engine: Path, out: Path, config: PlanConfig, timing_cache: Path | None = None, parity_users: int = PARITY_USERS
+    engine: str | Path,
+    out: str | Path,
+    config: PlanConfig,
+    timing_cache: Path | None = None,
+    parity_users: int = PARITY_USERS,
 ) -> dict[str, Any]:
     """Writes `out` in one step and returns its manifest. A killed export leaves nothing that loads.
 
@@ -61,6 +67,7 @@ def export_tensorrt(
     MissingDependency, ConfigError for limits beyond the model's, ExportError for a graph that is off or can't be built
     and ArtifactError for folders that can't be read or written.
     """
+    out = given_path(out, "export", "a folder of plans")
     check_installed(config.runtime, "building TensorRT plans")
     here = config.runtime == "tensorrt"
     # before the package: without a driver its libraries end the process
@@ -94,7 +101,10 @@ def export_tensorrt(
 
     manifest = write_artifact(out, fill, PLANS).manifest
     if timing_cache is not None and known:
-        write_atomic(timing_cache, known)
+        try:
+            write_atomic(timing_cache, known)
+        except ArtifactError as error:  # the plans stand already
+            warnings.warn(f"timing cache: {error}; the plans are whole", SpeederWarning, stacklevel=2)
     return manifest
 
 

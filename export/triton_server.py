@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from speeder_engine.artifact import write_artifact
+from speeder_engine.checks import given_path
 from speeder_engine.config import PromptConfig
 from speeder_engine.export.float8 import use_float8
 from speeder_engine.export.graph_spec import GraphSpec
@@ -44,13 +45,16 @@ IDS_MODEL = Path(__file__).with_name("triton_ids.py")
 VERSION = "1"  # of every model in a new repository
 
 
-def export_triton(engine: Path, out: Path, config: TritonConfig, parity_users: int = PARITY_USERS) -> dict[str, Any]:
+def export_triton(
+    engine: str | Path, out: str | Path, config: TritonConfig, parity_users: int = PARITY_USERS
+) -> dict[str, Any]:
     """Writes `out` in one step and returns its manifest. A killed export leaves nothing that loads.
 
     parity_users: random users for whom the graphs and the engine must agree, where ONNX Runtime is installed and runs
     them. Raises MissingDependency, ConfigError where tensorrt finds no GPU to build for, ExportError for a graph that
     is off or can't be built and ArtifactError for folders that can't be read or written.
     """
+    out = given_path(out, "export", "a model repository")
     load_onnx()
     trt = None
     if config.backend == "tensorrt":

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from speeder_engine import ArtifactError, Engine, EngineConfig
+from speeder_engine import ArtifactError, ConfigError, Engine, EngineConfig, SpeederError
+from speeder_engine.bulk import recommend_file
 from speeder_engine.catalogue import ItemTable
 from speeder_engine.checkpoint import Checkpoint, TrainingState, check_replaceable
 from speeder_engine.config import CompressorConfig, HeadsConfig, ModelConfig, PromptConfig
@@ -19,11 +20,14 @@ from speeder_engine.encoders.fitted_text import FittedTextEncoder
 from speeder_engine.evaluation.model_scorer import ModelScorer
 from speeder_engine.export.engine_directory import engine_parts, export_engine
 from speeder_engine.files import sha256_file
+from speeder_engine.inspection import inspect_engine
 from speeder_engine.models.families import decoder_config
 from speeder_engine.models.prior import ConstantPrior
 from speeder_engine.models.recommender import Recommender
+from speeder_engine.parts import EngineParts
 from speeder_engine.training.backbone import instruction_ids, load_pretrained, small_llama, train_tokenizer
 from speeder_engine.training.config import BackboneConfig
+from speeder_engine.training.recipe import load_recipe
 
 TEXTS = [f"item {i} about {word}" for i, word in enumerate(["cats", "dogs", "birds", "trees", "stones", "rivers"] * 5)]
 SMALL = BackboneConfig(vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48)
@@ -348,9 +352,25 @@ def test_a_title_head_goes_with_the_checkpoint_into_the_engine(tmp_path, tied):
     )
 
 
+@pytest.mark.parametrize("wrong", ["x" * 300, "a\0b", None])
+def test_a_path_that_is_none_is_said_by_whoever_is_given_it(wrong, tmp_path):
+    readers = (Checkpoint.load, EngineParts.load, inspect_engine, load_recipe)
+    writers = (lambda path: export_engine(tmp_path, path), lambda path: recommend_file(None, tmp_path, path, 1))
+    for ask in (*readers, *writers):
+        with pytest.raises(
+            ConfigError, match=r"give the path of|expected the path of|recipe: give a packaged one's name"
+        ):
+            ask(wrong)
+    for ask in readers:
+        with pytest.raises(SpeederError):
+            ask(str(tmp_path / "nowhere"))
+
+
 def test_a_file_in_its_place_is_refused_before_anything_is_trained(tmp_path):
     (tmp_path / "mine").write_text("keep")
     with pytest.raises(
         ArtifactError, match="mine: something else stands where a folder must go; remove it or choose another name"
     ):
         check_replaceable(tmp_path / "mine")
+    with pytest.raises(ArtifactError, match="mine/run: can't be written: Not a directory; a file stands"):
+        check_replaceable(tmp_path / "mine" / "run")

@@ -225,6 +225,12 @@ def users(tmp_path):
     return path
 
 
+def test_a_k_that_can_not_be_is_no_rows_fault(engine_dir, tmp_path, users):
+    done = speeder("recommend", engine_dir, "--input", users, "--output", tmp_path / "recs.parquet", "-k", 0)
+    assert done.error.startswith("error: k: expected a whole number of at least 1, got 0")
+    assert [path.name for path in tmp_path.iterdir()] == ["users.parquet"]
+
+
 def test_a_damaged_page_is_the_inputs_fault(engine_dir, tmp_path, users):
     whole = users.read_bytes()
     users.write_bytes(whole[:4] + b"\xff" * 40 + whole[44:])

@@ -402,6 +402,10 @@ def test_wrong_types_are_refused_with_a_word(engine):
             engine.recommend_many(wrong)
     with pytest.raises(ConfigError, match="expected the path of an engine directory, got None"):
         Engine.load(None)
+    for wrong, reason in (("x" * 300, "File name too long"), ("a\0b", "embedded null byte")):
+        for ask in (Engine.load, engine.reload, engine.save):
+            with pytest.raises(ConfigError, match=f"{reason}; give the path of an engine directory$"):
+                ask(wrong)
     assert ["0001"] not in engine.catalogue
 
 
@@ -416,6 +420,18 @@ def test_a_tail_with_its_offset_answers_as_the_whole_history(tiny, engine, cold)
     whole = cold.recommend(ids, exclude_seen=False)
     assert engine.recommend(ids[15:], history_offset=15, exclude_seen=False, user_id="a") == whole
     assert engine.recommend(ids, exclude_seen=False, user_id="a") == whole
+
+
+def test_a_tail_with_ids_that_are_skipped_is_long_enough_if_it_was_with_them(tiny, engine):
+    ids = tiny.ids(np.random.default_rng(3).integers(0, 120, WINDOW + 1))
+    tail = [*ids[STEP:-1], "gone", ids[-1]][1:]  # WINDOW + 1 - STEP of them, as WINDOW + 1 interactions take
+    asked = {"history_offset": STEP, "exclude_seen": False, "on_unknown": "skip"}
+    with pytest.raises(InvalidRequest, match="send more of the history"):
+        engine.recommend(tail[1:], **asked)
+    found = engine.recommend(tail, **asked)
+    assert found.unknown == ("gone",)
+    known = [item_id for item_id in tail if item_id != "gone"]
+    assert (found.items, found.scores) == ((again := engine.recommend(known, exclude_seen=False)).items, again.scores)
 
 
 def test_vectors_and_similar_items(tiny, engine):

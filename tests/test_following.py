@@ -154,7 +154,7 @@ def test_what_is_filled_anew_is_told_anew():
         ({"last": 0}, "followers.last must be within 1"),
         ({"decay": 0.0}, "followers.decay must be within 0..1"),
         ({"discounts": (0.5,)}, "followers.discounts: two exponents"),
-        ({"dropout": 1.0}, "followers.dropout must be within 0..1"),
+        ({"dropout": 1.0}, "followers.dropout must be at least 0 and below 1"),
         ({"keep": -1}, "followers.keep must be within 1"),
         ({"num_pairs": -1}, "followers.num_pairs can't be negative"),
     ],

@@ -467,3 +467,23 @@ def test_whatever_is_put_begins_at_sixteen_bytes():
         assert (tensor.data_ptr() - transfer.arena.data_ptr()) % 16 == 0
         assert tensor.tolist() == array.tolist()
     assert transfer.put(np.arange(60)).tolist() == list(range(60))  # no room: sent by itself
+
+
+def test_graphs_that_were_captured_before_one_failed_are_none(tiny):
+    engine = Engine(tiny.parts(), EngineConfig(**SETTINGS | {"graphs": "on"}))
+    graphs, capture, made = engine._now().graphs, engine._now().graphs._capture, []
+
+    def fails_at_the_third(run):
+        made.append(run)
+        if len(made) == 3:
+            raise RuntimeError("no room")
+        return capture(run)
+
+    graphs._capture = fails_at_the_third
+    with pytest.raises(RuntimeError, match="no room"):
+        engine.warm_up()
+    assert engine.stats().graphs_captured == 0
+    engine.recommend(["0001"])
+    assert (engine.stats().graph_replays, engine.stats().eager_steps) == (0, 1)
+    engine.warm_up()
+    assert engine.stats().graphs_captured == 5

@@ -82,7 +82,7 @@ def test_events_that_are_none_are_refused(times, rows, message):
         LivePopularity.of_events(LivePriorConfig(), 3, times, rows)
 
 
-@pytest.mark.parametrize("moment", [1379024968000, float("nan"), -float("inf")])
+@pytest.mark.parametrize("moment", [1379024968000, float("nan"), -float("inf"), "2013-09-12", True, None])
 def test_a_moment_that_is_no_second_is_refused(moment):
     popularity = LivePopularity.of_events(LivePriorConfig((1.0,), (1.0,)), 3, [1379024968], [0])
     assert popularity.prior(1379024969)[0] > 0.6

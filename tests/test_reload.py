@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 from reference import make_tiny
 
-from speeder_engine import ArtifactError, ConfigError, DataError, Engine, EngineConfig, Item, Request, UnknownItem
+from speeder_engine import (
+    ArtifactError,
+    ConfigError,
+    DataError,
+    Engine,
+    EngineConfig,
+    InvalidRequest,
+    Item,
+    Request,
+    UnknownItem,
+)
+from speeder_engine.config import CalendarConfig
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +253,41 @@ def test_a_pin_is_set_before_anybody_else_gets_in(old, directories, monkeypatch)
     assert pinned == [True]
     engine.recommend(ids, user_id="ada")
     assert engine.stats().num_pinned == 1
+
+
+def test_a_session_with_times_goes_on_with_a_model_that_reads_none(tmp_path):
+    for name, calendar in (("timed", CalendarConfig(0, 100, 9)), ("plain", None)):
+        make_tiny(window=12, step=4, calendar=calendar).parts().save(tmp_path / name)
+    engine = loaded(tmp_path / "timed")
+    ada, bob = (engine.session(user).append("0001", "0002", times=[100, 300]) for user in ("ada", "bob"))
+    before = ada.recommend()
+    engine.reload(tmp_path / "plain")
+    with pytest.raises(InvalidRequest, match="append: times: this model was trained without; leave them out"):
+        engine.session("carl").append("0001", times=[100])
+    assert ada.recommend() == engine.recommend(["0001", "0002"]) != before
+    bob.append("0003", times=[500])
+    assert bob.warm() == 3 and bob.times == (100, 300, 500)
+    ada.append("0003")
+    assert ada.recommend() == bob.recommend() and ada.times == ()
+    engine.reload(tmp_path / "timed")
+    assert bob.recommend() == engine.recommend(["0001", "0002", "0003"], times=[100, 300, 500]) != ada.recommend()
+
+
+@pytest.mark.parametrize("let_go", [lambda e: e.pin_session("ada", False), lambda e: e.close_session("ada")])
+def test_who_is_let_go_while_an_engine_is_reloaded_stays_let_go(old, directories, monkeypatch, let_go):
+    engine, ids, now = loaded(directories / "old"), old.ids(range(8)), Engine._now
+    engine.warm("ada", ids, pin=True)
+    reload = threading.Thread(target=lambda: engine.reload(directories / "old"))
+
+    def with_a_reload_behind(self):
+        serving = now(self)
+        if threading.current_thread() is threading.main_thread() and not reload.ident:
+            reload.start()
+            reload.join(0.5)  # for ever, where it waits for this call
+        return serving
+
+    monkeypatch.setattr(Engine, "_now", with_a_reload_behind)
+    assert let_go(engine)
+    reload.join()
+    engine.recommend(ids, user_id="ada")
+    assert engine.stats().num_pinned == 0

@@ -265,8 +265,12 @@ def test_an_offload_that_fails_loses_only_what_was_leaving(tiny, monkeypatch):
     monkeypatch.setattr(engine._now().cache, "_offload", fail)
     with pytest.raises(RuntimeError, match="no more host memory"):
         for i in range(3, 9):
+            counted = engine.stats().rows_computed
             engine.recommend(ids[: i + 3], user_id=f"u{i}")
     monkeypatch.undo()
+    assert engine.stats().rows_computed == counted
+    engine.recommend(["0001"])
+    assert engine.stats().rows_computed == counted + 1
     engine.check_integrity()
     for i in range(9):
         assert engine.recommend(ids[: i + 3], user_id=f"u{i}") == cold.recommend(ids[: i + 3])

@@ -114,7 +114,7 @@ def test_titles_availability_and_priors_change_without_touching_a_session(tiny):
     assert engine.recommend(ids, candidates=[best], user_id="b").items == ()
     engine.upsert([Item(best, title="Renamed")])
     assert best not in engine.recommend(ids, k=120, user_id="a").items
-    engine.upsert([Item(best, available=True)])
+    engine.upsert([Item(best, available=np.bool_(True))])
     assert engine.recommend(ids, user_id="a").items[0] == best
     assert engine.catalogue.title(best) == "Renamed"
     full = dict(engine.recommend(ids, k=120, user_id="a"))

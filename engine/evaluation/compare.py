@@ -8,6 +8,7 @@ from rich.console import Console
 from speeder_engine.artifact import MANIFEST as ENGINE_MANIFEST
 from speeder_engine.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
 from speeder_engine.checkpoint import Checkpoint
+from speeder_engine.checks import given_path
 from speeder_engine.data.candidates import draw_candidates, frozen_candidates
 from speeder_engine.data.columns import Columns
 from speeder_engine.data.dataset import load_dataset
@@ -78,7 +79,7 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def _check_system(system: str, head: str | None) -> None:
-    path = Path(system)
+    path = given_path(system, "system", "a checkpoint or an engine directory")
     if system not in BASELINES and not any((path / name).is_file() for name in (ENGINE_MANIFEST, CHECKPOINT_MANIFEST)):
         known = ", ".join(BASELINES)
         raise ConfigError(f"{system}: neither a checkpoint nor an engine directory nor a baseline ({known})")

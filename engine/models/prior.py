@@ -1,5 +1,6 @@
 """What is added to scores: the prior, a constant of the catalogue or popularity as it stood at each target."""
 
+from math import prod
 from typing import Protocol
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from speeder_engine.live_prior import LivePopularity
+from speeder_engine.memory import CPU, refuse_beyond_memory
 
 REFRESH = 3600  # seconds: how old counts are at most in training, as where a service sets them every hour
 
@@ -32,9 +34,12 @@ class LivePrior:
 
     def __init__(self, popularity: LivePopularity, weights: nn.Parameter, device: torch.device) -> None:
         self.weights = weights
-        self.hours = torch.from_numpy(np.unique(popularity.times // REFRESH)).to(device)
-        found = popularity.features(self.hours.cpu().numpy() * REFRESH)
-        self.features = torch.from_numpy(found.astype(np.float16)).to(device)  # [hours, I, S]
+        hours = np.unique(popularity.times // REFRESH)
+        shape = len(hours), popularity.num_items, len(popularity.config.half_lives_days)
+        what = f"live_prior: counts of {shape[1]:,} items at {shape[0]:,} hours with {shape[2]} half-lives"
+        refuse_beyond_memory(what, prod(shape) * np.float16().itemsize, CPU)
+        self.hours = torch.from_numpy(hours).to(device)
+        self.features = torch.from_numpy(popularity.features(hours * REFRESH, np.float16)).to(device)  # [hours, I, S]
 
     def at(self, times: Tensor, items: Tensor | None = None) -> Tensor:
         hours = torch.searchsorted(self.hours, torch.div(times, REFRESH, rounding_mode="floor"))

@@ -49,7 +49,10 @@ class BackboneConfig(Config):
         width = f"backbone.hidden_size {self.hidden_size} must be an even multiple of num_heads {self.num_heads}"
         check(self.hidden_size % (2 * self.num_heads) == 0, width)
         for name in ("dropout", "residual_dropout", "lora_dropout"):
-            check(0 <= getattr(self, name) < 1, f"backbone.{name} must be within 0..1, is {getattr(self, name)}")
+            check(
+                0 <= getattr(self, name) < 1,
+                f"backbone.{name} must be at least 0 and below 1, is {getattr(self, name)}",
+            )
         check(self.warmup_epochs >= 0, f"backbone.warmup_epochs can't be negative, is {self.warmup_epochs}")
         rate = self.warmup_learning_rate
         check(rate > 0, f"backbone.warmup_learning_rate must be positive, is {rate}")
@@ -80,7 +83,7 @@ class CollaborativeConfig(Config):
         check(self.dim % 2 == 0, f"collaborative.dim must be even, is {self.dim}")
         check(self.dim <= MOST_DIM, f"collaborative.dim must be at most {MOST_DIM:,}, is {self.dim}")
         check(self.neighbours >= 0, f"collaborative.neighbours can't be negative, is {self.neighbours}")
-        check(0 <= self.dropout < 1, f"collaborative.dropout must be within 0..1, is {self.dropout}")
+        check(0 <= self.dropout < 1, f"collaborative.dropout must be at least 0 and below 1, is {self.dropout}")
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ class TrainingConfig(Config):
         check(self.live_prior is None or self.heads.prior, live)
         dropouts = ("token_dropout", "modality_dropout", "time_dropout")
         for name in (*dropouts, "warmup", "label_smoothing", "averaging"):
-            check(0 <= getattr(self, name) < 1, f"{name} must be within 0..1, is {getattr(self, name)}")
+            check(0 <= getattr(self, name) < 1, f"{name} must be at least 0 and below 1, is {getattr(self, name)}")
         for name in ("retrieve", "rank", "title"):
             both = f"give the head a weight, or leave both out ({name}: false, {name}_weight: 0)"
             weighed = getattr(self, f"{name}_weight") > 0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from speeder_engine.catalogue import ItemTable
 from speeder_engine.checkpoint import Checkpoint, TrainingState, check_replaceable
+from speeder_engine.checks import given_path
 from speeder_engine.config import CompressorConfig, ModelConfig
 from speeder_engine.data.splits import Histories, Queries, Split
 from speeder_engine.errors import ConfigError, DataError, SpeederWarning
@@ -49,7 +50,7 @@ from speeder_engine.training.trainer import DEVICE, Trainer, Validate
 def train(
     split: Split,
     config: TrainingConfig,
-    out: Path,
+    out: str | Path,
     *,
     cache_dir: Path | None = None,
     resume: bool = False,
@@ -66,6 +67,7 @@ def train(
     before it is trained.
     """
     claim_threads("train")
+    out = given_path(out, "train", "the checkpoint to write")
     _refuse_early(split, config)
     check_replaceable(out)
     first = processes.is_first

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from speeder_engine.checks import given_path
 from speeder_engine.errors import ConfigError, shown
 from speeder_engine.training.config import TrainingConfig
 from speeder_engine.training.yaml_text import read_yaml
@@ -41,7 +42,7 @@ def _settings(name_or_path: str | Path, folder: Path, extending: tuple[Path, ...
     is_path = bool(Path(name_or_path).suffix) or Path(name_or_path).name != str(name_or_path)
     path = folder / name_or_path if is_path else RECIPES / f"{name_or_path}.yaml"
     led = f"recipe {extending[-1]}: {EXTENDS}: " if extending else "recipe "
-    if not path.is_file():
+    if not given_path(path, led.strip(" :"), "a YAML file").is_file():
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise ConfigError(f"{led}{name_or_path}: no such file; packaged recipes are {known}")
     if path.resolve() in extending:

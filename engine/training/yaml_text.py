@@ -35,5 +35,7 @@ def read_yaml(text: str, where: str, needed_for: str) -> Any:
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
     try:
         return yaml.load(text, Loader)
+    except RecursionError:
+        raise ConfigError(f"{where}: no valid YAML: too many brackets within one another") from None
     except (yaml.YAMLError, ValueError) as error:  # the latter: no such number or date
         raise ConfigError(f"{where}: no valid YAML: {' '.join(str(error).split())}") from None

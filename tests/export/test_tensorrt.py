@@ -398,6 +398,9 @@ def test_tensorrt_builds_for_the_gpu_that_is_there(engine_dir, shared_traces, tm
         manifest = export_tensorrt(engine_dir, tmp_path / "out", config, cache, 20)
         assert set(manifest["files"]) == {"sm90/compress.plan", "items.parquet"}
     assert cache.read_bytes() == b"measured measured "
+    monkeypatch.setattr(to_tensorrt, "write_atomic", lambda *_: (_ for _ in ()).throw(ArtifactError("cache: full")))
+    with pytest.warns(SpeederWarning, match="^timing cache: cache: full; the plans are whole$"):
+        export_tensorrt(engine_dir, tmp_path / "out", config, cache, 20)
     assert read_artifact(tmp_path / "out", PLANS).manifest["chips"] == [90]
     with pytest.raises(ConfigError, match="is no timing cache"):
         export_tensorrt(engine_dir, tmp_path / "out", config, tmp_path / "out")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from speeder_engine.config import LivePriorConfig
+from speeder_engine.errors import ConfigError
 from speeder_engine.live_prior import SECONDS_A_DAY, LivePopularity
 from speeder_engine.models.prior import REFRESH, LivePrior
 
@@ -39,3 +40,12 @@ def test_every_target_has_its_hours_counts_and_the_weights_their_gradient(popula
     )
     items = torch.arange(NUM_ITEMS)[[4, 0, 7]]
     assert torch.equal(prior.at(torch.from_numpy(times), items), found[:, items])
+
+
+def test_counts_beyond_the_memory_are_refused_before_they_are_made(popularity, monkeypatch):
+    hours = len(np.unique(popularity.times // REFRESH))
+    needed = hours * NUM_ITEMS * len(HALF_LIVES) * 2
+    monkeypatch.setattr("speeder_engine.memory.host_memory", lambda: needed - 1)
+    message = rf"^live_prior: counts of 9 items at {hours} hours with 2 half-lives would take {needed:,} bytes"
+    with pytest.raises(ConfigError, match=message):
+        LivePrior(popularity, torch.nn.Parameter(torch.ones(2)), torch.device("cpu"))
