@@ -26,8 +26,9 @@ class Request:
     these (even if seen) instead of the whole catalogue. head: "retrieve" without candidates, "rank" with, unless said
     otherwise ("title": the likelihood of the candidates' titles; one without is not answered). exclude_seen: the
     history is not recommended again. allow, deny: only these, none of these. history_offset: how many older
-    interactions the caller left out, skipped ids counted among what was sent. times: Unix seconds of the history, one each, for a model that was trained with
-    them (a calendar). on_unknown: "error", or "skip" ids that are not in the catalogue (the ranking lists them).
+    interactions the caller left out (what the window needs is counted with ids that are skipped). times: Unix seconds
+    of the history, one each, for a model that was trained with them (a calendar). on_unknown: "error", or "skip" ids
+    that are not in the catalogue (the ranking lists them).
     """
 
     history: Sequence[str]
