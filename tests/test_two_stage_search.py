@@ -173,14 +173,13 @@ def test_deep_answers_are_searched_exactly_at_once(tiny):
     assert engine.stats().searched_again == 0
 
 
-@pytest.mark.parametrize("rank", [None, 5])
-def test_a_table_built_in_parts_is_the_table(rank, monkeypatch):
+def test_a_table_built_in_parts_is_the_table(monkeypatch):
     from speeder_engine.triton_kernels import top_scores_two_stage as module
 
     table = torch.randn(100, 16)
-    whole = CoarseTable.build(table, rank)
+    whole = CoarseTable.build(table)
     monkeypatch.setattr(module, "ROUNDED_AT_ONCE", 7)
-    parts = CoarseTable.build(table, rank)
+    parts = CoarseTable.build(table)
     assert torch.equal(whole.tokens.values, parts.tokens.values)
     torch.testing.assert_close(whole.tokens.scales, parts.tokens.scales)
     torch.testing.assert_close(whole.worst_error, parts.worst_error)

@@ -1,11 +1,11 @@
 """Top k of millions of items: a first pass over an int8 copy of their tokens, an exact second over what it keeps.
 
-z_i        ~ P z'_i               z'_i = scale_i q_i in int8; P [d, r] has orthonormal columns, or is left out (r = d)
-coarse_bi  = (P^T u_b) . z'_i + prior_i                          the k' largest are kept
-score_bi   = u_b . z_i + prior_i                                 exact, of those
+z_i        ~ z'_i = scale_i q_i              in int8
+coarse_bi  = u_b . z'_i + prior_i            the k' largest are kept
+score_bi   = u_b . z_i + prior_i             exact, of those
 
 An item that was left out has coarse_bi <= c, the smallest one kept, and by Cauchy and Schwarz
-score_bi <= c + e_b with e_b = |u_b| max_i |z_i - P z'_i| + rounding. So the answer is that of `top_scores` wherever its
+score_bi <= c + e_b with e_b = |u_b| max_i |z_i - z'_i| + rounding. So the answer is that of `top_scores` wherever its
 k-th score is above c + e_b: `certain` says of which users that is known.
 """
 
@@ -35,19 +35,17 @@ ROUNDED_AT_ONCE = 65_536  # rows of a table, in fp32
 class CoarseTable:
     """An int8 copy of I item tokens, and how far from them it is at most."""
 
-    tokens: W8Weight  # [I, r]
-    basis: Tensor | None  # fp32 [d, r]
-    worst_error: Tensor  # fp32 []: no |z_i - P z'_i| is larger
+    tokens: W8Weight  # [I, d]
+    worst_error: Tensor  # fp32 []: no |z_i - z'_i| is larger
     largest_norm: Tensor  # fp32 []: no |z'_i| and no |z_i| is larger
 
     @classmethod
-    def build(cls, table: Tensor, rank: int | None = None) -> "CoarseTable":
-        """table [I, d]; `rank`: kept directions, those in which the tokens are largest. None keeps all."""
+    def build(cls, table: Tensor) -> "CoarseTable":
+        """table [I, d]."""
         (num_items, size), device = table.shape, table.device
-        basis = None if rank is None else _directions(table.float(), rank)
-        values = torch.zeros(num_items, size if rank is None else rank, dtype=torch.int8, device=device)
+        values = torch.zeros(num_items, size, dtype=torch.int8, device=device)
         tokens = W8Weight(values, torch.ones(num_items, dtype=torch.float32, device=device))
-        made = cls(tokens, basis, *(torch.zeros((), dtype=torch.float32, device=device) for _ in range(2)))
+        made = cls(tokens, *(torch.zeros((), dtype=torch.float32, device=device) for _ in range(2)))
         for rows in torch.arange(num_items, device=device).split(ROUNDED_AT_ONCE):
             made.put(rows, table[rows])
         return made
@@ -63,23 +61,13 @@ class CoarseTable:
         if not rows.shape[0]:
             return
         wide = table.float().contiguous()
-        tokens = quantize_rows(wide if self.basis is None else (wide @ self.basis).contiguous(), "int8")
+        tokens = quantize_rows(wide, "int8")
         coarse = tokens.dequantized()
-        error = wide - (coarse if self.basis is None else coarse @ self.basis.T)
+        error = wide - coarse
         norm = torch.maximum(coarse.norm(dim=1).amax(), wide.norm(dim=1).amax())
         self.worst_error.copy_(torch.maximum(self.worst_error, error.norm(dim=1).amax()))
         self.largest_norm.copy_(torch.maximum(self.largest_norm, norm))
         self.tokens.values[rows], self.tokens.scales[rows] = tokens.values, tokens.scales
-
-    def project(self, vectors: Tensor) -> Tensor:
-        """[B, d] -> [B, r] of the same dtype."""
-        return vectors if self.basis is None else (vectors.float() @ self.basis).to(vectors.dtype).contiguous()
-
-
-def _directions(wide: Tensor, rank: int) -> Tensor:
-    exact = wide.double()
-    vectors: Tensor = torch.linalg.eigh(exact.T @ exact)[1]
-    return vectors[:, -rank:].float().contiguous()
 
 
 def top_scores_two_stage(
@@ -99,8 +87,7 @@ def top_scores_two_stage(
     """
     length = min(k, table.shape[0])
     kept = min(max(4 * k if candidates is None else candidates, k), table.shape[0])
-    projected = coarse.project(vectors)
-    found, rows = top_scores(projected, coarse.tokens.values, prior, answerable, kept, coarse.tokens.scales)
+    found, rows = top_scores(vectors, coarse.tokens.values, prior, answerable, kept, coarse.tokens.scales)
     if runs_triton(vectors, table) and vectors.shape[0] and 0 < length <= MAX_K:
         with on(vectors.device):
             scores, best = launch_exact_top(vectors, table, prior, found, rows, length)
@@ -109,16 +96,14 @@ def top_scores_two_stage(
     if kept == table.shape[0]:
         return scores, best, torch.ones(scores.shape[0], dtype=torch.bool, device=scores.device)
     lowest = scores[:, -1] if last is None else scores.gather(1, last.unsqueeze(1))[:, 0]
-    return scores, best, _certain(vectors, projected, coarse, found[:, -1], lowest)
+    return scores, best, _certain(vectors, coarse, found[:, -1], lowest)
 
 
-def _certain(vectors: Tensor, projected: Tensor, coarse: CoarseTable, smallest: Tensor, last: Tensor) -> Tensor:
+def _certain(vectors: Tensor, coarse: CoarseTable, smallest: Tensor, last: Tensor) -> Tensor:
     """bool [B]: whether nothing that was left out, at most `smallest` in the first pass, belongs before `last`."""
-    wide = vectors.double()
-    wanted = wide if coarse.basis is None else wide @ coarse.basis.double()
-    norm = wide.norm(dim=1)
-    # of the projection, as it turned out; of the sums over d in both passes and in `worst_error`, at most
-    rounding = (projected.double() - wanted).norm(dim=1) + 4 * wide.shape[1] * ULP * norm
+    norm = vectors.double().norm(dim=1)
+    # of the sums over d in both passes and in `worst_error`, at most
+    rounding = 4 * vectors.shape[1] * ULP * norm
     error = norm * coarse.worst_error + rounding * coarse.largest_norm + 4 * ULP * smallest.abs()
     # where the last one kept can't be answered, all that can were kept
     certain: Tensor = torch.isneginf(smallest) | (last > smallest + error)

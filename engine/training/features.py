@@ -106,7 +106,7 @@ def _collaborative(split: Split, config: TrainingConfig, cache_dir: Path) -> Fea
         learning_rate=wanted.learning_rate,
         seed=config.seed,
     )
-    features = fit_collaborative(train.offsets, train.rows, num_items, sasrec).features
+    features = fit_collaborative(train.offsets, train.rows, num_items, sasrec)
     if wanted.neighbours:
         rank = min(wanted.neighbours, num_items)
         if rank < wanted.neighbours:

@@ -1,14 +1,15 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from speeder_engine.encoders.collaborative import CollaborativeEncoder, fit_collaborative
+from speeder_engine.encoders.collaborative import fit_collaborative
 from speeder_engine.encoders.sasrec import SASRec, SASRecConfig
-from speeder_engine.encoders.sequence_fit import validated_ndcg
+from speeder_engine.encoders.sequence_fit import fit_sequence_model, validated_ndcg
 from speeder_engine.encoders.windows import cut_windows, draw_batches, gather, pad_right
-from speeder_engine.errors import ArtifactError, ConfigError, DataError
+from speeder_engine.errors import ConfigError, DataError
 
 NUM_ITEMS = 30
 SMALL = SASRecConfig(dim=16, window=8, dropout=0.1, epochs=12, tokens_per_batch=256, learning_rate=1e-2)
@@ -31,44 +32,45 @@ def cycles():
 
 
 @pytest.fixture(scope="module")
-def encoder(cycles):
-    return fit_collaborative(*pack(cycles), NUM_ITEMS, SMALL)
+def model(cycles):
+    return fit_sequence_model(SASRec, SMALL, *pack(cycles), NUM_ITEMS)
 
 
-def test_learns_which_item_comes_next(encoder):
+def test_learns_which_item_comes_next(model):
     histories = [np.array([item, (item + 1) % 25]) for item in range(25)]
-    assert (encoder.scores(histories).argmax(1).numpy() == (np.arange(25) + 2) % 25).mean() > 0.95
+    assert (model.scores(histories).argmax(1).numpy() == (np.arange(25) + 2) % 25).mean() > 0.95
 
 
-def test_items_without_an_event_are_not_present(encoder):
-    features = encoder.features
+def test_items_without_an_event_are_not_present(cycles, model):
+    features = fit_collaborative(*pack(cycles), NUM_ITEMS, SMALL)
+    np.testing.assert_array_equal(features.values[:25], model.items.weight.detach().numpy()[:25])
     assert features.values.shape == (NUM_ITEMS, 16)
     np.testing.assert_array_equal(features.present, np.arange(NUM_ITEMS) < 25)
 
 
-def test_equal_seeds_give_equal_vectors_whatever_was_drawn_before(cycles, encoder):
+def test_equal_seeds_give_equal_vectors_whatever_was_drawn_before(cycles, model):
     torch.manual_seed(123)
     before = torch.random.get_rng_state()
-    again = fit_collaborative(*pack(cycles), NUM_ITEMS, SMALL)
-    np.testing.assert_array_equal(again.features.values, encoder.features.values)
+    again = fit_sequence_model(SASRec, SMALL, *pack(cycles), NUM_ITEMS)
+    assert torch.equal(again.items.weight, model.items.weight)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_scores_do_not_depend_on_company_or_on_what_left_the_window(encoder):
+def test_scores_do_not_depend_on_company_or_on_what_left_the_window(model):
     histories = [np.array([3, 4]), np.arange(20), np.array([], np.int64), np.array([7])]
-    together = encoder.scores(histories)
+    together = model.scores(histories)
     for history, line in zip(histories, together, strict=True):
-        torch.testing.assert_close(encoder.scores([history])[0], line, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(encoder.scores([np.arange(12, 20)])[0], together[1], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(together[2], encoder.model.bias.detach())
+        torch.testing.assert_close(model.scores([history])[0], line, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.scores([np.arange(12, 20)])[0], together[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together[2], model.bias.detach())
 
 
-def test_no_position_sees_a_later_one(encoder):
+def test_no_position_sees_a_later_one(model):
     rows = torch.arange(8)[None]
     changed = rows.clone()
     changed[0, 5:] = 20
     with torch.inference_mode():
-        before, after = encoder.model(rows)[0], encoder.model(changed)[0]
+        before, after = model(rows)[0], model(changed)[0]
     torch.testing.assert_close(before[:5], after[:5])
     assert not torch.allclose(before[5], after[5])
 
@@ -108,21 +110,10 @@ def test_validated_ndcg_masks_the_history_and_counts_ten_places():
 def test_stops_early_and_keeps_the_best_epoch(cycles):
     offsets, rows = pack([history[:-1] for history in cycles])
     validation = (offsets, rows, np.array([history[-1] for history in cycles]))
-    config = SASRecConfig(**{**vars(SMALL), "epochs": 60, "patience": 2})
-    encoder = fit_collaborative(offsets, rows, NUM_ITEMS, config, validation)
-    short = fit_collaborative(offsets, rows, NUM_ITEMS, SASRecConfig(**{**vars(config), "epochs": 2}))
-    assert validated_ndcg(encoder.model, validation) > validated_ndcg(short.model, validation)
-
-
-def test_save_and_load_change_nothing(encoder, tmp_path):
-    encoder.save(tmp_path)
-    loaded = CollaborativeEncoder.load(tmp_path)
-    history = [np.array([1, 2, 3])]
-    assert torch.equal(loaded.scores(history), encoder.scores(history))
-    np.testing.assert_array_equal(loaded.features.present, encoder.features.present)
-    (tmp_path / "collaborative.safetensors").write_bytes(b"")
-    with pytest.raises(ArtifactError, match="collaborative encoder"):
-        CollaborativeEncoder.load(tmp_path)
+    config = replace(SMALL, epochs=60, patience=2)
+    best = fit_sequence_model(SASRec, config, offsets, rows, NUM_ITEMS, validation)
+    short = fit_sequence_model(SASRec, replace(config, epochs=2), offsets, rows, NUM_ITEMS)
+    assert validated_ndcg(best, validation) > validated_ndcg(short, validation)
 
 
 @pytest.mark.parametrize(
