@@ -230,11 +230,6 @@ class Catalogue:
         keys[:, 0], keys[:, 1], keys[:, 2] = rows, self.versions[rows], 0 if buckets is None else buckets
         return keys
 
-    def priors(self, item_ids: Sequence[str]) -> NDArray[np.float32]:
-        rows = torch.from_numpy(self.rows(item_ids, "priors").astype(np.int64))
-        priors: NDArray[np.float32] = self.prior.cpu()[rows].numpy()
-        return priors
-
     def put(self, update: ItemUpdate) -> Rows:
         """Adds new items and replaces known ones (removed ones come back); returns their rows [n].
 

@@ -32,9 +32,6 @@ class PromptLayout:
         step = self.config.window_step
         return 0 if over <= 0 else step * -(-over // step)
 
-    def window_len(self, length: int) -> int:
-        return length - self.start(length)
-
 
 def isolated_mask(prefix_len: int, visible: Tensor) -> Tensor:
     """Who sees whom in a padded batch of prompts: bool [B, 1, T, T], true where a row (dim 2) sees another (dim 3).

@@ -13,5 +13,6 @@ def test_the_window_slides_in_whole_steps(window, step, length):
     step = min(step, window)
     layout = PromptLayout(PromptConfig("x", (1, 2, 3), window, step))
     assert layout.start(length) == reference_start(length, window, step)
-    assert layout.window_len(length) <= window
-    assert length <= window or layout.window_len(length) > window - step
+    window_len = length - layout.start(length)
+    assert window_len <= window
+    assert length <= window or window_len > window - step

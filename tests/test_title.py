@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference import END_ID, make_tiny, make_titled, reference_generation, reference_title_scores
 from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from speeder_engine import (
     ArtifactError,
@@ -315,18 +315,6 @@ def test_tied_weights_are_stored_once():
     assert names[False] - names[True] == {"vocabulary.head"}
     assert "vocabulary.embedding" in names[True]
     assert not [name for name in make_tiny().parts().model.state_dict() if "vocabulary" in name]
-
-
-def test_the_vocabulary_of_a_transformers_model(titled):
-    shape = titled.lm.config
-    body, untied = LlamaModel(shape), LlamaForCausalLM(shape)
-    tied = make_titled(tied=True).lm
-    assert Vocabulary.from_transformers(body).head is None
-    assert Vocabulary.from_transformers(tied).head is None
-    hidden = torch.randn(3, 48)
-    for model in (untied, tied):
-        torch.testing.assert_close(Vocabulary.from_transformers(model).logits(hidden), model.lm_head(hidden))
-    assert torch.equal(Vocabulary.from_transformers(body).embed(torch.tensor([5])), body.embed_tokens.weight[5:6])
 
 
 def test_ids_equal_those_of_transformers(titled, tmp_path):

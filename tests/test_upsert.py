@@ -257,7 +257,7 @@ def test_wrong_kinds_are_refused(tiny):
         with pytest.raises(DataError, match="prior of item '0002'") as caught:
             engine.set_prior({"0001": 5.0, "0002": prior})
         assert "\n" not in str(caught.value)
-        assert engine.catalogue.priors(["0001"])[0] == tiny.prior[1]
+        assert engine.catalogue.prior[1] == tiny.prior[1]
     for flag in ("no", None, 1):
         with pytest.raises(InvalidRequest, match="available: expected true or false"):
             engine.set_available(["0001"], flag)

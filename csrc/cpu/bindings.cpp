@@ -241,6 +241,5 @@ PYBIND11_MODULE(_cpu, module) {
         .def_property("work_per_thread", &Decoder::work_per_thread, &Decoder::set_work_per_thread)
         .def_property_readonly("num_layers", &Decoder::num_layers)
         .def_property_readonly("weight_bytes", &Decoder::weight_bytes)
-        .def_property_readonly("scratch_bytes", &Decoder::scratch_bytes)
-        .def_property_readonly("kernels", &Decoder::kernels);
+        .def_property_readonly("scratch_bytes", &Decoder::scratch_bytes);
 }

@@ -82,7 +82,6 @@ public:
     // milliseconds where they are not.
     double work_per_thread() const { return work_per_thread_; }
     void set_work_per_thread(double operations) { work_per_thread_ = operations; }
-    const char* kernels() const { return kernels_.name; }
 
 private:
     struct Layer;

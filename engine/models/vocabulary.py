@@ -1,7 +1,5 @@
 """Words in and out: the token embeddings and the vocabulary head of a language model. Only titles need them."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,13 +18,6 @@ class Vocabulary(nn.Module):
         """Zeros of the right shape, to load weights into."""
         embedding, head = (nn.Parameter(torch.zeros(vocab_size, hidden_size)) for _ in range(2))
         return cls(embedding, None if tied else head)
-
-    @classmethod
-    def from_transformers(cls, model: nn.Module) -> "Vocabulary":
-        """Shares the weights of a transformers model: a body alone is tied, a causal LM as its config says."""
-        lm: Any = model
-        tied = getattr(lm, "lm_head", None) is None or lm.config.tie_word_embeddings
-        return cls(lm.get_input_embeddings().weight, None if tied else lm.lm_head.weight)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> rows [..., d]."""

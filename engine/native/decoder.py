@@ -110,10 +110,6 @@ class NativeDecoder:
         """Of activations that are kept for the next pass."""
         return int(self._native.scratch_bytes)
 
-    @property
-    def kernels(self) -> str:
-        return str(self._native.kernels)
-
     def _add(self, layer: DecoderLayer) -> None:
         linears = (layer.qkv, layer.out, layer.gate_up, layer.down)
         weights = [_packable(linear.weight) for linear in linears]
