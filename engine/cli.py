@@ -12,11 +12,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from speeder_engine.errors import ConfigError, InvalidRequest, SpeederError, SpeederWarning
+
+if TYPE_CHECKING:
+    from speeder_engine.request import OnUnknown
 
 app = typer.Typer(
     help="Multimodal LLM recommendation at one token per item: train, evaluate, export, recommend.",
@@ -176,7 +179,16 @@ def evaluate(
 
     columns, groupings = Columns.parse(column or []), [name.strip() for name in by.split(",") if name.strip()]
     comparison = compare(
-        systems, data, part, candidates, min_interactions, columns, head, groupings, against, negatives
+        systems,
+        data,
+        part=part,
+        candidates=candidates,
+        min_interactions=min_interactions,
+        columns=columns,
+        head=head,
+        by=groupings,
+        against=against,
+        num_negatives=negatives,
     )
     if as_json:
         typer.echo(json.dumps(comparison.to_json()))
@@ -259,10 +271,10 @@ def export_tensorrt(
 
     ranges = {"batch": batch, "candidates": candidates, "excluded": excluded, "k": k, "history": history}
     config = PlanConfig(
-        runtime,
-        dtype,
-        _numbers("chips", chips) or (CHIPS_BY_DEFAULT[dtype == "float8"] if runtime == "rtx" else ()),
-        _names(graphs),
+        runtime=runtime,
+        dtype=dtype,
+        chips=_numbers("chips", chips) or (CHIPS_BY_DEFAULT[dtype == "float8"] if runtime == "rtx" else ()),
+        graphs=_names(graphs),
         **{name: _numbers(name, text) for name, text in ranges.items()},
     )
     manifest = export(engine, out, config, timing_cache, parity_users)
@@ -302,18 +314,18 @@ def export_triton(
     from speeder_engine.export.triton_server import export_triton as export
 
     config = TritonConfig(
-        backend,
-        dtype,
-        _names(graphs),
-        _numbers("batch", batch),
-        _numbers("candidates", candidates),
-        _numbers("excluded", excluded),
-        k,
-        queue_size,
-        queue_ms,
-        batch_wait_us,
-        max_sessions,
-        session_idle_s,
+        backend=backend,
+        dtype=dtype,
+        graphs=_names(graphs),
+        batch=_numbers("batch", batch),
+        candidates=_numbers("candidates", candidates),
+        excluded=_numbers("excluded", excluded),
+        k=k,
+        queue_size=queue_size,
+        queue_ms=queue_ms,
+        batch_wait_us=batch_wait_us,
+        max_sessions=max_sessions,
+        session_idle_s=session_idle_s,
     )
     manifest = export(engine, out, config, parity_users)
     models = manifest["models"]
@@ -352,6 +364,7 @@ def recommend(
     as_json: AsJson = False,
 ) -> None:
     """Recommend for one history, or for a Parquet file of histories in batches."""
+    from speeder_engine.config import MOST_INT32
     from speeder_engine.engine import Engine
 
     if (source is None) != (target is None):
@@ -361,15 +374,13 @@ def recommend(
     ranked = _ids(candidates)
     if candidates and not ranked:
         raise InvalidRequest("recommend: --candidates names no item; leave it out to search the whole catalogue")
-    from speeder_engine.config import MOST_INT32
-
     # one-off answers need no session cache, and nobody waits behind a long list
     loaded = Engine.load(engine, device=device, dtype=dtype, kv_budget="0", weights=weights, max_candidates=MOST_INT32)
-    on_unknown = "skip" if skip_unknown else "error"
+    on_unknown: OnUnknown = "skip" if skip_unknown else "error"
     if source is not None and target is not None:
         from speeder_engine.bulk import recommend_file
 
-        count = recommend_file(loaded, source, target, k, on_unknown)  # type: ignore[arg-type]
+        count = recommend_file(loaded, source, target, k, on_unknown)
         typer.echo(json.dumps({"users": count, "output": str(target)}) if as_json else f"{count:,} users in {target}")
         return
     if history and not times and loaded.parts.config.prompt.calendar is not None:
@@ -381,7 +392,7 @@ def recommend(
         candidates=ranked or None,
         head=head,  # type: ignore[arg-type]
         times=_seconds(times) if times else None,
-        on_unknown=on_unknown,  # type: ignore[arg-type]
+        on_unknown=on_unknown,
     )
     if as_json:
         typer.echo(json.dumps({"items": ranking.items, "scores": ranking.scores, "unknown": ranking.unknown}))

@@ -33,6 +33,7 @@ CHECKPOINT_HEADS = ("retrieve", "rank")
 def compare(
     systems: Sequence[str],
     data: Path,
+    *,
     part: str = "test",
     candidates: Path | None = None,
     min_interactions: int = 5,
