@@ -10,7 +10,7 @@ import torch
 from speeder_engine.config import check
 from speeder_engine.errors import ConfigError
 from speeder_engine.triton_kernels.linear_w8 import multiplies_fp8
-from speeder_engine.triton_kernels.quantize_rows import DTYPES as EIGHT_BITS
+from speeder_engine.triton_kernels.quantize_rows import DTYPES as BYTES
 from speeder_engine.triton_kernels.quantize_rows import Kind
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -94,4 +94,4 @@ def pick_kv_dtype(name: str, device: torch.device, dtype: torch.dtype) -> torch.
         return dtype
     older = name == "fp8" and device.type == "cuda" and not multiplies_fp8(device)
     check(not older, "EngineConfig.kv: 'fp8' needs a GPU of compute capability 8.9 or later; choose 'int8'")
-    return EIGHT_BITS[cast(Kind, name)]
+    return BYTES[cast(Kind, name)]

@@ -169,7 +169,7 @@ class StepGraphs:
                 graphs[bucket] = StepGraph(buffers, self._model, self._capture)
         self._graphs = graphs
 
-    def meet_passes(self) -> None:
+    def precompile_passes(self) -> None:
         """Padding through the passes that no graph covers, as they are: their kernels are compiled then, and not in a
         request."""
         covered = {block_of(bucket.rows) if bucket.rows <= MOST_ROWS else MANY_ROWS for bucket in self._graphs}

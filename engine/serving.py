@@ -39,7 +39,7 @@ from speeder_engine.transfer import Transfer
 from speeder_engine.triton_kernels.few_rows import MOST_ROWS
 from speeder_engine.triton_kernels.language import overlapping
 from speeder_engine.triton_kernels.quantize_rows import Kind
-from speeder_engine.triton_kernels.top_scores import MAX_K, meet_merges
+from speeder_engine.triton_kernels.top_scores import MAX_K, precompile_merges
 from speeder_engine.warm_up import warm_depths, warm_rankings, warm_searches
 
 Floats = NDArray[np.float32]
@@ -133,7 +133,7 @@ class Serving:
         heads = self.parts.config.heads
         self.graphs.warm_up()
         if self.device.type == "cuda":
-            self._meet_kernels()
+            self._precompile()
         searches = warm_searches(self.catalogue, self.config) if heads.retrieve else []
         # steps without a row to compute, or beyond the largest bucket, find the vectors of any number of users
         with overlapping(self.runner.overlap):
@@ -150,12 +150,12 @@ class Serving:
         self.num_requests, self.num_steps, self._counted = counted
         self._uncount()
 
-    def _meet_kernels(self) -> None:
+    def _precompile(self) -> None:
         """Those that the steps of the warm-up may not meet: of other numbers of rows, of a catalogue that has grown."""
-        self.graphs.meet_passes()
+        self.graphs.precompile_passes()
         if self.parts.config.heads.retrieve:
             for k in (*warm_depths(self.config), *(() if self.catalogue.coarse is None else (MAX_K,))):
-                meet_merges(k, self.catalogue.capacity, self.device)
+                precompile_merges(k, self.catalogue.capacity, self.device)
 
     def resolve(self, request: Request, head: Head | None = None) -> Query:
         if head is None:

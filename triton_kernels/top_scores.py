@@ -215,7 +215,7 @@ def merge_lists(lists: Tensor, scores: Tensor, rows: Tensor) -> None:
         lists, num_lists = merged, num_merged
 
 
-def meet_merges(k: int, num_items: int, device: torch.device) -> None:
+def precompile_merges(k: int, num_items: int, device: torch.device) -> None:
     """Launches every kernel that merges the lists of a search for k of up to `num_items`. Which of them one takes hangs
     on how many items there are by then, and no search is to wait for a compiler because an item was added."""
     kept = list_length(k)

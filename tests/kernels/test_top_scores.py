@@ -197,7 +197,7 @@ def test_a_growing_catalogue_needs_no_merge_that_the_warm_up_has_not_met(capacit
         for num_users in (1, 2, 16, 17, 64, 300, 3000):
             merges_of(num_users, num_items, k)
     monkeypatch.setattr(module, "_merge_lists_kernel", met)
-    module.meet_merges(k, capacity, torch.device("cpu"))
+    module.precompile_merges(k, capacity, torch.device("cpu"))
     assert met.met == kernel.met
 
 
