@@ -12,11 +12,14 @@ order (SPAE): binary cross-entropy at the pair's second row.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from speeder_engine.config import PromptConfig
 from speeder_engine.models.prior import Prior, of_candidates
 from speeder_engine.models.recommender import Recommender
 from speeder_engine.prompt import isolated_mask
@@ -47,6 +50,41 @@ class Losses:
         return value
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Which of a pass's rows are what; the slices behind the history are empty where nothing stands there."""
+
+    num_prompt: int  # rows of the instruction
+    step: int  # rows of an item
+    num_prefix: int  # instruction and history, padding in it
+    candidates: slice
+    titles: slice
+    pair: slice
+
+    @classmethod
+    def of(cls, prompt: PromptConfig, batch: TrainingBatch, config: TrainingConfig, titles: TitleRows | None) -> Self:
+        num_prompt, step = len(prompt.instruction_ids), prompt.rows_per_item
+        num_prefix = num_prompt + step * batch.rows.shape[1]
+        num_candidates = batch.candidates.shape[1] if config.rank_weight else 0
+        num_titles = 0 if titles is None else titles.positions.shape[1]
+        ends = [*accumulate((num_candidates, num_titles, 2 if config.order_weight else 0), initial=num_prefix)]
+        return cls(num_prompt, step, num_prefix, *(slice(start, stop) for start, stop in pairwise(ends)))
+
+    @property
+    def read(self) -> slice:
+        """After the instruction, then after each item."""
+        return slice(self.num_prompt - 1, self.num_prefix, self.step)
+
+    def rows_before(self, items: Tensor) -> Tensor:
+        """How many rows stand before what follows so many items."""
+        return self.num_prompt + self.step * items
+
+    def real(self, lengths: Tensor) -> Tensor:
+        """bool [B, T]: all rows but the history's padding."""
+        columns = torch.arange(self.pair.stop, device=lengths.device)
+        return (columns < self.rows_before(lengths).unsqueeze(1)) | (columns >= self.num_prefix)
+
+
 def compute_losses(
     model: Recommender,
     tokens: Tensor,
@@ -59,29 +97,25 @@ def compute_losses(
     """tokens [I, d]: the item-token table with its gradient. log_inclusion [I]: of items that stand for others too,
     infinite for those that stand for nobody. items [I]: the catalogue's rows that `tokens` and the batch are of, where
     they aren't all."""
-    prompt = model.config.prompt
-    num_prompt, step = len(prompt.instruction_ids), prompt.rows_per_item
-    num_prefix = num_prompt + step * batch.rows.shape[1]
     titles = title_rows(model, batch.title_cuts, batch.titles) if config.title_weight else None
-    inputs = _inputs(model, tokens, batch, config, titles)
-    real = _real(model, batch, inputs[0].shape[1])
+    layout = Layout.of(model.config.prompt, batch, config, titles)
+    inputs = _inputs(model, tokens, batch, config, layout, titles)
+    real = layout.real(batch.lengths)
     packing = Packing.of(real) if config.packing else None
     hidden = model(*inputs) if packing is None else packed_forward(model, packing, *inputs)
-    read = hidden[:, num_prompt - 1 : num_prefix : step]  # after the instruction, then after each item
+    read = hidden[:, layout.read]
     retrieve = rank = order = title = hidden.new_zeros(())
     following = _following(model, batch, items)
     if config.retrieve_weight:
         scores = _scores(model, read[batch.trained], tokens, prior, batch, following, log_inclusion)
         retrieve = catalogue_loss(scores, batch.targets[batch.trained], config.label_smoothing)
-    at = num_prefix
     if config.rank_weight:
         last = read[torch.arange(len(batch), device=read.device), batch.cuts]
-        rank = _rank_loss(model, hidden[:, at : at + batch.candidates.shape[1]], last, tokens, prior, batch, following)
-        at += batch.candidates.shape[1]
+        rank = _rank_loss(model, hidden[:, layout.candidates], last, tokens, prior, batch, following)
     if titles is not None:
-        title = title_loss(model, hidden[:, at : at + titles.positions.shape[1]], batch.titles)
+        title = title_loss(model, hidden[:, layout.titles], batch.titles)
     if config.order_weight:
-        order = _order_loss(model, hidden[:, -1], batch)
+        order = _order_loss(model, hidden[:, layout.pair][:, 1], batch)
     total = config.retrieve_weight * retrieve + config.rank_weight * rank + config.order_weight * order
     total = total + config.title_weight * title
     leads, counted = ("retrieve", batch.trained) if config.retrieve_weight else ("title", batch.titles != PAD)
@@ -148,54 +182,43 @@ def _order_loss(model: Recommender, hidden: Tensor, batch: TrainingBatch) -> Ten
 
 
 def _inputs(
-    model: Recommender, tokens: Tensor, batch: TrainingBatch, config: TrainingConfig, titles: TitleRows | None
+    model: Recommender,
+    tokens: Tensor,
+    batch: TrainingBatch,
+    config: TrainingConfig,
+    layout: Layout,
+    titles: TitleRows | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Embeddings [B, T, d], positions [B, T] and mask [B, 1, T, T] of the layout above."""
-    prompt, device = model.config.prompt, batch.rows.device
-    num_prompt, step = len(prompt.instruction_ids), prompt.rows_per_item
+    """Embeddings [B, T, d], positions [B, T] and mask [B, 1, T, T]."""
+    device = batch.rows.device
     dropped = F.dropout(tokens[batch.rows], config.token_dropout, model.training)
     parts = [model.instruction(len(batch)), model.history(dropped, batch.buckets)]
-    num_prefix = num_prompt + step * batch.rows.shape[1]
-    positions = [torch.arange(num_prefix, device=device).expand(len(batch), -1)]
+    positions = [torch.arange(layout.num_prefix, device=device).expand(len(batch), -1)]
+    visible = []  # of the prefix, by what stands behind it
     if config.rank_weight:
         candidates = F.dropout(tokens[batch.candidates], config.token_dropout, model.training)
         parts.append(candidates + model.prompts(batch.cuts).unsqueeze(1) + model.rank.role)
-        positions.append((num_prompt + step * batch.cuts).unsqueeze(1).expand(-1, candidates.shape[1]))
+        positions.append(layout.rows_before(batch.cuts).unsqueeze(1).expand_as(batch.candidates))
+        visible.append(positions[-1])
     if titles is not None:
         parts.append(titles.embeddings)
         positions.append(titles.positions)
+        visible.append(titles.visible)
     if config.order_weight:
         parts.append(tokens[batch.rows.gather(1, batch.pairs)] + model.order.roles)
-        positions.append(num_prompt + step * batch.lengths.unsqueeze(1) + torch.arange(2, device=device))
-    mask = None if len(parts) == 2 else _mask(batch, num_prompt, step, config, titles)
+        after = layout.rows_before(batch.lengths).unsqueeze(1)
+        positions.append(after + torch.arange(2, device=device))
+        visible.append(after.expand_as(batch.pairs))
+    mask = _mask(layout, torch.cat(visible, dim=1), titles) if visible else None
     return torch.cat(parts, dim=1), torch.cat(positions, dim=1), mask
 
 
-def _real(model: Recommender, batch: TrainingBatch, num_rows: int) -> Tensor:
-    """bool [B, T]: all of the layout's rows but the history's padding."""
-    prompt, device = model.config.prompt, batch.rows.device
-    behind = len(prompt.instruction_ids) + prompt.rows_per_item * batch.rows.shape[1]
-    ends = len(prompt.instruction_ids) + prompt.rows_per_item * batch.lengths
-    columns = torch.arange(num_rows, device=device)
-    return (columns < ends.unsqueeze(1)) | (columns >= behind)
-
-
-def _mask(batch: TrainingBatch, num_prompt: int, step: int, config: TrainingConfig, titles: TitleRows | None) -> Tensor:
+def _mask(layout: Layout, visible: Tensor, titles: TitleRows | None) -> Tensor:
     """Candidates see the history up to their cut, and so do titles, beside their own text; the pair sees all of it,
     and its second row the first."""
-    visible = []
-    if config.rank_weight:
-        visible.append((num_prompt + step * batch.cuts).unsqueeze(1).expand_as(batch.candidates))
+    mask = isolated_mask(layout.num_prefix, visible)
     if titles is not None:
-        visible.append(titles.visible)
-    if config.order_weight:
-        visible.append((num_prompt + step * batch.lengths).unsqueeze(1).expand_as(batch.pairs))
-    num_prefix = num_prompt + step * batch.rows.shape[1]
-    mask = isolated_mask(num_prefix, torch.cat(visible, dim=1))
-    if titles is not None:
-        at = num_prefix + (batch.candidates.shape[1] if config.rank_weight else 0)
-        text = slice(at, at + len(titles.inner))
-        mask[..., text, text] = titles.inner
-    if config.order_weight:
-        mask[..., -1, -2] = True
+        mask[..., layout.titles, layout.titles] = titles.inner
+    if layout.pair.stop > layout.pair.start:
+        mask[..., layout.pair.stop - 1, layout.pair.start] = True
     return mask
