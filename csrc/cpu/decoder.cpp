@@ -132,26 +132,34 @@ void Decoder::Scratch::reserve(const Shape& shape, int num_rows, int threads_now
         sum_stride = quantized ? 2 * padded(shape.hidden) + 16 : width(shape.hidden);
         x_stride = width(shape.hidden), q_stride = width(q_size), kv_stride = width(kv_size);
         wide_attended_stride = width(q_size), wide_gated_stride = width(shape.intermediate);
-        const std::size_t floats = sizeof(float);
-        const std::size_t at[] = {
-            take(sum_stride * floats), take(sum_stride * floats), take(q_stride * floats), take(kv_stride * floats),
-            take(x_stride * floats), take(quantized ? wide_attended_stride * floats : 0),
-            take(quantized ? wide_gated_stride * floats : 0),
-            take(typed(shape.hidden)), take(typed(shape.hidden)), take(typed(q_size)), take(typed(shape.intermediate)),
-            take(floats), take(floats), take(floats), take(floats),
-            take(kv_size / 2 * bytes_of(shape.cache)), take(kv_size / 2 * bytes_of(shape.cache))};
+        // where each begins, before there is memory for any
+        const auto floats = [&](std::size_t each) { return take(each * sizeof(float)); };
+        const std::size_t sum_at = floats(sum_stride), sum_read_at = floats(sum_stride), q_at = floats(q_stride);
+        const std::size_t kv_at = floats(kv_stride), x_at = floats(x_stride);
+        const std::size_t wide_attended_at = floats(quantized ? wide_attended_stride : 0);
+        const std::size_t wide_gated_at = floats(quantized ? wide_gated_stride : 0);
+        struct Typed {
+            int size;
+            std::size_t data, scale;
+        };
+        const auto typed_at = [&](int size) { return Typed{size, take(typed(size)), floats(1)}; };
+        const Typed normed_at = typed_at(shape.hidden), normed_read_at = typed_at(shape.hidden);
+        const Typed attended_at = typed_at(q_size), gated_at = typed_at(shape.intermediate);
+        const std::size_t own_bytes = kv_size / 2 * bytes_of(shape.cache);
+        const std::size_t own_keys_at = take(own_bytes), own_values_at = take(own_bytes);
+
         memory = Buffer(used);
         capacity = grown;  // not before there is room for it
         std::byte* base = memory.data();
-        const auto number = [&](int i) { return reinterpret_cast<float*>(base + at[i]); };
-        sum = number(0), sum_read = number(1), q = number(2), kv = number(3), x = number(4);
-        wide_attended = number(5), wide_gated = number(6);
-        const auto typed_rows = [&](int i, int size) {
-            return Rows{base + at[i], static_cast<std::ptrdiff_t>(typed(size)), number(i + 4)};
+        const auto number = [&](std::size_t at) { return reinterpret_cast<float*>(base + at); };
+        const auto typed_rows = [&](const Typed& at) {
+            return Rows{base + at.data, static_cast<std::ptrdiff_t>(typed(at.size)), number(at.scale)};
         };
-        normed = typed_rows(7, shape.hidden), normed_read = typed_rows(8, shape.hidden);
-        attended = typed_rows(9, q_size), gated = typed_rows(10, shape.intermediate);
-        own_keys = base + at[15], own_values = base + at[16];
+        sum = number(sum_at), sum_read = number(sum_read_at), q = number(q_at), kv = number(kv_at), x = number(x_at);
+        wide_attended = number(wide_attended_at), wide_gated = number(wide_gated_at);
+        normed = typed_rows(normed_at), normed_read = typed_rows(normed_read_at);
+        attended = typed_rows(attended_at), gated = typed_rows(gated_at);
+        own_keys = base + own_keys_at, own_values = base + own_values_at;
     }
     if (threads_now > threads || keys > max_keys || path > max_path) {
         const int more_threads = std::max(threads, threads_now);
