@@ -28,8 +28,9 @@ from speeder_engine.artifact import Kind, check_seal, seal
 from speeder_engine.catalogue import ITEMS_FILE, ItemTable
 from speeder_engine.checks import given_path
 from speeder_engine.config import ModelConfig
-from speeder_engine.encoders.base import Encoder, load_encoder
+from speeder_engine.encoders.base import Encoder
 from speeder_engine.encoders.features import Features
+from speeder_engine.encoders.load import load_encoder
 from speeder_engine.encoders.sources import read_weights, without_bars
 from speeder_engine.errors import ArtifactError, MissingDependency, name_some, shown
 from speeder_engine.files import holds_nothing, refuse_unless_folder, replace_folder, sha256_file, write_json

@@ -24,7 +24,8 @@ from speeder_engine.artifact import Artifact, read_artifact, write_artifact
 from speeder_engine.catalogue import ITEMS_FILE, TOKENS_FILE, Catalogue, ItemTable
 from speeder_engine.checks import given_path
 from speeder_engine.config import ModelConfig
-from speeder_engine.encoders.base import Encoder, load_encoder
+from speeder_engine.encoders.base import Encoder
+from speeder_engine.encoders.load import load_encoder
 from speeder_engine.errors import ArtifactError, ConfigError, DataError
 from speeder_engine.files import sha256_file
 from speeder_engine.models.recommender import ServingModel

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from speeder_engine.export.onnx_check import check_graph, check_model, load_onnx
 from speeder_engine.export.onnx_config import INSTRUCTION_FILE, ONNX, OnnxConfig
 from speeder_engine.export.onnx_file import WeightsFile, write_graph
 from speeder_engine.export.onnx_session import load_runtime
-from speeder_engine.export.parity import BOUNDS, PARITY_USERS, Parity, compare_files
+from speeder_engine.export.parity import BOUNDS, PARITY_USERS, compare_files, describe, why_not_compared
 from speeder_engine.export.static_graph import run_instruction
 from speeder_engine.export.tools import versions
 from speeder_engine.parts import EngineParts
@@ -41,6 +41,7 @@ def export_onnx(
     out = given_path(out, "export", "an ONNX export")
     compared = parity_users > 0 and config.dtype in BOUNDS
     _check_tools(compared)
+    why_not = why_not_compared(config.dtype, parity_users)
     parts = EngineParts.load(engine)
 
     def fill(folder: Path) -> dict[str, Any]:
@@ -48,7 +49,8 @@ def export_onnx(
         if config.has_instruction:
             _write_instruction(parts, config, folder)
         parts.catalogue.table().save(folder)
-        parity = compare_files(parts, config, folder, parity_users) if compared else {}
+        found = {} if why_not else compare_files(parts, config, folder, parity_users)
+        parity = {name: describe(found.get(name), why_not) for name in config.graphs}
         return _manifest(parts, config, written, parity)
 
     return write_artifact(out, fill, ONNX).manifest
@@ -89,7 +91,7 @@ def _write_instruction(parts: EngineParts, config: OnnxConfig, folder: Path) -> 
 
 
 def _manifest(
-    parts: EngineParts, config: OnnxConfig, written: list[WrittenGraph], parity: dict[str, Parity]
+    parts: EngineParts, config: OnnxConfig, written: list[WrittenGraph], parity: dict[str, dict[str, Any] | str]
 ) -> dict[str, Any]:
     decoder, prompt = parts.config.decoder, parts.config.prompt
     return {
@@ -110,7 +112,7 @@ def _manifest(
             "batch": "any; extend takes one user at a time" if config.flavour == "ort" else "any",
         },
         "providers": _providers(config),
-        "graphs": {each.spec.name: _describe(each, parity.get(each.spec.name)) for each in written},
+        "graphs": {each.spec.name: _describe(each, parity[each.spec.name]) for each in written},
     }
 
 
@@ -120,7 +122,7 @@ def _providers(config: OnnxConfig) -> list[str]:
     return [*providers, "tensorrt"] if config.flavour == "standard" else providers
 
 
-def _describe(graph: WrittenGraph, parity: Parity | None) -> dict[str, Any]:
+def _describe(graph: WrittenGraph, parity: dict[str, Any] | str) -> dict[str, Any]:
     spec = graph.spec
     inputs = [
         {
@@ -137,5 +139,5 @@ def _describe(graph: WrittenGraph, parity: Parity | None) -> dict[str, Any]:
         "outputs": [{"name": name, "shape": list(dims)} for name, dims in spec.outputs.items()],
         "export_cpu_seconds": round(graph.seconds, 2),
         "graph_bytes": graph.size,
-        "parity": "not run" if parity is None else asdict(parity),
+        "parity": parity,
     }

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from speeder_engine.encoders.base import load_encoder
 from speeder_engine.encoders.convnet import ConvNetConfig
 from speeder_engine.encoders.fitted_image import FittedImageEncoder
+from speeder_engine.encoders.load import load_encoder
 from speeder_engine.errors import ConfigError, DataError, SpeederWarning
 
 CONFIG = ConvNetConfig(steps=150, batch_size=96)

@@ -5,8 +5,8 @@ import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import normalize
 
-from speeder_engine.encoders.base import load_encoder
 from speeder_engine.encoders.fitted_text import WORD, FittedTextEncoder
+from speeder_engine.encoders.load import load_encoder
 from speeder_engine.errors import ArtifactError, DataError
 
 TOPICS = (["ship", "sea", "storm", "sailor", "île"], ["court", "judge", "crime", "lawyer", "Prozeß"])

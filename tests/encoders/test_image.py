@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from speeder_engine.encoders import sources
-from speeder_engine.encoders.base import load_encoder
 from speeder_engine.encoders.image import TransformersImageEncoder
+from speeder_engine.encoders.load import load_encoder
 from speeder_engine.errors import ConfigError, SpeederWarning
 
 try:

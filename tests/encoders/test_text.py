@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 
 from speeder_engine.encoders import sources
-from speeder_engine.encoders.base import load_encoder
+from speeder_engine.encoders.load import load_encoder
 from speeder_engine.encoders.text import TransformersTextEncoder, packaged_text_model
 from speeder_engine.errors import ArtifactError, ConfigError, DataError
 
