@@ -89,7 +89,7 @@ def measure(source: Path, out: Path, config: OnnxConfig, arguments: argparse.Nam
         parity = graph["parity"]
         checked = (
             ("not run", "not run")
-            if parity == "not run"
+            if isinstance(parity, str)
             else (f"{parity['max_error']:.1e} ({parity['max_absolute_error']:.1e})", f"{parity['same_top']:.1%}")
         )
         cells = name, config.flavour, config.dtype, f"{size:.1f} MiB", f"{graph['export_cpu_seconds']:.1f} s", *checked
